@@ -1,0 +1,300 @@
+"""Pictures to pixels, equal to the last bit to what the checkpoint's own processor makes (Hugging Face's PIL back end)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..batch import Images
+from ..errors import CheckpointError, SampleError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+
+def open_image(source: Any) -> Image.Image:
+    """A PIL image, a path, bytes or an (H, W[, C]) uint8 array -> an upright RGB image.
+
+    EXIF rotation is applied and transparency is laid on white, as Hugging Face's `load_image` and `convert_to_rgb` do.
+
+    Raises:
+        SampleError: the bytes are not a picture, are cut short, or the path does not exist.
+    """
+    try:
+        if isinstance(source, bytes | bytearray | memoryview):
+            source = Image.open(io.BytesIO(source))
+        elif isinstance(source, str | os.PathLike):
+            source = Image.open(source)
+        elif isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        if not isinstance(source, Image.Image):
+            raise TypeError(f"expected a PIL image, a path, bytes or an array, got {type(source).__name__}")
+        source = ImageOps.exif_transpose(source)
+        if "A" in source.getbands() or source.info.get("transparency") is not None:
+            source = source.convert("RGBA")
+            white = Image.new("RGBA", source.size, (255, 255, 255, 255))
+            source = Image.alpha_composite(white, source)
+        return source.convert("RGB")
+    except TypeError:
+        raise
+    except FileNotFoundError as error:
+        raise SampleError(f"no such picture: {error.filename}") from error
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
+        raise SampleError(f"cannot read the picture: {type(error).__name__}: {error}") from error
+
+
+class _Lut:
+    """Rescale and normalise uint8 by table: 256 values a channel, computed in the reference's order of roundings."""
+
+    def __init__(self, factor: float | None, mean: Sequence[float] | None, std: Sequence[float] | None):
+        levels = np.arange(256, dtype=np.float64)
+        values = (levels * factor if factor is not None else levels).astype(np.float32)
+        table = np.stack([values] * 3)
+        if mean is not None and std is not None:
+            table = (table - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+        self.table = table
+
+    def __call__(self, pixels_HWC: np.ndarray, out_CHW: np.ndarray) -> None:
+        for channel in range(3):
+            np.take(self.table[channel], pixels_HWC[..., channel], out=out_CHW[channel])
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Resize, centre crop, rescale, normalise: CLIP's and SigLIP's pixels from `preprocessor_config.json`."""
+
+    size: tuple[int, int] | int
+    """(height, width), or the length of the shortest edge."""
+    crop: tuple[int, int] | None = None
+    resample: int = BICUBIC
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, ...] | None = HALF
+    std: tuple[float, ...] | None = HALF
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of every picture that comes out.
+
+        Raises:
+            CheckpointError: the files ask for no crop after a shortest-edge resize, so pictures would differ in size.
+        """
+        if self.crop:
+            return self.crop
+        if isinstance(self.size, int):
+            raise CheckpointError("preprocessor_config.json resizes the shortest edge without a crop: pictures would not have one size")
+        return self.size
+
+    def __call__(self, images: Sequence[Any]) -> Images:
+        """N pictures -> Images with (N, 3, H, W) float32 pixels."""
+        height, width = self.output_size
+        lut = _Lut(self.rescale_factor, self.mean, self.std)
+        out = np.empty((len(images), 3, height, width), np.float32)
+        for row, image in zip(out, images, strict=True):
+            lut(self.resized(image), row)
+        return Images(torch.from_numpy(out))
+
+    def resized(self, image: Any) -> np.ndarray:
+        """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
+        picture = open_image(image)
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if isinstance(self.size, int):
+            short, long = sorted(picture.size)
+            scaled = int(self.size * long / short)  # truncated, as torchvision and Hugging Face do
+            height, width = (scaled, self.size) if picture.width <= picture.height else (self.size, scaled)
+        if self.size:
+            picture = picture.resize((width, height), Image.Resampling(self.resample))
+        pixels = np.asarray(picture)
+        return centre_crop(pixels, self.crop) if self.crop else pixels
+
+    def for_size(self, side: int) -> ImageProcessor:
+        """The same recipe for a square of `side` pixels."""
+        return replace(
+            self, size=side if isinstance(self.size, int) else (side, side), crop=(side, side) if self.crop else None
+        )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> ImageProcessor:
+        """Read an image processor's JSON; `defaults` are the class attributes of that Hugging Face class."""
+        get = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+        size = get["size"] if get.get("do_resize", True) else 0
+        if isinstance(size, dict):
+            size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        crop = get.get("crop_size") if get.get("do_center_crop") else None
+        if isinstance(crop, dict):
+            crop = (crop["height"], crop["width"])
+        elif isinstance(crop, int):
+            crop = (crop, crop)
+        normal = get.get("do_normalize", True)
+        return cls(
+            size=tuple(size) if isinstance(size, list) else size,
+            crop=crop,
+            resample=int(get["resample"]),
+            rescale_factor=get.get("rescale_factor", 1 / 255) if get.get("do_rescale", True) else None,
+            mean=tuple(get["image_mean"]) if normal else None,
+            std=tuple(get["image_std"]) if normal else None,
+        )
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        size = {"shortest_edge": self.size} if isinstance(self.size, int) else {"height": self.size[0], "width": self.size[1]}
+        name = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family]
+        crop = {"do_center_crop": True, "crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
+        return {
+            "image_processor_type": name,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": size,
+            **crop,
+            "resample": int(self.resample),
+            "do_rescale": self.rescale_factor is not None,
+            "rescale_factor": self.rescale_factor or 1 / 255,
+            "do_normalize": self.mean is not None,
+            "image_mean": list(self.mean or HALF),
+            "image_std": list(self.std or HALF),
+        }
+
+
+@dataclass(frozen=True)
+class NaflexProcessor:
+    """SigLIP 2's native aspect ratio: resize to whole patches, at most `max_patches`, and cut into packed patches.
+
+    A patch is flattened (row, column, channel), as Hugging Face's `Siglip2ImageProcessor` does. There is no padding.
+    """
+
+    patch_size: int = 16
+    max_patches: int = 256
+    resample: int = BILINEAR
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, ...] | None = HALF
+    std: tuple[float, ...] | None = HALF
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of patches for a picture of this size in pixels."""
+        return naflex_grid(height, width, self.patch_size, self.max_patches)
+
+    def __call__(self, images: Sequence[Any]) -> Images:
+        lut = _Lut(self.rescale_factor, self.mean, self.std)
+        patch, pieces, grids = self.patch_size, [], []
+        for image in images:
+            picture = open_image(image)
+            rows, columns = self.grid(*picture.size)
+            pixels = np.asarray(picture.resize((columns * patch, rows * patch), Image.Resampling(self.resample)))
+            values = np.empty((3, rows * patch, columns * patch), np.float32)
+            lut(pixels, values)
+            cut = values.reshape(3, rows, patch, columns, patch).transpose(1, 3, 2, 4, 0)
+            pieces.append(cut.reshape(rows * columns, patch * patch * 3))
+            grids.append((rows, columns))
+        packed = np.concatenate(pieces) if pieces else np.empty((0, patch * patch * 3), np.float32)
+        return Images(torch.from_numpy(packed), tuple(grids))
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> NaflexProcessor:
+        get = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+        normal = get.get("do_normalize", True)
+        return cls(
+            patch_size=int(get["patch_size"]),
+            max_patches=int(get["max_num_patches"]),
+            resample=int(get["resample"]),
+            rescale_factor=get.get("rescale_factor", 1 / 255) if get.get("do_rescale", True) else None,
+            mean=tuple(get["image_mean"]) if normal else None,
+            std=tuple(get["image_std"]) if normal else None,
+        )
+
+    def to_hf(self, family: str) -> dict[str, Any]:
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "patch_size": self.patch_size,
+            "max_num_patches": self.max_patches,
+            "resample": int(self.resample),
+            "do_rescale": self.rescale_factor is not None,
+            "rescale_factor": self.rescale_factor or 1 / 255,
+            "do_normalize": self.mean is not None,
+            "image_mean": list(self.mean or HALF),
+            "image_std": list(self.std or HALF),
+        }
+
+
+# Class attributes of the Hugging Face processors: a file may leave out what equals them.
+CLIP_DEFAULTS: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "resample": BICUBIC,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+SIGLIP_DEFAULTS: dict[str, Any] = {"size": {"height": 224, "width": 224}, "resample": BICUBIC, "image_mean": HALF, "image_std": HALF}
+SIGLIP2_DEFAULTS: dict[str, Any] = {
+    "patch_size": 16,
+    "max_num_patches": 256,
+    "resample": BILINEAR,
+    "image_mean": HALF,
+    "image_std": HALF,
+}
+
+
+def naflex_grid(height: int, width: int, patch: int, max_patches: int) -> tuple[int, int]:
+    """(rows, columns): the largest whole-patch size of the same shape within `max_patches`, each side at least one patch.
+
+    The binary search, its bounds and its stopping width are the authors' (big_vision `pp/proj/image_text/ops_naflex.py:47-79`):
+    another search would land on another grid for some sizes.
+    """
+
+    def patches(scale: float, side: int) -> int:
+        return max(1, math.ceil(side * scale / patch))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        if patches(middle, height) * patches(middle, width) <= max_patches:
+            low = middle
+        else:
+            high = middle
+    return patches(low, height), patches(low, width)
+
+
+def centre_crop(pixels_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crop the middle, padding with black where the picture is smaller; Hugging Face's rounding (`image_transforms.center_crop`)."""
+    height, width = pixels_HWC.shape[:2]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    if top >= 0 and left >= 0:
+        return pixels_HWC[top : top + size[0], left : left + size[1]]
+    tall, wide = max(size[0], height), max(size[1], width)
+    canvas = np.zeros((tall, wide, pixels_HWC.shape[2]), pixels_HWC.dtype)
+    down, right = -((height - tall) // 2), -((width - wide) // 2)  # ceil((tall - height) / 2)
+    canvas[down : down + height, right : right + width] = pixels_HWC
+    top, left = top + down, left + right
+    return canvas[max(0, top) : min(tall, top + size[0]), max(0, left) : min(wide, left + size[1])]
+
+
+def to_picture(pixels_CHW: Tensor, processor: ImageProcessor) -> Image.Image:
+    """Undo the normalisation of one picture, for reports and contact sheets."""
+    mean = torch.tensor(processor.mean or (0.0,) * 3)[:, None, None]
+    std = torch.tensor(processor.std or (1.0,) * 3)[:, None, None]
+    levels = (pixels_CHW.float().cpu() * std + mean) / (processor.rescale_factor or 1)
+    return Image.fromarray(levels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The image processor's settings in either layout: `processor_config.json` (transformers 5) or `preprocessor_config.json` (4)."""
+    nested = folder / "processor_config.json"
+    if nested.exists():
+        config = json.loads(nested.read_text())
+        if isinstance(config.get("image_processor"), dict):
+            return config["image_processor"]
+    flat = folder / "preprocessor_config.json"
+    return json.loads(flat.read_text()) if flat.exists() else {}
+

@@ -1,0 +1,32 @@
+"""What turns a person's pictures and sentences into a dual encoder's inputs, and goes into the saved directory with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .image import ImageProcessor, NaflexProcessor
+from .text import TextTokenizer
+
+
+@dataclass
+class PairProcessor:
+    images: ImageProcessor | NaflexProcessor
+    tokenizer: TextTokenizer | None
+    family: str
+    """"clip", "siglip" or "siglip2"."""
+
+    @property
+    def texts(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint came without tokenizer files: only its image side can be used")
+        return self.tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocessor_config.json` and the tokenizer's files, byte for byte as they were read."""
+        settings = self.images.to_hf(self.family)
+        processor_class = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}[self.family]
+        (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "processor_class": processor_class}, indent=2) + "\n")
+        for name, data in (self.tokenizer.files if self.tokenizer else {}).items():
+            (folder / name).write_bytes(data)

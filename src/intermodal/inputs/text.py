@@ -1,0 +1,254 @@
+"""Texts to token ids for the contrastive encoders, from the checkpoint's own tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..batch import Texts
+from ..errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+def canonicalise(text: str, *, lower: bool = True, underscore_to_space: bool = True) -> str:
+    """SigLIP's text clean-up: `_` to a space, no punctuation, lower case, single spaces.
+
+    Source: big_vision `evaluators/proj/image_text/prompt_engineering.py:94`. Transformers' `SiglipTokenizer` deletes `_` with the
+    other punctuation instead of making it a space; `underscore_to_space=False` gives that.
+    """
+    if underscore_to_space:
+        text = text.replace("_", " ")
+    if lower:
+        text = text.lower()
+    return re.sub(r"\s+", " ", text.translate(str.maketrans("", "", string.punctuation))).strip()
+
+
+class Encoder(Protocol):
+    """What a tokenizer back end gives: text -> ids, special tokens included."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+class TextTokenizer:
+    """Text -> packed ids, with a family's own rule for too long and too short texts.
+
+    `pad_to` None packs texts as they are (CLIP); a number pads every text to exactly that many tokens (SigLIP). A text longer than
+    `context` is cut; with `eos_last` the last id kept is overwritten by the end token, which CLIP pools at.
+    """
+
+    def __init__(
+        self,
+        encode: Encoder,
+        *,
+        context: int,
+        pad_to: int | None,
+        pad_id: int,
+        eos_id: int,
+        eos_last: bool,
+        pad_left: bool = False,
+        clean: Callable[[str], str] | None = None,
+        files: dict[str, bytes] | None = None,
+    ):
+        self.encode, self.clean = encode, clean
+        self.context, self.pad_to, self.pad_id, self.eos_id = context, pad_to, pad_id, eos_id
+        self.eos_last, self.pad_left = eos_last, pad_left
+        self.files = files or {}
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut and padded by the family's rule."""
+        cleaned = [self.clean(text) for text in texts] if self.clean else list(texts)
+        return [self._fit(ids) for ids in self.encode(cleaned)]
+
+    def __call__(self, texts: Sequence[str]) -> Texts:
+        return Texts.pack(self.ids(texts))
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.context:
+            ids = ids[: self.context]
+            if self.eos_last:
+                ids[-1] = self.eos_id
+        if self.pad_to and len(ids) < self.pad_to:
+            padding = [self.pad_id] * (self.pad_to - len(ids))
+            ids = padding + ids if self.pad_left else ids + padding
+        return ids
+
+
+def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id: int) -> TextTokenizer | None:
+    """The tokenizer of a checkpoint directory, or None when it holds no tokenizer files.
+
+    Args:
+        folder: a directory with `tokenizer.json`, `vocab.json` + `merges.txt`, or `spiece.model`.
+        family: "clip", "siglip" or "siglip2": the rule for padding and cutting.
+        context: the text tower's context in tokens.
+        eos_id, pad_id: from the model's config, where the tokenizer files do not name the tokens.
+
+    Raises:
+        CheckpointError: the files cannot be read, or need the `sentencepiece` package that is not installed.
+    """
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+    settings = json.loads(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    token_class = str(settings.get("tokenizer_class", ""))
+    encode, token_id = _backend(folder, files, settings)
+    if encode is None:
+        return None
+    named_eos, named_pad = (token_id(content(settings.get(name))) for name in ("eos_token", "pad_token"))
+    clean: Callable[[str], str] | None = None
+    if family != "clip":
+        if token_class.startswith("SiglipTokenizer"):
+            lower = bool(settings.get("do_lower_case", True))
+            clean = lambda text: canonicalise(text, lower=lower)  # noqa: E731
+        elif "Gemma" in token_class or token_class.startswith("Siglip2"):
+            clean = str.lower  # SigLIP 2 was trained on lower-cased text; plain Gemma files do not say so
+    # Siglip2Tokenizer pads left by class default; a file that says something wins
+    left = settings.get("padding_side", "left" if token_class.startswith("Siglip2") else "right") == "left"
+    return TextTokenizer(
+        encode,
+        context=context,
+        pad_to=None if family == "clip" else context,
+        pad_id=pad_id if named_pad is None else named_pad,
+        eos_id=eos_id if named_eos is None else named_eos,
+        eos_last=family == "clip" or token_class.startswith("SiglipTokenizer"),
+        pad_left=left,
+        clean=clean,
+        files=files,
+    )
+
+
+def content(token: Any) -> str | None:
+    """A special token's text: the files write it as a string or as `{"content": ...}`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _backend(folder: Path, files: dict[str, bytes], settings: dict[str, Any]):
+    if "tokenizer.json" in files:
+        try:
+            fast = Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the Rust parser raises plain Exception
+            raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    elif {"vocab.json", "merges.txt"} <= files.keys():
+        fast = clip_tokenizer(folder)
+    elif "spiece.model" in files:
+        return _sentencepiece(folder)
+    else:
+        return None, lambda token: None
+    fast.no_truncation()
+    fast.no_padding()
+    return FastEncoder(fast), lambda token: fast.token_to_id(token) if token else None
+
+
+class FastEncoder:
+    """`tokenizers` back end. A class, so that data workers can pickle it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+
+def clip_tokenizer(folder: Path) -> Tokenizer:
+    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`, the layout without `tokenizer.json`.
+
+    Lower-cased, pieces end in `</w>`, start and end tokens added (open_clip `tokenizer.py`; Hugging Face `tokenization_clip.py`).
+    """
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    missing = [token for token in (start, end) if token not in vocab]
+    if missing:
+        raise CheckpointError(f"{folder / 'vocab.json'} lacks CLIP's special tokens {missing}")
+    tokenizer = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=end))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([start, end])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (end, vocab[end]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def _sentencepiece(folder: Path):
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise CheckpointError(
+            f"{folder} holds spiece.model and no tokenizer.json: `pip install 'intermodal[sentencepiece]'` to read it"
+        ) from error
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+
+    def token_id(token: str | None) -> int | None:
+        found = model.piece_to_id(token) if token else model.unk_id()
+        return None if found == model.unk_id() else found
+
+    return SentencePieceEncoder(model), token_id
+
+
+class SentencePieceEncoder:
+    """`spiece.model` back end: pieces, then the end token."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*self.model.encode(text), self.model.eos_id()] for text in texts]
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A small lower-casing byte-pair tokenizer for a model made from scratch; ids 0 and 1 are `<unk>` and `</s>`."""
+    from tokenizers import trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "</s>"],
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def fresh(tokenizer: Tokenizer, family: str, *, context: int) -> TextTokenizer:
+    """A tokenizer from `train_tokenizer` with a family's rules and the files that let transformers load it."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    settings["model_max_length"] = context  # pyright: ignore[reportArgumentType]
+    eos = tokenizer.token_to_id("</s>")
+    return TextTokenizer(
+        FastEncoder(tokenizer),
+        context=context,
+        pad_to=None if family == "clip" else context,
+        pad_id=eos,
+        eos_id=eos,
+        eos_last=True,
+        files={
+            "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
+            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        },
+    )

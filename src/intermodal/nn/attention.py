@@ -1,0 +1,214 @@
+"""Attention over packed sequences: one token axis, many sequences end to end, no padding.
+
+Shape legend (library-wide): B batch, N sequences, T packed tokens, L tokens of one sequence, P patches, D width, H heads,
+G key/value heads, K head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Queries handled at once when a window makes most of the L x L scores unnecessary.
+WINDOW_BLOCK = 128
+
+
+class Segments:
+    """The lengths of sequences that lie end to end on one token axis.
+
+    Lengths are Python integers, known before any tensor work: grouping them costs no device synchronisation and is done once a
+    batch, then shared by all layers.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = tuple(int(length) for length in lengths)
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"sequence lengths must be at least 1, got {self.lengths}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Segments) and self.lengths == other.lengths
+
+    def __hash__(self) -> int:
+        return hash(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"Segments({self.lengths!r})"
+
+    @property
+    def total(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(N + 1,) int64 on the CPU: where each sequence starts, and the end of the last."""
+        return torch.tensor((0, *self.lengths)).cumsum(0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(T,) int64: 0, 1, 2, ... within each sequence."""
+        starts = torch.repeat_interleave(self.offsets[:-1], torch.tensor(self.lengths, dtype=torch.long))
+        return torch.arange(self.total) - starts
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """(N + 1,) int32 on `device`, as varlen kernels want it."""
+        return self.offsets.to(device=device, dtype=torch.int32)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(N,) the sequences from short to long, equal lengths in their given order."""
+        return torch.argsort(torch.tensor(self.lengths), stable=True)
+
+    def tokens_of(self, order: Tensor) -> Tensor:
+        """(T,) index that lays the sequences out in `order` on the token axis."""
+        starts = self.offsets[:-1][order]
+        lengths = torch.tensor(self.lengths, dtype=torch.long)[order]
+        ends = lengths.cumsum(0)
+        return torch.arange(self.total) + torch.repeat_interleave(starts - (ends - lengths), lengths)
+
+    @cached_property
+    def by_length(self) -> Segments:
+        """The same sequences sorted by length, so that equal ones are neighbours."""
+        return Segments([self.lengths[i] for i in self.order.tolist()])
+
+
+class _Permute(torch.autograd.Function):
+    """`x[order]` whose backward is a gather by the inverse, not the serial scatter-add of `index_select`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    segments: Segments,
+    kv_segments: Segments | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention inside each packed sequence; sequences never see each other.
+
+    Args:
+        q_THK: (T, H, K) queries.
+        k_TGK, v_TGK: (T', G, K) keys and values; G divides H (grouped-query attention).
+        segments: lengths of the query sequences, summing to T.
+        kv_segments: lengths of the key sequences where they differ from the queries' (pooling by a probe, cross attention).
+        causal: a token sees itself and what is before it in its own sequence.
+        window: (left, right) how many tokens before and after a token sees; -1 means no bound. `causal` makes right 0.
+        dropout: probability of dropping a score (training only, the caller passes 0 in eval).
+
+    Returns:
+        (T, H, K) in the dtype of the queries.
+
+    Raises:
+        ValueError: lengths that do not sum to the tokens given, or a causal or windowed call across different lengths.
+    """
+    kv = kv_segments or segments
+    if segments.total != q_THK.shape[0] or kv.total != k_TGK.shape[0] or len(kv) != len(segments):
+        raise ValueError(
+            f"packed lengths do not fit: {len(segments)} query sequences of {segments.total} tokens for {q_THK.shape[0]} queries, "
+            f"{len(kv)} key sequences of {kv.total} tokens for {k_TGK.shape[0]} keys"
+        )
+    if (causal or window) and kv.lengths != segments.lengths:
+        raise ValueError("causal and windowed attention need queries and keys of the same lengths")
+    if causal:
+        window = (window[0], 0) if window else None
+    if q_THK.is_cuda and q_THK.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        return _varlen_cuda(q_THK, k_TGK, v_TGK, segments, kv, causal, window, scale)
+    return _grouped(q_THK, k_TGK, v_TGK, segments, kv, causal, window, dropout, scale)
+
+
+def _varlen_cuda(q, k, v, segments: Segments, kv: Segments, causal, window, scale) -> Tensor:
+    """FlashAttention's variable-length kernel. Not run on the development machine (no GPU); see docs/nn.md."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left, right = window if window else (-1, 0 if causal else -1)
+    return varlen_attn(  # pyright: ignore[reportReturnType]
+        q,
+        k,
+        v,
+        segments.cu_seqlens(q.device),
+        kv.cu_seqlens(k.device),
+        segments.longest,
+        kv.longest,
+        scale=scale,
+        window_size=(left, right),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _grouped(q, k, v, segments: Segments, kv: Segments, causal, window, dropout, scale) -> Tensor:
+    """Sequences of equal length become one batched call; a batch that is sorted by length is never copied."""
+    shapes = sorted(zip(segments.lengths, kv.lengths, strict=True))
+    in_order = shapes == list(zip(segments.lengths, kv.lengths, strict=True))
+    order = None
+    if not in_order:
+        keys = list(zip(segments.lengths, kv.lengths, strict=True))
+        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+        q, restore = _permute(q, segments, order)
+        k, _ = _permute(k, kv, order)
+        v, _ = _permute(v, kv, order)
+    pieces, start, q_at, k_at = [], 0, 0, 0
+    while start < len(shapes):
+        lq, lk = shapes[start]
+        count = 1
+        while start + count < len(shapes) and shapes[start + count] == (lq, lk):
+            count += 1
+        rows_q, rows_k = slice(q_at, q_at + count * lq), slice(k_at, k_at + count * lk)
+        q_NHLK = q[rows_q].unflatten(0, (count, lq)).transpose(1, 2)
+        k_NGLK = k[rows_k].unflatten(0, (count, lk)).transpose(1, 2)
+        v_NGLK = v[rows_k].unflatten(0, (count, lk)).transpose(1, 2)
+        out = _equal_lengths(q_NHLK, k_NGLK, v_NGLK, causal, window, dropout, scale)
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
+        start, q_at, k_at = start + count, rows_q.stop, rows_k.stop
+    out_THK = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return out_THK if order is None else _Permute.apply(out_THK, *restore)  # pyright: ignore[reportPossiblyUnbound, reportReturnType]
+
+
+def _permute(x: Tensor, segments: Segments, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    tokens = segments.tokens_of(order).to(x.device)
+    inverse = torch.argsort(tokens)
+    return _Permute.apply(x, tokens, inverse), (inverse, tokens)  # pyright: ignore[reportReturnType]
+
+
+def _equal_lengths(q, k, v, causal, window, dropout, scale) -> Tensor:
+    """(N, H, L, K) x (N, G, L', K) -> (N, H, L, K)."""
+    gqa = q.shape[1] != k.shape[1]
+    length = q.shape[2]
+    if window is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa)
+    left, right = (length if side < 0 else side for side in window)
+    blocks = []
+    for start in range(0, length, WINDOW_BLOCK):
+        stop = min(start + WINDOW_BLOCK, length)
+        low, high = max(0, start - left), min(length, stop + right)
+        distance = torch.arange(low, high, device=q.device)[None] - torch.arange(start, stop, device=q.device)[:, None]
+        mask = (distance >= -left) & (distance <= right)
+        keys, values = k[:, :, low:high], v[:, :, low:high]
+        block = F.scaled_dot_product_attention(
+            q[:, :, start:stop], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=gqa
+        )
+        blocks.append(block)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)

@@ -1,0 +1,138 @@
+"""The layers every tower is built from: pre-norm transformer blocks over packed tokens. Leaf names follow Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Segments, attention
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP weights (open_clip `model.py:180-183`)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Hugging Face's names. SigLIP's flax `nn.gelu` is the tanh form; torch's default is the erf form: both load without an error.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One tower's transformer."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    """Probability of dropping a value of each residual branch while training; a training setting, not part of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_TD)))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.heads, self.causal = config.heads, causal
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        q, k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, segments, causal=self.causal).flatten(1))
+
+
+class Block(nn.Module):
+    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.self_attn = SelfAttention(config, causal)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        x_TD = x_TD + self.dropout(self.self_attn(self.layer_norm1(x_TD), segments))
+        return x_TD + self.dropout(self.mlp(self.layer_norm2(x_TD)))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks over packed tokens: (T, D) -> (T, D). `checkpoint_activations` trades a second forward for memory."""
+
+    def __init__(self, config: TransformerConfig, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
+        self.checkpoint_activations = False
+
+    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        for layer in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_TD = checkpoint(layer, x_TD, segments, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x_TD = layer(x_TD, segments)
+        return x_TD
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's MAP head: a learned probe attends to every token of a sequence, then `x + mlp(norm(x))`.
+
+    Source: big_vision `models/vit.py:163-183`.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.probe = nn.Parameter(torch.empty(1, config.width))
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+        self.layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        """(T, D) -> (N, D), one pooled vector a sequence."""
+        count = len(segments)
+        q_NHK = self.q_proj(self.probe).expand(count, -1).unflatten(-1, (self.heads, -1))
+        k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.k_proj, self.v_proj))
+        pooled_ND = self.out_proj(attention(q_NHK, k, v, Segments([1] * count), segments).flatten(1))
+        return pooled_ND + self.mlp(self.layernorm(pooled_ND))

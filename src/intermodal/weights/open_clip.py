@@ -1,0 +1,256 @@
+"""open_clip's own checkpoint layout for ViT models: `open_clip_config.json` and its weights file.
+
+CLIP towers (`visual.` and top-level text keys, or `text.` with a custom text tower) and SigLIP towers (a timm trunk and a
+non-causal text tower). Source of names and defaults: open_clip `model.py`, `transformer.py`, `timm_model.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..inputs.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from ..models.clip import DualConfig, DualEncoder
+from ..models.text import TextConfig
+from ..models.vit import VisionConfig
+from .clip import family_of
+from .files import read_json, read_weights, write_weights
+from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose
+
+STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+
+
+def _blocks(theirs: str, ours: str) -> list[Rule]:
+    """A residual attention stack; `attn.in_proj` holds q, k and v in one."""
+    block, layer = f"{theirs}transformer.resblocks.{{n}}", f"{ours}.encoder.layers.{{n}}"
+    return [
+        Rename(f"{block}.ln_1.{{rest}}", f"{layer}.layer_norm1.{{rest}}"),
+        Rename(f"{block}.ln_2.{{rest}}", f"{layer}.layer_norm2.{{rest}}"),
+        Split(f"{block}.attn.in_proj_weight", *(f"{layer}.self_attn.{x}_proj.weight" for x in "qkv")),
+        Split(f"{block}.attn.in_proj_bias", *(f"{layer}.self_attn.{x}_proj.bias" for x in "qkv")),
+        Rename(f"{block}.attn.out_proj.{{rest}}", f"{layer}.self_attn.out_proj.{{rest}}"),
+        Rename(f"{block}.mlp.c_fc.{{rest}}", f"{layer}.mlp.fc1.{{rest}}"),
+        Rename(f"{block}.mlp.c_proj.{{rest}}", f"{layer}.mlp.fc2.{{rest}}"),
+    ]
+
+
+def _text(prefix: str) -> list[Rule]:
+    return [
+        Ignore(f"{prefix}attn_mask"),
+        Rename(f"{prefix}token_embedding.weight", "text.token_embedding.weight"),
+        Rename(f"{prefix}positional_embedding", "text.position_embedding"),
+        Rename(f"{prefix}ln_final.{{rest}}", "text.final_layer_norm.{rest}"),
+        *_blocks(prefix, "text"),
+    ]
+
+
+def clip_rules(config: DualConfig, custom_text: bool) -> list[Rule]:
+    vision = config.vision
+    conv = (vision.width, vision.channels, vision.patch_size, vision.patch_size)
+    prefix = "text." if custom_text else ""
+    return [
+        Rename("logit_scale", "logit_scale"),
+        Rename("visual.class_embedding", "vision.class_embedding"),
+        Rename("visual.positional_embedding", "vision.position_embedding"),
+        Reshape("visual.conv1.weight", "vision.patch_embedding.weight", their_shape=conv, our_shape=(vision.width, -1)),
+        Rename("visual.ln_pre.{rest}", "vision.pre_layernorm.{rest}"),
+        Rename("visual.ln_post.{rest}", "vision.post_layernorm.{rest}"),
+        Transpose("visual.proj", "visual_projection.weight"),
+        *_blocks("visual.", "vision"),
+        Transpose(f"{prefix}text_projection", "text_projection.weight"),
+        *_text(prefix),
+    ]
+
+
+def siglip_rules(config: DualConfig) -> list[Rule]:
+    """SigLIP in open_clip: a timm vision trunk with attention pooling, and open_clip's text tower with a biased projection."""
+    vision = config.vision
+    conv = (vision.width, vision.channels, vision.patch_size, vision.patch_size)
+    trunk, block, layer = "visual.trunk", "visual.trunk.blocks.{n}", "vision.encoder.layers.{n}"
+    pool, head = "visual.trunk.attn_pool", "vision.head"
+    return [
+        Rename("logit_scale", "logit_scale"),
+        Rename("logit_bias", "logit_bias"),
+        Reshape(f"{trunk}.pos_embed", "vision.position_embedding", their_shape=(1, -1, vision.width), our_shape=(-1, vision.width)),
+        Reshape(f"{trunk}.patch_embed.proj.weight", "vision.patch_embedding.weight", their_shape=conv, our_shape=(vision.width, -1)),
+        Rename(f"{trunk}.patch_embed.proj.bias", "vision.patch_embedding.bias"),
+        Rename(f"{trunk}.norm.{{rest}}", "vision.post_layernorm.{rest}"),
+        Rename(f"{block}.norm1.{{rest}}", f"{layer}.layer_norm1.{{rest}}"),
+        Rename(f"{block}.norm2.{{rest}}", f"{layer}.layer_norm2.{{rest}}"),
+        Split(f"{block}.attn.qkv.weight", *(f"{layer}.self_attn.{x}_proj.weight" for x in "qkv")),
+        Split(f"{block}.attn.qkv.bias", *(f"{layer}.self_attn.{x}_proj.bias" for x in "qkv")),
+        Rename(f"{block}.attn.proj.{{rest}}", f"{layer}.self_attn.out_proj.{{rest}}"),
+        Rename(f"{block}.mlp.{{rest}}", f"{layer}.mlp.{{rest}}"),
+        Reshape(f"{pool}.latent", f"{head}.probe", their_shape=(1, 1, vision.width), our_shape=(1, vision.width)),
+        Rename(f"{pool}.q.{{rest}}", f"{head}.q_proj.{{rest}}"),
+        Split(f"{pool}.kv.weight", f"{head}.k_proj.weight", f"{head}.v_proj.weight"),
+        Split(f"{pool}.kv.bias", f"{head}.k_proj.bias", f"{head}.v_proj.bias"),
+        Rename(f"{pool}.proj.{{rest}}", f"{head}.out_proj.{{rest}}"),
+        Rename(f"{pool}.norm.{{rest}}", f"{head}.layernorm.{{rest}}"),
+        Rename(f"{pool}.mlp.{{rest}}", f"{head}.mlp.{{rest}}"),
+        Rename("text.text_projection.{rest}", "text_head.{rest}"),
+        *_text("text."),
+    ]
+
+
+def read(folder: Path) -> tuple[str, DualConfig, list[Rule], dict[str, Tensor], dict[str, Any]]:
+    """(family, config, rules, their tensors, their config) of an open_clip directory."""
+    raw = read_json(folder / "open_clip_config.json")
+    state = read_weights(folder, STEMS)
+    if "visual.trunk.pos_embed" in state:
+        config = _siglip_config(raw, state)
+        return "siglip", config, siglip_rules(config), _scalars(state), raw
+    if "visual.class_embedding" not in state:
+        raise CheckpointError(f"{folder}: only open_clip's ViT towers are read (no visual.class_embedding or visual.trunk.pos_embed)")
+    config = _clip_config(raw, state)
+    return "clip", config, clip_rules(config, "text.token_embedding.weight" in state), _scalars(state), raw
+
+
+def _scalars(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.reshape(()) if key in ("logit_scale", "logit_bias") else value for key, value in state.items()}
+
+
+def _text_config(raw: dict[str, Any], state: dict[str, Tensor], prefix: str, **defaults: Any) -> TextConfig:
+    cfg = raw.get("model_cfg", {}).get("text_cfg", {})
+    width = state[f"{prefix}token_embedding.weight"].shape[1]
+    vocab = state[f"{prefix}token_embedding.weight"].shape[0]
+    return TextConfig(
+        width=width,
+        depth=_depth(state, f"{prefix}transformer.resblocks."),
+        heads=cfg.get("heads", 8),
+        mlp_width=state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        vocab_size=vocab,
+        context=state[f"{prefix}positional_embedding"].shape[0],
+        eos_id=cfg.get("eos_id", vocab - 1),
+        pad_id=cfg.get("pad_id", 0),
+        bos_id=vocab - 2,
+        **defaults,
+    )
+
+
+def _depth(state: dict[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+
+
+def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
+    model = raw.get("model_cfg", {})
+    vision = model.get("vision_cfg", {})
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    width = state["visual.conv1.weight"].shape[0]
+    prefix = "text." if "text.token_embedding.weight" in state else ""
+    return DualConfig(
+        vision=VisionConfig(
+            width=width,
+            depth=_depth(state, "visual.transformer.resblocks."),
+            heads=width // vision.get("head_width", 64),
+            mlp_width=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            activation=activation,
+            image_size=vision.get("image_size", 224),
+            patch_size=state["visual.conv1.weight"].shape[-1],
+        ),
+        text=_text_config(raw, state, prefix, activation=activation),
+        embed_width=state["visual.proj"].shape[1],
+    )
+
+
+def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
+    model = raw.get("model_cfg", {})
+    trunk = "visual.trunk"
+    width = state[f"{trunk}.pos_embed"].shape[-1]
+    text_kwargs = model.get("text_cfg", {}).get("act_kwargs") or {}
+    vision = VisionConfig(
+        width=width,
+        depth=_depth(state, f"{trunk}.blocks."),
+        heads=model.get("vision_cfg", {}).get("heads", width // 64),  # timm's SigLIP ViTs have heads of 64 (so400m: 72, named)
+        mlp_width=state[f"{trunk}.blocks.0.mlp.fc1.weight"].shape[0],
+        activation="gelu_pytorch_tanh" if text_kwargs.get("approximate") == "tanh" else "gelu",
+        norm_eps=1e-6,
+        image_size=model.get("vision_cfg", {}).get("image_size", 224),
+        patch_size=state[f"{trunk}.patch_embed.proj.weight"].shape[-1],
+    )
+    text = _text_config(
+        raw,
+        state,
+        "text.",
+        activation=vision.activation,
+        norm_eps=(model.get("text_cfg", {}).get("norm_kwargs") or {}).get("eps", 1e-5),
+    )
+    return DualConfig(vision=vision, text=text, embed_width=width)
+
+
+def image_settings(raw: dict[str, Any], side: int) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` in the words of an image processor file."""
+    cfg = raw.get("preprocess_cfg", {})
+    squash = cfg.get("resize_mode", "shortest") == "squash"
+    square = {"height": side, "width": side}
+    return {
+        "size": square if squash else {"shortest_edge": side},
+        "do_center_crop": not squash,
+        "crop_size": square,
+        "resample": {"bicubic": 3, "bilinear": 2}.get(cfg.get("interpolation", "bicubic"), 3),
+        "image_mean": cfg.get("mean", CLIP_MEAN),
+        "image_std": cfg.get("std", CLIP_STD),
+    }
+
+
+def write(model: DualEncoder, folder: Path) -> None:
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`.
+
+    Raises:
+        CheckpointError: a NaFlex model, which open_clip keeps in another tower class.
+    """
+    from .rules import convert
+
+    family = family_of(model)
+    if family == "siglip2":
+        raise CheckpointError("open_clip's ViT layout does not hold NaFlex models; use layout='hf'")
+    raw = copy.deepcopy(model.source.get("config", {})) if "model_cfg" in model.source.get("config", {}) else _config(model, family)
+    custom = family == "siglip" or bool(raw["model_cfg"].get("custom_text"))
+    rules = siglip_rules(model.config) if family == "siglip" else clip_rules(model.config, custom)
+    write_weights(convert(model.state_dict(), rules, saving=True), folder, stem="open_clip_model")
+    (folder / "open_clip_config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _config(model: DualEncoder, family: str) -> dict[str, Any]:
+    config, vision, text = model.config, model.config.vision, model.config.text
+    activations = {vision.activation, text.activation}
+    allowed = {"clip": ({"gelu"}, {"quick_gelu"}), "siglip": ({"gelu"}, {"gelu_pytorch_tanh"})}[family]
+    if activations not in allowed:
+        raise CheckpointError(f"open_clip's config cannot say activations {sorted(activations)} for {family}")
+    text_cfg: dict[str, Any] = {
+        "context_length": text.context,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.depth,
+        "mlp_ratio": text.mlp_width / text.width,
+    }
+    vision_cfg: dict[str, Any] = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    model_cfg: dict[str, Any] = {"embed_dim": config.embed_width, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    if family == "clip":
+        model_cfg["quick_gelu"] = vision.activation == "quick_gelu"
+        text_cfg["eos_id"] = text.eos_id
+        vision_cfg.update(layers=vision.depth, width=vision.width, head_width=vision.width // vision.heads)
+        vision_cfg["mlp_ratio"] = vision.mlp_width / vision.width
+    else:
+        name = f"vit_base_patch{vision.patch_size}_siglip_{vision.image_size}"
+        vision_cfg.update(timm_model_name=name, timm_model_pretrained=False, timm_pool="map", timm_proj="none", heads=vision.heads)
+        text_cfg.update(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs={"eps": text.norm_eps})
+        if text.activation == "gelu_pytorch_tanh":
+            text_cfg["act_kwargs"] = {"approximate": "tanh"}
+        model_cfg.update(custom_text=True, init_logit_bias=-10)
+    preprocess: dict[str, Any] = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD), "interpolation": "bicubic"}
+    if model.processor is not None and isinstance(model.processor.images, ImageProcessor):
+        pictures = model.processor.images
+        preprocess = {
+            "mean": list(pictures.mean or ()),
+            "std": list(pictures.std or ()),
+            "interpolation": {3: "bicubic", 2: "bilinear"}[int(pictures.resample)],
+            "resize_mode": "shortest" if isinstance(pictures.size, int) else "squash",
+        }
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}

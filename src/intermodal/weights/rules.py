@@ -1,0 +1,183 @@
+"""Invertible rules between a checkpoint's keys and ours. One table serves loading and saving, so they cannot drift apart.
+
+A pattern holds `{n}` for a layer number and `{rest}` for any tail: `Rename("a.{n}.b.{rest}", "c.{n}.b.{rest}")`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, nearest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One or several keys of the checkpoint (`theirs`) for one or several of ours."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    def save(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    @cached_property
+    def theirs_match(self) -> re.Pattern[str]:
+        return _pattern(self.theirs[0])
+
+    @cached_property
+    def ours_match(self) -> re.Pattern[str]:
+        return _pattern(self.ours[0])
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)"))
+
+
+class Rename(Rule):
+    def __init__(self, theirs: str, ours: str):
+        super().__init__((theirs,), (ours,))
+
+
+class Split(Rule):
+    """Their one tensor is ours in equal parts along the first axis (a fused q/k/v projection)."""
+
+    def __init__(self, theirs: str, *ours: str):
+        super().__init__((theirs,), ours)
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        if tensors[0].shape[0] % len(self.ours):
+            raise CheckpointError(f"{self.theirs[0]} of shape {tuple(tensors[0].shape)} does not divide into {len(self.ours)}")
+        return list(tensors[0].chunk(len(self.ours)))
+
+    def save(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(tensors)]
+
+
+class Reshape(Rule):
+    """The same values in another shape; -1 in a shape is inferred."""
+
+    def __init__(self, theirs: str, ours: str, *, their_shape: tuple[int, ...], our_shape: tuple[int, ...]):
+        super().__init__((theirs,), (ours,))
+        object.__setattr__(self, "their_shape", their_shape)
+        object.__setattr__(self, "our_shape", our_shape)
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [self._view(tensors[0], self.our_shape)]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def save(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [self._view(tensors[0], self.their_shape)]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _view(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        try:
+            return tensor.reshape(shape)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.theirs[0]}: shape {tuple(tensor.shape)} does not reshape to {shape}") from error
+
+
+class Transpose(Rule):
+    """A matrix stored the other way round (open_clip keeps projections as (in, out) parameters)."""
+
+    def __init__(self, theirs: str, ours: str):
+        super().__init__((theirs,), (ours,))
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        if tensors[0].ndim != 2:
+            raise CheckpointError(f"{self.theirs[0]} should be a matrix, its shape is {tuple(tensors[0].shape)}")
+        return [tensors[0].T]
+
+    def save(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].T]
+
+
+class Ignore(Rule):
+    """A buffer that old files carry and the model computes: accepted when read, never written."""
+
+    def __init__(self, theirs: str):
+        super().__init__((theirs,), ())
+
+
+def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], *, saving: bool = False) -> dict[str, Tensor]:
+    """Rename every key of `state` by `rules`, theirs to ours, or ours to theirs when `saving`.
+
+    Raises:
+        CheckpointError: keys that no rule knows, or a rule that finds only some of its keys; the message lists them.
+    """
+    out: dict[str, Tensor] = {}
+    unknown, used = [], set()
+    for key in state:
+        if key in used:
+            continue
+        rule, found = _rule_for(key, rules, saving)
+        if rule is None or found is None:
+            unknown.append(key)
+            continue
+        if not rule.ours:
+            continue
+        sources, targets = (rule.ours, rule.theirs) if saving else (rule.theirs, rule.ours)
+        names = [_fill(pattern, found) for pattern in sources]
+        absent = [name for name in names if name not in state]
+        if absent:
+            raise CheckpointError(f"{key} needs its partners {absent}, which are missing")
+        used.update(names)
+        tensors = [state[name] for name in names]
+        for pattern, tensor in zip(targets, rule.save(tensors) if saving else rule.load(tensors), strict=True):
+            out[_fill(pattern, found)] = tensor
+    if unknown:
+        raise CheckpointError(f"{len(unknown)} keys that this model family does not have: {_some(unknown)}")
+    return out
+
+
+def _rule_for(key: str, rules: Sequence[Rule], saving: bool) -> tuple[Rule | None, dict[str, str] | None]:
+    for rule in rules:
+        if saving and not rule.ours:
+            continue
+        patterns = rule.ours if saving else rule.theirs
+        match = (rule.ours_match if saving else rule.theirs_match).fullmatch(key)
+        if match:
+            return rule, match.groupdict()
+        for pattern in patterns[1:]:  # a partner may come first in the file
+            match = _pattern(pattern).fullmatch(key)
+            if match:
+                return rule, match.groupdict()
+    return None, None
+
+
+def _fill(pattern: str, found: dict[str, str]) -> str:
+    for name, value in found.items():
+        pattern = pattern.replace(f"{{{name}}}", value)
+    return pattern
+
+
+def _some(keys: Sequence[str], count: int = 8) -> str:
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+
+
+def check_against(state: Mapping[str, Tensor], model: torch.nn.Module, where: str) -> None:
+    """Compare converted tensors with a model's own.
+
+    Raises:
+        CheckpointError: names every missing, surplus or misshapen key and every tensor with NaN or infinity.
+    """
+    wanted = model.state_dict()
+    lines = []
+    for key in wanted.keys() - state.keys():
+        lines.append(f"missing   {key} {tuple(wanted[key].shape)}{nearest(key, state.keys() - wanted.keys())}")
+    for key in state.keys() - wanted.keys():
+        lines.append(f"surplus   {key} {tuple(state[key].shape)}")
+    for key in wanted.keys() & state.keys():
+        if wanted[key].shape != state[key].shape:
+            lines.append(f"misshapen {key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}")
+        elif state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all()):
+            lines.append(f"not finite {key}: NaN or infinity among its values")
+    if lines:
+        shown = "\n  ".join(sorted(lines)[:20]) + ("" if len(lines) <= 20 else f"\n  and {len(lines) - 20} more")
+        raise CheckpointError(f"{where} does not fit its config:\n  {shown}")
