@@ -1,0 +1,317 @@
+"""Contrastive losses in tiles: no B x B matrix is ever held, on one rank or on many.
+
+Each loss returns `(sum, count)`; the caller divides once, by the pairs of the whole step on all ranks. Shapes: B local pairs,
+E embedding width, R ranks.
+
+On R ranks every rank keeps its image embeddings; the text embeddings travel around a ring together with what belongs to them (their
+gradient, for softmax their column statistics) and are home after R hops. A rank therefore holds two blocks of texts at a time, and
+the memory of the loss does not grow with R. Gradients are computed in the same sweep as the loss and handed out by `backward`: the
+loss is a scalar, so they only have to be scaled. All ranks must scale their loss alike, as a training loop does anyway.
+
+Sources: SigLIP section 3.3 (chunked loss, positives only in a rank's own block) and big_vision
+`trainers/proj/image_text/siglip.py:303-306` (a sum over a row, a mean over rows); CLIP figure 3 and open_clip `loss.py:80-130`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 1024
+Duplicates = Literal["negative", "positive", "ignore"]
+
+
+class RingLike(Protocol):
+    """Neighbour exchange among ranks; `parallel.ring.Ring` is the real one."""
+
+    rank: int
+    size: int
+
+    def start(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Send to the next rank, receive from the one before; the returned function waits and gives what arrived."""
+        ...
+
+
+class NoRing:
+    """One rank: a block that is sent is home at once."""
+
+    rank, size = 0, 1
+
+    def start(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: tensors
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    groups: Tensor | None = None,
+    duplicates: Duplicates = "negative",
+    ring: RingLike | None = None,
+    tile: int = TILE,
+) -> tuple[Tensor, int]:
+    """SigLIP's loss: every image-text pair is a yes-or-no question; sum over all pairs, to be divided by B and not by B squared.
+
+    Args:
+        image, text: (B, E) unit vectors; row i of one belongs to row i of the other.
+        log_scale, bias: scalars; logits = exp(log_scale) * cosine + bias.
+        groups: (B,) integers; pairs that share one show the same thing.
+        duplicates: what an off-diagonal pair within a group is: a "negative" (the published loss), a "positive", or "ignore"d.
+        ring: the ranks that share this batch.
+
+    Returns:
+        (sum over this rank's rows, B).
+    """
+    job = _Job(ring or NoRing(), groups, duplicates, tile)
+    return _Sigmoid.apply(image, text, log_scale, bias, job), image.shape[0]  # pyright: ignore[reportReturnType]
+
+
+def softmax_loss(
+    image: Tensor,
+    text: Tensor,
+    log_scale: Tensor,
+    *,
+    groups: Tensor | None = None,
+    duplicates: Duplicates = "negative",
+    ring: RingLike | None = None,
+    tile: int = TILE,
+) -> tuple[Tensor, int]:
+    """CLIP's loss: the mean of the cross entropies over texts for each image and over images for each text.
+
+    `duplicates` "positive" spreads the target evenly over a row's positives; "ignore" takes them out of the row's softmax. Other
+    arguments and the result are those of `sigmoid_loss`.
+    """
+    job = _Job(ring or NoRing(), groups, duplicates, tile)
+    return _Softmax.apply(image, text, log_scale, job), image.shape[0]  # pyright: ignore[reportReturnType]
+
+
+@dataclass
+class _Job:
+    ring: RingLike
+    groups: Tensor | None
+    duplicates: Duplicates
+    tile: int
+
+    def __post_init__(self) -> None:
+        if self.duplicates not in ("negative", "positive", "ignore"):
+            raise ValueError(f"duplicates must be negative, positive or ignore, not {self.duplicates!r}")
+        if self.duplicates == "negative":
+            self.groups = None
+        elif self.groups is None:
+            raise ValueError(f"duplicates={self.duplicates!r} needs `groups`, one integer a pair")
+
+
+@dataclass
+class _Tile:
+    """A rectangle of the logits: rows of the images, columns of the visiting texts."""
+
+    rows: slice
+    columns: slice
+    diagonal: bool
+    """Whether it holds pairs that belong together by position."""
+    same: Tensor | None
+    """Boolean mask of pairs within a group, where groups count."""
+
+
+def _tiles(job: _Job, count: int, home: bool, columns_groups: Tensor | None) -> Iterator[_Tile]:
+    """Square tiles, row by row; with `home` the ones on the diagonal hold the pairs."""
+    for r in range(0, count, job.tile):
+        rows = slice(r, min(r + job.tile, count))
+        for c in range(0, count, job.tile):
+            columns = slice(c, min(c + job.tile, count))
+            same = None
+            if job.groups is not None and columns_groups is not None:
+                same = job.groups[rows, None] == columns_groups[None, columns]
+            yield _Tile(rows, columns, home and r == c, same)
+
+
+def _ring_sweep(job: _Job, travelling: list[Tensor], visit: Callable[[list[Tensor], bool], None], carried: list[Tensor]) -> list[Tensor]:
+    """Show every rank's block to this rank.
+
+    `travelling` (texts, groups) does not change and moves on while `visit` computes; `carried` (gradients, statistics) is changed by
+    `visit` in place and moves after it. Returns `carried` as it comes home.
+    """
+    ring = job.ring
+    for hop in range(ring.size):
+        arrive = ring.start(travelling) if hop + 1 < ring.size else None
+        visit([*travelling, *carried], hop == 0)
+        if ring.size > 1 and carried:
+            carried = ring.start(carried)()  # one more hop than the texts need: the carried part must come home
+        if arrive is not None:
+            travelling = arrive()
+    return carried
+
+
+def _upcast(*tensors: Tensor) -> list[Tensor]:
+    """Losses are computed in float32, or in float64 where the embeddings are."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [t.detach().to(dtype).contiguous() for t in tensors]
+
+
+class _Sigmoid(torch.autograd.Function):
+    """softplus(z) for every pair, minus z for the positives (softplus(-z) = softplus(z) - z). Gradient: sigmoid(z) - positive."""
+
+    @staticmethod
+    def forward(ctx, image, text, log_scale, bias, job: _Job):
+        image_BE, text_BE, scale, shift = _upcast(image, text, log_scale.exp(), bias)
+        scale_value = scale.item()
+        need_grad = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float64, device=image.device)
+        bias_grad = torch.zeros_like(total)
+        image_grad = torch.zeros_like(image_BE) if need_grad else None
+
+        def visit(block: list[Tensor], home: bool) -> None:
+            texts, texts_grad = block[0], block[-1] if need_grad else None
+            groups = block[1] if job.groups is not None else None
+            for tile in _tiles(job, image_BE.shape[0], home, groups):
+                z = torch.addmm(shift, image_BE[tile.rows], texts[tile.columns].T, alpha=scale_value)
+                dropped = _off_diagonal(tile) if job.duplicates == "ignore" and tile.same is not None else None
+                if dropped is not None:
+                    z.masked_fill_(dropped, -torch.inf)  # softplus and sigmoid are then 0: the pair does not exist
+                total.add_(F.softplus(z).sum(dtype=torch.float64))
+                if job.duplicates == "positive" and tile.same is not None:
+                    total.sub_(z[tile.same].sum(dtype=torch.float64))
+                elif tile.diagonal:
+                    total.sub_(z.diagonal().sum(dtype=torch.float64))
+                if not need_grad:
+                    continue
+                g = z.sigmoid_()
+                if job.duplicates == "positive" and tile.same is not None:
+                    g.sub_(tile.same.to(g.dtype))
+                elif tile.diagonal:
+                    g.diagonal().sub_(1)
+                bias_grad.add_(g.sum(dtype=torch.float64))
+                image_grad[tile.rows].addmm_(g, texts[tile.columns], alpha=scale_value)  # pyright: ignore[reportOptionalSubscript]
+                texts_grad[tile.columns].addmm_(g.T, image_BE[tile.rows], alpha=scale_value)  # pyright: ignore[reportOptionalSubscript]
+
+        travelling = [text_BE] + ([job.groups] if job.groups is not None else [])
+        carried = _ring_sweep(job, travelling, visit, [torch.zeros_like(text_BE)] if need_grad else [])
+        if need_grad:
+            # d z / d log_scale = scale * cosine, and image . image_grad sums exactly that times the gradient
+            scale_grad = (image_BE.double() * image_grad).sum()
+            ctx.save_for_backward(image_grad, carried[0], scale_grad.to(log_scale), bias_grad.to(bias))
+        return total.to(image_BE.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
+        return grad * image_grad, grad * text_grad, grad * scale_grad, (grad * bias_grad).to(bias_grad.dtype), None
+
+
+def _off_diagonal(tile: _Tile) -> Tensor:
+    """The same-group pairs of a tile that are not the pair itself."""
+    mask = tile.same.clone()  # pyright: ignore[reportOptionalMemberAccess]
+    if tile.diagonal:
+        mask.diagonal().fill_(False)
+    return mask
+
+
+class _Softmax(torch.autograd.Function):
+    """Two sweeps: log-sum-exp of rows and columns, then gradients from tiles made again."""
+
+    @staticmethod
+    def forward(ctx, image, text, log_scale, job: _Job):
+        image_BE, text_BE, scale = _upcast(image, text, log_scale.exp())
+        scale_value = scale.item()
+        spread = job.duplicates == "positive"
+        rows = _Stats.empty(image_BE)
+
+        def logits(tile: _Tile, texts: Tensor) -> Tensor:
+            z = (image_BE[tile.rows] @ texts[tile.columns].T).mul_(scale_value)
+            if job.duplicates == "ignore" and tile.same is not None:
+                z.masked_fill_(_off_diagonal(tile), -torch.inf)
+            return z
+
+        def first(block: list[Tensor], home: bool) -> None:
+            columns = _Stats(block[-1])
+            for tile in _tiles(job, image_BE.shape[0], home, block[1] if job.groups is not None else None):
+                z = logits(tile, block[0])
+                rows.add(tile.rows, z, 1)
+                columns.add(tile.columns, z, 0)
+                if spread and tile.same is not None:
+                    hit = z.masked_fill(~tile.same, 0)
+                    rows.hit(tile.rows, hit.sum(1), tile.same.sum(1))
+                    columns.hit(tile.columns, hit.sum(0), tile.same.sum(0))
+                elif tile.diagonal:
+                    ones = torch.ones_like(z.diagonal())
+                    rows.hit(tile.rows, z.diagonal(), ones)
+                    columns.hit(tile.columns, z.diagonal(), ones)
+
+        travelling = [text_BE] + ([job.groups] if job.groups is not None else [])
+        columns = _Stats(_ring_sweep(job, travelling, first, [_Stats.empty(text_BE).table])[0])
+        total = (rows.cross_entropy() + columns.cross_entropy()) / 2
+        if any(ctx.needs_input_grad):
+            image_grad, text_grad = _Softmax.gradients(job, image_BE, text_BE, rows, columns, logits, scale_value)
+            scale_grad = (image_BE.double() * image_grad).sum()
+            ctx.save_for_backward(image_grad, text_grad, scale_grad.to(log_scale))
+        return total.to(image_BE.dtype)
+
+    @staticmethod
+    def gradients(job: _Job, image_BE, text_BE, rows: _Stats, columns: _Stats, logits, scale_value) -> tuple[Tensor, Tensor]:
+        """d loss / d z = (softmax over the row + softmax over the column) / 2 - target, tile by tile."""
+        image_grad = torch.zeros_like(image_BE)
+        row_lse, row_share = rows.lse, 0.5 / rows.table[3].clamp(min=1)
+
+        def second(block: list[Tensor], home: bool) -> None:
+            texts, column_table, texts_grad = block[0], block[-2], block[-1]
+            column_stats = _Stats(column_table)
+            column_lse, column_share = column_stats.lse, 0.5 / column_table[3].clamp(min=1)
+            for tile in _tiles(job, image_BE.shape[0], home, block[1] if job.groups is not None else None):
+                z = logits(tile, texts)
+                g = (z - row_lse[tile.rows, None]).exp_()
+                g.add_(z.sub_(column_lse[None, tile.columns]).exp_()).mul_(0.5)
+                if job.duplicates == "positive" and tile.same is not None:
+                    g.sub_(tile.same * (row_share[tile.rows, None] + column_share[None, tile.columns]))
+                elif tile.diagonal:
+                    g.diagonal().sub_(1)
+                image_grad[tile.rows].addmm_(g, texts[tile.columns], alpha=scale_value)
+                texts_grad[tile.columns].addmm_(g.T, image_BE[tile.rows], alpha=scale_value)
+
+        travelling = [text_BE] + ([job.groups] if job.groups is not None else []) + [columns.table]
+        return image_grad, _ring_sweep(job, travelling, second, [torch.zeros_like(text_BE)])[0]
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        image_grad, text_grad, scale_grad = ctx.saved_tensors
+        return grad * image_grad, grad * text_grad, grad * scale_grad, None
+
+
+class _Stats:
+    """What a cross entropy needs of each row (or column), gathered over tiles: one (4, B) table, so that it travels as one tensor.
+
+    Row 0: largest logit, 1: sum of exp(logit - largest), 2: sum of the positives' logits, 3: how many positives.
+    """
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    @staticmethod
+    def empty(like: Tensor) -> _Stats:
+        table = like.new_zeros(4, like.shape[0])
+        table[0] = -torch.inf
+        return _Stats(table)
+
+    def add(self, at: slice, z: Tensor, dim: int) -> None:
+        top, total = self.table[0, at], self.table[1, at]
+        new_top = torch.maximum(top, z.amax(dim))
+        anchor = new_top.masked_fill(new_top == -torch.inf, 0)  # a tile may be empty of admitted pairs
+        total.mul_((top - anchor).exp_()).add_((z - anchor.unsqueeze(dim)).exp_().sum(dim))
+        top.copy_(new_top)
+
+    def hit(self, at: slice, logits: Tensor, count: Tensor) -> None:
+        self.table[2, at] += logits
+        self.table[3, at] += count
+
+    @property
+    def lse(self) -> Tensor:
+        return self.table[0] + self.table[1].log()
+
+    def cross_entropy(self) -> Tensor:
+        return (self.lse - self.table[2] / self.table[3]).sum(dtype=torch.float64)
