@@ -38,14 +38,14 @@ CORE = {
     "dog face": "dog", "cat face": "cat", "pig face": "pig", "frog": "frog", "panda": "panda", "fox": "fox", "tiger face": "tiger",
     "penguin": "penguin", "chicken": "chicken", "owl": "owl", "fish": "fish", "octopus": "octopus", "butterfly": "butterfly",
     "lady beetle": "ladybird", "turtle": "turtle", "elephant": "elephant", "snail": "snail", "spouting whale": "whale",
-    "red apple": "apple", "banana": "banana", "grapes": "grapes", "strawberry": "strawberry", "watermelon": "watermelon",
-    "pineapple": "pineapple", "cherries": "cherries", "carrot": "carrot", "mushroom": "mushroom", "hamburger": "hamburger",
+    "red apple": "apple", "banana": "banana", "grapes": "bunch of grapes", "strawberry": "strawberry", "watermelon": "watermelon",
+    "pineapple": "pineapple", "cherries": "pair of cherries", "carrot": "carrot", "mushroom": "mushroom", "hamburger": "hamburger",
     "pizza": "pizza", "doughnut": "doughnut", "birthday cake": "cake", "ice cream": "ice cream", "automobile": "car", "bus": "bus",
     "bicycle": "bicycle", "airplane": "airplane", "rocket": "rocket", "sailboat": "sailboat", "locomotive": "locomotive",
     "house": "house", "deciduous tree": "tree", "cactus": "cactus", "sunflower": "sunflower", "rose": "rose", "star": "star",
     "crescent moon": "moon", "sun": "sun", "rainbow": "rainbow", "cloud": "cloud", "snowman without snow": "snowman",
     "umbrella": "umbrella", "soccer ball": "football", "guitar": "guitar", "balloon": "balloon", "wrapped gift": "gift",
-    "key": "key", "bell": "bell", "light bulb": "light bulb", "glasses": "glasses", "crown": "crown",
+    "key": "key", "bell": "bell", "light bulb": "light bulb", "glasses": "pair of glasses", "crown": "crown",
 }  # fmt: skip
 
 

@@ -6,8 +6,7 @@ differ under dropout. Here the second pass of a part starts from the random stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ def backward_in_parts(
     part: int,
     loss: Callable[[Embeddings, PairBatch], tuple[Tensor, Tensor]],
     *,
-    before_last: Callable[[bool], AbstractContextManager] | None = None,
+    on_part: Callable[[bool], None] = lambda last: None,
+    check: Callable[[Tensor, PairBatch], None] = lambda value, batch: None,
 ) -> Tensor:
     """Gradients of the whole batch's loss, with the activations of only `part` pairs alive at a time.
 
@@ -33,43 +33,39 @@ def backward_in_parts(
         batch: B pairs.
         part: pairs a forward; B needs not be a multiple.
         loss: embeddings of all B pairs -> (what to report, the scalar to call backward on).
-        before_last: a context for each second pass, told whether it is the last (DDP's `no_sync` for all but that one).
+        on_part: called before each part's second pass, told whether it is the last (ranks exchange gradients only then).
+        check: called with the reported value before any backward; may raise.
 
     Returns:
         The first of what `loss` returned, detached.
     """
-    starts = list(range(0, len(batch), part))
+    starts = range(0, len(batch), part)
     pieces: list[Embeddings] = []
     states = []
-    for start in starts:
-        last = start == starts[-1]
-        states.append(_random_state())
-        # the last part keeps its graph: its second forward would be the same work again
-        with nullcontext() if last else torch.no_grad():
+    with torch.no_grad():
+        for start in starts:
+            states.append(_random_state())
             pieces.append(forward(batch.slice(start, min(start + part, len(batch)))))
-    image = torch.cat([piece.image.detach() for piece in pieces]).requires_grad_()
-    text = torch.cat([piece.text.detach() for piece in pieces]).requires_grad_()
     after = _random_state()
-    reported, objective = loss(Embeddings(image, text, pieces[-1].log_scale, pieces[-1].bias), batch)
-    objective.backward()
-    assert image.grad is not None and text.grad is not None  # noqa: PT018
-    context = before_last or (lambda last: nullcontext())
-    for index, start in _last_first(starts):
-        stop = min(start + part, len(batch))
-        done = index == 0 if len(starts) > 1 else True
-        with context(done):
-            piece = pieces[index]
-            if index != len(starts) - 1:
-                _restore(states[index])
-                piece = forward(batch.slice(start, stop))
-            torch.autograd.backward([piece.image, piece.text], [image.grad[start:stop], text.grad[start:stop]])
+    leaves = [torch.cat([p.image for p in pieces]), torch.cat([p.text for p in pieces]), pieces[0].log_scale.detach().clone()]
+    leaves += [pieces[0].bias.detach().clone()] if pieces[0].bias is not None else []
+    for leaf in leaves:
+        leaf.requires_grad_()
+    reported, objective = loss(Embeddings(*leaves, *([None] if len(leaves) == 3 else [])), batch)
+    check(reported, batch)
+    image, text, *scalars = torch.autograd.grad(objective, leaves)
+    for start, state in zip(starts, states, strict=True):
+        last, stop = start + part >= len(batch), min(start + part, len(batch))
+        on_part(last)
+        _restore(state)
+        piece = forward(batch.slice(start, stop))
+        outputs, gradients = [piece.image, piece.text], [image[start:stop], text[start:stop]]
+        if last:  # scale and bias belong to the batch, not to a part
+            outputs += [p for p in (piece.log_scale, piece.bias) if p is not None]
+            gradients += scalars
+        torch.autograd.backward(outputs, gradients)
     _restore(after)
     return reported.detach()
-
-
-def _last_first(starts: list[int]) -> Iterator[tuple[int, int]]:
-    """The last part first, because its activations are waiting in memory."""
-    return iter(reversed(list(enumerate(starts))))
 
 
 def _random_state() -> list[Tensor]:

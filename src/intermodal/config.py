@@ -1,0 +1,108 @@
+"""Typed settings: dataclasses to and from JSON, and overrides by dotted path (`data.batch=2048`). An unknown field is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from .errors import IntermodalError, nearest
+
+T = TypeVar("T")
+
+
+class SettingError(IntermodalError):
+    """A field that does not exist, or a value of the wrong type."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass tree as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def paths(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted path."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            out.update(paths(value, f"{name}."))
+        else:
+            out[name] = value
+    return out
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Apply `path=value` strings. Values are JSON where they parse as JSON (numbers, lists, true, null), text otherwise.
+
+    Raises:
+        SettingError: names the field, the nearest valid one, and the type it wants.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingError(f"{assignment!r} is not an override: write it as path=value, for example data.batch=256")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        config = _replaced(config, path.split("."), value, path)
+    return config
+
+
+def _replaced(config: Any, steps: list[str], value: Any, path: str) -> Any:
+    name = steps[0]
+    names = [field.name for field in dataclasses.fields(config)]
+    if name not in names:
+        done = path.rsplit(".".join(steps), 1)[0]
+        every = [f"{done}{known}" for known in paths(config)] + [f"{done}{known}" for known in names]
+        hint = nearest(path, every) or nearest(name, names)
+        raise SettingError(f"there is no setting {path!r}{hint}; `{done or '.'}` has: {', '.join(names)}")
+    current = getattr(config, name)
+    if len(steps) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise SettingError(f"{path!r}: {name} is a single value, it has no parts")
+        return dataclasses.replace(config, **{name: _replaced(current, steps[1:], value, path)})
+    hint = typing.get_type_hints(type(config))[name]
+    return dataclasses.replace(config, **{name: checked(value, hint, path)})
+
+
+def checked(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type.
+
+    Raises:
+        SettingError: it is not one.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(value, bool) and hint in (int, float):
+        raise SettingError(f"{path} wants {_words(hint)}, got {json.dumps(value)}")
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise SettingError(f"{path} wants {_words(hint)}, got {value!r} ({error.errors()[0]['msg']})") from None
+
+
+def _words(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Rebuild a dataclass tree from `to_dict`.
+
+    Raises:
+        SettingError: an unknown field or a wrong type, by its path.
+    """
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise SettingError(f"there is no setting {path}{name}{nearest(name, hints)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            arguments[name] = from_dict(hint, value, f"{path}{name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            arguments[name] = checked(value, hint, f"{path}{name}")
+    return cls(**arguments)

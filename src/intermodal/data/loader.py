@@ -1,0 +1,264 @@
+"""Samples to packed batches: mixing, shuffling, sharding over ranks and workers, rejects, exact resume.
+
+The order of samples is a pure function of the seed and a position, so a state is a few integers. Every rank walks the same global
+order and takes its slice of each batch: the same run on another number of ranks sees the same batches. A sample that cannot be
+used is replaced by another of its source, chosen by its own number alone, and named in `rejects.jsonl`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..batch import PairBatch
+from ..errors import IntermodalError, SampleError
+from ..inputs.image import open_image
+from ..inputs.processor import PairProcessor
+from .source import Sample, Source
+from .stream import StreamSource
+
+ENDLESS = 1 << 32
+"""Sources at least this long are read in order: they are generated, there is nothing to shuffle."""
+ATTEMPTS = 50
+
+
+class DataError(IntermodalError):
+    """The data cannot feed a run: nothing readable, or too many rejects."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    key: str
+    reason: str
+
+
+class Rejects:
+    """Counts unusable samples and names each once in `rejects.jsonl`."""
+
+    def __init__(self, path: Path | None, max_share: float):
+        self.path, self.max_share = path, max_share
+        self.read, self.rejected = 0, 0
+        self.seen: set[str] = set()
+
+    def note(self, key: str, reason: str) -> None:
+        """Name something unusable that is not a sample (a shard that is cut short)."""
+        if key not in self.seen and self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+        self.seen.add(key)
+
+    def add(self, read: int, rejects: Sequence[Reject]) -> None:
+        """Raises DataError once the share of rejects is past the limit (after the first hundred samples)."""
+        self.read += read + len(rejects)
+        self.rejected += len(rejects)
+        for reject in rejects:
+            self.note(reject.key, reject.reason)
+        if self.read >= 100 and self.rejected > self.max_share * self.read:
+            last = rejects[-1] if rejects else None
+            raise DataError(
+                f"{self.rejected} of {self.read} samples were unusable, more than data.max_reject_share={self.max_share}"
+                + (f"; the last: {last.key}: {last.reason}" if last else "")
+                + (f"; all are in {self.path}" if self.path else "")
+            )
+
+
+class Mixture:
+    """A global order over several sources: an iterator of references with a state of a few integers.
+
+    A map-style source is walked epoch by epoch in an order shuffled by (seed, source, epoch); a stream gives its next record. With
+    several sources each position draws one by weight.
+    """
+
+    def __init__(self, sources: Sequence[Source | StreamSource], weights: Sequence[float] | None = None, seed: int = 0):
+        if not sources:
+            raise DataError("no data sources were given")
+        if weights is not None and len(weights) != len(sources):
+            raise DataError(f"{len(weights)} weights for {len(sources)} sources; give one each")
+        if weights is None and len(sources) > 1 and any(isinstance(s, StreamSource) or len(s) >= ENDLESS for s in sources):
+            raise DataError("data.weights is needed when one of several sources is endless or a stream")
+        for source in sources:
+            if not isinstance(source, StreamSource) and len(source) == 0:
+                raise DataError(f"{source.name} holds no samples")
+        self.sources, self.seed = list(sources), seed
+        self.weights = list(weights) if weights else [float(len(s)) if isinstance(s, Source) else 1.0 for s in sources]
+        self.position = 0
+        self.counters = [0] * len(sources)
+        self._orders: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def next(self, mine: bool = True) -> tuple[int, int | Sample] | None:
+        """The next reference of the global order, or None where it is another rank's record of a stream."""
+        which = self._choose()
+        source, count = self.sources[which], self.counters[which]
+        self.position += 1
+        if isinstance(source, StreamSource):
+            if not mine:
+                return None
+            self.counters[which] += 1
+            return which, source.next()
+        self.counters[which] += 1
+        return which, self._index(which, count)
+
+    def state(self) -> dict[str, Any]:
+        streams = [s.state() if isinstance(s, StreamSource) else None for s in self.sources]
+        return {"seed": self.seed, "position": self.position, "counters": list(self.counters), "streams": streams}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises DataError when the state belongs to other sources or another seed."""
+        if state["seed"] != self.seed or len(state["counters"]) != len(self.sources):
+            raise DataError("the checkpoint's data state is of another seed or another list of sources; resume with the same data settings")
+        self.position, self.counters = state["position"], list(state["counters"])
+        for source, kept in zip(self.sources, state["streams"], strict=True):
+            if isinstance(source, StreamSource):
+                source.restore(kept)
+
+    def _choose(self) -> int:
+        if len(self.sources) == 1:
+            return 0
+        draw = random.Random(f"{self.seed}/mix/{self.position}").random() * sum(self.weights)
+        for which, weight in enumerate(self.weights):
+            draw -= weight
+            if draw < 0:
+                return which
+        return len(self.weights) - 1
+
+    def _index(self, which: int, count: int) -> int:
+        source = self.sources[which]
+        assert not isinstance(source, StreamSource)
+        length = len(source)
+        if length >= ENDLESS:
+            return count
+        epoch, at = divmod(count, length)
+        if self._orders.get(which, (-1, None))[0] != epoch:
+            generator = torch.Generator().manual_seed(_number(f"{self.seed}/{which}/{epoch}"))
+            self._orders[which] = (epoch, torch.randperm(length, generator=generator))
+        return int(self._orders[which][1][at])
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+@dataclass
+class Fetched:
+    """One batch as it comes out of a worker."""
+
+    batch: PairBatch
+    rejects: list[Reject] = field(default_factory=list)
+
+
+class Fetcher(Dataset):
+    """References to a packed batch; runs in the workers."""
+
+    def __init__(self, sources, processor: PairProcessor, seed: int, crop_scale: tuple[float, float] | None = None):
+        self.sources, self.processor, self.seed, self.crop_scale = sources, processor, seed, crop_scale
+
+    def __getitem__(self, references: tuple[int, list[tuple[int, int | Sample]]]) -> Fetched:
+        start, wanted = references
+        images, texts, keys, rejects = [], [], [], []
+        for offset, (which, at) in enumerate(wanted):
+            rng = random.Random(f"{self.seed}/pick/{start + offset}")
+            sample, image = self._usable(which, at, rng, rejects)
+            images.append(image)
+            texts.append(rng.choice(sample.texts))
+            keys.append(sample.key)
+        groups = torch.tensor([_number(text) for text in texts])
+        return Fetched(PairBatch(self.processor.images(images), self.processor.texts(texts), keys, groups), rejects)
+
+    def _usable(self, which: int, at: int | Sample, rng: random.Random, rejects: list[Reject]):
+        """The sample asked for, or the first usable one of a sequence that its number determines."""
+        if isinstance(at, Sample):
+            return at, self._picture(at, rng)
+        source, index = self.sources[which], at
+        for attempt in range(ATTEMPTS):
+            try:
+                sample = source[index]
+                if not sample.texts or not any(text.strip() for text in sample.texts):
+                    raise SampleError("no caption")
+                return sample, self._picture(sample, rng)
+            except SampleError as error:
+                rejects.append(Reject(f"{source.name}/{index}", str(error)))
+                index = _number(f"{source.name}/{at}/{attempt}") % len(source)
+        raise DataError(f"{ATTEMPTS} samples of {source.name} in a row were unusable; the last: {rejects[-1].key}: {rejects[-1].reason}")
+
+    def _picture(self, sample: Sample, rng: random.Random):
+        picture = open_image(sample.image)
+        if self.crop_scale is None:
+            return picture
+        return random_crop(picture, self.crop_scale, rng)
+
+
+def random_crop(picture, scale: tuple[float, float], rng: random.Random):
+    """A random part of the picture: a share of its area within `scale`, aspect changed by at most 4:3 (torchvision's rule)."""
+    width, height = picture.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = (4 / 3) ** rng.uniform(-1, 1)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            return picture.crop((x, y, x + w, y + h))
+    return picture
+
+
+class PairLoader:
+    """Endless packed batches for one rank. `state()` is that of the last batch handed out, whatever the workers have read ahead."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: PairProcessor,
+        *,
+        batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        crop_scale: tuple[float, float] | None = None,
+        rejects: Rejects | None = None,
+    ):
+        if batch % ranks:
+            raise DataError(f"data.batch={batch} does not divide over {ranks} ranks; take a multiple")
+        self.mixture, self.batch, self.rank, self.share = mixture, batch, rank, batch // ranks
+        self.rejects = rejects or Rejects(None, 1.0)
+        self.fetcher = Fetcher(mixture.sources, processor, mixture.seed, crop_scale)
+        self.workers, self.prefetch = workers, prefetch
+        self._states: deque[dict[str, Any]] = deque()
+        self._state = mixture.state()
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        loader = DataLoader(
+            self.fetcher,
+            batch_size=None,
+            sampler=self._references(),  # pyright: ignore[reportArgumentType]
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+        )
+        for fetched in loader:
+            skipped = [Reject(*reject) for s in self.mixture.sources if isinstance(s, StreamSource) for reject in s.take_rejects()]
+            self.rejects.add(len(fetched.batch), fetched.rejects + skipped)
+            self._state = self._states.popleft()
+            yield fetched.batch
+
+    def state(self) -> dict[str, Any]:
+        return self._state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.mixture.restore(state)
+        self._state = state
+
+    def _references(self):
+        first, last = self.rank * self.share, (self.rank + 1) * self.share
+        while True:
+            start = self.mixture.position
+            drawn = [self.mixture.next(first <= offset < last) for offset in range(self.batch)]
+            self._states.append(self.mixture.state())
+            yield start + first, drawn[first:last]

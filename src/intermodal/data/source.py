@@ -1,0 +1,33 @@
+"""What a data source is: numbered samples that can be asked for in any order, from any process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass
+class Sample:
+    """One picture with its captions.
+
+    `image` is whatever `inputs.image.open_image` takes (encoded bytes, a path, an array); it is decoded late, in a worker.
+    """
+
+    key: str
+    """Names the sample in errors, rejects and NaN reports: source and place within it."""
+    image: Any
+    texts: list[str]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access by number; must survive pickling into a worker."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample number `index`. Raises SampleError when that one cannot be read."""
+        ...

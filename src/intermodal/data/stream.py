@@ -1,0 +1,91 @@
+"""Sources that can only be read from front to back: hub data sets and remote shards, through `datasets`' streaming.
+
+Records are decoded as they are read, so that an unusable one is replaced by the next and nothing is skipped unseen. The order is
+shuffled block by block; a state is the stream's own state at the start of a block and the place within it, so resuming reads the
+block again and goes on exactly where it stopped (a plain shuffle buffer loses its content).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import SampleError
+from ..inputs.image import open_image
+from .source import Sample
+
+
+class StreamSource:
+    """A `datasets.IterableDataset` with a function from its records to samples."""
+
+    def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Sample], *, seed: int = 0, block: int = 1024):
+        self.name, self.dataset, self.to_sample = name, dataset, to_sample
+        self.seed, self.block = seed, block
+        self.epoch = self.blocks = self.at = 0
+        self.rejects: list[tuple[str, str]] = []
+        self._block_epoch, self._block_state = 0, copy.deepcopy(dataset.state_dict())
+        self._samples: list[Sample] | None = None
+        self._iterator: Iterator[dict[str, Any]] | None = None
+
+    def next(self) -> Sample:
+        """The next usable sample; starts over at the end of the data.
+
+        Raises:
+            SampleError: a whole pass gave nothing usable.
+        """
+        while self._samples is None or self.at >= len(self._samples):
+            if self._samples is not None:
+                self.blocks += 1
+                self.at = 0
+            self._fill()
+        self.at += 1
+        return self._samples[self.at - 1]
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self._block_epoch, "blocks": self.blocks, "at": self.at, "stream": self._block_state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.blocks, self.at = state["epoch"], state["blocks"], state["at"]
+        self._block_epoch, self._block_state = state["epoch"], state["stream"]
+        self.dataset.set_epoch(self.epoch)
+        self.dataset.load_state_dict(copy.deepcopy(state["stream"]))
+        self._iterator = self._samples = None
+
+    def take_rejects(self) -> list[tuple[str, str]]:
+        """(key, reason) of the records skipped since the last call."""
+        taken, self.rejects = self.rejects, []
+        return taken
+
+    def _fill(self) -> None:
+        self._block_epoch, self._block_state = self.epoch, copy.deepcopy(self.dataset.state_dict())
+        empty_passes, samples = 0, []
+        if self._iterator is None:
+            self._iterator = iter(self.dataset)
+        while len(samples) < self.block:
+            record = next(self._iterator, None)
+            if record is None:
+                if samples:
+                    break
+                empty_passes += 1
+                if empty_passes > 1:
+                    raise SampleError(f"{self.name}: a whole pass over the stream gave no usable sample")
+                self.epoch += 1
+                self._restart()
+                continue
+            key = f"{self.name}/{record.get('__key__', f'{self.epoch}.{self.blocks}.{len(samples)}')}"
+            try:
+                sample = self.to_sample(key, record)
+                sample.image = open_image(sample.image)
+                if not sample.texts:
+                    raise SampleError("no caption")
+                samples.append(sample)
+            except SampleError as error:
+                self.rejects.append((key, str(error)))
+        random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
+        self._samples = samples
+
+    def _restart(self) -> None:
+        self.dataset.set_epoch(self.epoch)
+        self._iterator = iter(self.dataset)

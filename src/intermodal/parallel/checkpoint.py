@@ -1,0 +1,95 @@
+"""Sharded checkpoints of a run (torch.distributed.checkpoint), readable on another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from ..errors import CheckpointError
+from ..models.clip import DualEncoder
+from .setup import World
+
+META = "meta.json"
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    run: Path, step: int, world: World, model: DualEncoder, optimizer, average: dict[str, torch.Tensor] | None, meta: dict[str, Any], keep: int
+) -> Path:
+    """Write step `step`; the folder appears under its name only when it is whole. Older ones beyond `keep` are removed."""
+    final = folder_of(run, step)
+    partial = final.with_name(final.name + ".partial")
+    if world.main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _wait(world)
+    weights, moments = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if average is not None:
+        state["average"] = average
+    dcp.save(state, checkpoint_id=str(partial), no_dist=world.size == 1)
+    torch.save(_random_state(), partial / f"random-{world.rank}.pt")
+    if world.main:
+        (partial / META).write_text(json.dumps({**meta, "step": step, "ranks": world.size}))
+    _wait(world)
+    if world.main:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(final.parent.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+    _wait(world)
+    return final
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = sorted((run / "checkpoints").glob(f"step-????????/{META}"))
+    return found[-1].parent if found else None
+
+
+def restore(folder: Path, world: World, model: DualEncoder, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+    """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or is of another model.
+    """
+    meta_file = folder / META
+    if not meta_file.exists():
+        raise CheckpointError(f"{folder} is not a checkpoint of a run (no {META})")
+    meta = json.loads(meta_file.read_text())
+    weights, moments = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if average is not None:
+        state["average"] = average
+    try:
+        dcp.load(state, checkpoint_id=str(folder), no_dist=world.size == 1)
+    except Exception as error:  # DCP wraps every cause in its own exception
+        raise CheckpointError(f"{folder} does not fit this run (other model settings?): {error}") from error
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(strict=True))
+    if meta["ranks"] == world.size:
+        _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
+    return meta
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _wait(world: World) -> None:
+    if world.size > 1:
+        torch.distributed.barrier()

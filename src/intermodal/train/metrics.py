@@ -1,0 +1,79 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard where it is installed, and a live line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Metrics:
+    """One line a logged step to `metrics.jsonl` (and TensorBoard). On resume, lines past the checkpoint are cut off."""
+
+    def __init__(self, run: Path, *, resumed_at: int = 0):
+        self.path = run / "metrics.jsonl"
+        kept = []
+        if resumed_at and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["step"] <= resumed_at]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at or None)
+        except ImportError:  # an optional extra: `pip install 'intermodal[track]'`
+            self.board = None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+class Display:
+    """A live bar on a terminal; plain lines every few seconds elsewhere."""
+
+    def __init__(self, console: Console, name: str, done: int, steps: int, batch: int, *, quiet: bool = False):
+        self.console, self.steps, self.batch, self.quiet = console, steps, batch, quiet
+        self.live = console.is_terminal and not quiet
+        self.spoke = 0.0
+        if self.live:
+            columns = (
+                TextColumn(f"[bold]{name}[/bold]"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=console)
+            self.task = self.progress.add_task(name, total=steps, completed=done, note="starting")
+            self.progress.start()
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        chance = math.log(self.batch)
+        note = f"{values['images_per_second']:.0f} img/s  loss {values['loss']:.3f}"
+        if values.get("kind") == "softmax":
+            note += f" (chance {chance:.2f})"
+        else:
+            note += f" (batch accuracy {values['accuracy']:.0%}, chance {1 / self.batch:.1%})"
+        if self.live:
+            self.progress.update(self.task, completed=step, note=note)
+        elif not self.quiet and (time.monotonic() - self.spoke > 5 or step == self.steps):
+            self.spoke = time.monotonic()
+            left = (self.steps - step) * self.batch / max(values["images_per_second"], 1e-9)
+            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} s left")
+
+    def close(self) -> None:
+        if self.live:
+            self.progress.stop()

@@ -1,0 +1,141 @@
+"""What a training run is made of. A recipe file defines `recipe(tiny=False) -> Recipe`; any field can be set by its dotted path."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from ..errors import IntermodalError
+from ..models.text import TextConfig
+from ..models.vit import VisionConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dual encoder from scratch, or one to go on from."""
+
+    family: Literal["clip", "siglip", "siglip2"] = "siglip"
+    start: str | None = None
+    """A directory or hub id to start from; the tower settings below are then read from it."""
+    vision: VisionConfig = VisionConfig(width=192, depth=6, heads=3, mlp_width=768, image_size=64, patch_size=8)
+    text: TextConfig = TextConfig(width=192, depth=3, heads=3, mlp_width=768, vocab_size=1024, context=24, eos_id=1)
+    embed_width: int = 192
+    vocabulary: int = 1024
+    """Largest size of the tokenizer trained on the captions of the first source."""
+    tokenizer_samples: int = 4096
+    """How many samples' captions the tokenizer is trained on."""
+    max_patches: int = 256
+    """NaFlex only: most patches of a picture."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[str, ...] = ("scenes:core",)
+    """Sources: `scenes:core`, `scenes:all`, `sprites`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv; `{000..009}` and * expand."""
+    weights: tuple[float, ...] | None = None
+    """How often each source is drawn; by size when left out."""
+    batch: int = 256
+    """Pairs a step over all ranks."""
+    workers: int = 1
+    """Processes that decode pictures and make tokens; 0 does it in the training process."""
+    prefetch: int = 4
+    """Batches each worker keeps ready."""
+    seed: int = 0
+    crop_scale: tuple[float, float] | None = None
+    """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
+    allow_urls: bool = False
+    """Fetch pictures named by http(s) addresses."""
+    max_reject_share: float = 0.05
+    """Stop when more than this share of the samples read is unusable."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    """Not applied to vectors and scalars: norms, biases, positions' rows are matrices and do decay, the scale does not."""
+    warmup: int = 50
+    """Steps of linear warm-up, then a cosine to `final_lr_share`."""
+    final_lr_share: float = 0.0
+    clip_norm: float | None = 1.0
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights; None keeps none. What is exported is then the average."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 300
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    duplicates: Literal["negative", "positive", "ignore"] = "negative"
+    """What two different samples with the same caption are to each other."""
+    micro_batch: int | None = None
+    """Pairs of one forward on one rank (gradient caching); None takes the rank's whole share at once."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32 always."""
+    checkpoint_activations: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Across ranks: whole weights on each, or sharded weights and optimizer state."""
+    threads: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    save_every: int | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many checkpoints stay on disk."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_recipe(path: str | Path, *, tiny: bool = False) -> Recipe:
+    """Run a recipe file's `recipe(tiny=...)`.
+
+    Raises:
+        IntermodalError: no such file, no such function, or it returned something else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise IntermodalError(f"no recipe at {file}; the ones that come with the project are in recipes/")
+    spec = importlib.util.spec_from_file_location(f"intermodal_recipe_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, "recipe", None)
+    if function is None:
+        raise IntermodalError(f"{file} defines no function `recipe(tiny=False)`")
+    made = function(tiny=tiny)
+    if not isinstance(made, Recipe):
+        raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe")
+    return made
+
+
+def tiny_version(recipe: Recipe) -> Recipe:
+    """The same recipe at a size that trains three steps in a second, for tests."""
+    model = recipe.model
+    shrunk = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    return replace(
+        recipe,
+        model=replace(
+            model,
+            vision=replace(model.vision, **shrunk, image_size=32, patch_size=8),
+            text=replace(model.text, **shrunk),
+            embed_width=32,
+            vocabulary=256,
+            tokenizer_samples=64,
+            max_patches=16,
+        ),
+        data=replace(recipe.data, batch=8, workers=0),
+        optim=replace(recipe.optim, warmup=1),
+        train=replace(recipe.train, steps=3, log_every=1, micro_batch=None, save_every=None),
+    )
