@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -161,30 +162,27 @@ def _varlen_cuda(q, k, v, segments: Segments, kv: Segments, causal, window, scal
 
 def _grouped(q, k, v, segments: Segments, kv: Segments, causal, window, dropout, scale) -> Tensor:
     """Sequences of equal length become one batched call; a batch that is sorted by length is never copied."""
-    shapes = sorted(zip(segments.lengths, kv.lengths, strict=True))
-    in_order = shapes == list(zip(segments.lengths, kv.lengths, strict=True))
-    order = None
-    if not in_order:
-        keys = list(zip(segments.lengths, kv.lengths, strict=True))
-        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    shapes = list(zip(segments.lengths, kv.lengths, strict=True))
+    restore = None
+    if shapes != sorted(shapes):
+        order = torch.tensor(sorted(range(len(shapes)), key=shapes.__getitem__))
         q, restore = _permute(q, segments, order)
         k, _ = _permute(k, kv, order)
         v, _ = _permute(v, kv, order)
-    pieces, start, q_at, k_at = [], 0, 0, 0
-    while start < len(shapes):
-        lq, lk = shapes[start]
-        count = 1
-        while start + count < len(shapes) and shapes[start + count] == (lq, lk):
-            count += 1
-        rows_q, rows_k = slice(q_at, q_at + count * lq), slice(k_at, k_at + count * lk)
-        q_NHLK = q[rows_q].unflatten(0, (count, lq)).transpose(1, 2)
-        k_NGLK = k[rows_k].unflatten(0, (count, lk)).transpose(1, 2)
-        v_NGLK = v[rows_k].unflatten(0, (count, lk)).transpose(1, 2)
+        shapes.sort()
+    runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
+    # split, not slices: its backward writes every gradient once instead of filling a zero tensor a run
+    parts_q = q.split([lq * count for (lq, _), count in runs])
+    parts_k, parts_v = (x.split([lk * count for (_, lk), count in runs]) for x in (k, v))
+    pieces = []
+    for ((lq, lk), count), part_q, part_k, part_v in zip(runs, parts_q, parts_k, parts_v, strict=True):
+        q_NHLK = part_q.unflatten(0, (count, lq)).transpose(1, 2)
+        k_NGLK = part_k.unflatten(0, (count, lk)).transpose(1, 2)
+        v_NGLK = part_v.unflatten(0, (count, lk)).transpose(1, 2)
         out = _equal_lengths(q_NHLK, k_NGLK, v_NGLK, causal, window, dropout, scale)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
-        start, q_at, k_at = start + count, rows_q.stop, rows_k.stop
     out_THK = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return out_THK if order is None else _Permute.apply(out_THK, *restore)  # pyright: ignore[reportPossiblyUnbound, reportReturnType]
+    return out_THK if restore is None else _Permute.apply(out_THK, *restore)  # pyright: ignore[reportReturnType]
 
 
 def _permute(x: Tensor, segments: Segments, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import IntermodalError, nearest
 from .attention import Segments, attention
 
 
@@ -47,11 +48,12 @@ class TransformerConfig:
     dropout: float = 0.0
     """Probability of dropping a value of each residual branch while training; a training setting, not part of a checkpoint."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises IntermodalError for a shape that cannot be built. Not in `__post_init__`: overrides change one field at a time."""
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise IntermodalError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+            raise IntermodalError(f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}")
 
 
 class MLP(nn.Module):
@@ -75,7 +77,10 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        q, k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # one product for the three: the weights are small beside the tokens, and backward then adds no input gradients up
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+        q, k, v = F.linear(x_TD, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return self.out_proj(attention(q, k, v, segments, causal=self.causal).flatten(1))
 
 
@@ -100,6 +105,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TransformerConfig, causal: bool):
         super().__init__()
+        config.check()
         self.layers = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.checkpoint_activations = False
 

@@ -1,0 +1,241 @@
+"""The command line. Torch is imported inside the verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train, evaluate, run and exchange multimodal encoders: CLIP, SigLIP, SigLIP 2.",
+)
+data = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at data, fetch it, and print its baselines.")
+app.add_typer(data, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every verb; `run` reads --debug itself, before parsing."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file: a Python file with `recipe(tiny=False)`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings by dotted path, for example `data.batch=512`.")] = None,
+    out: Out = Path("runs/train"),
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out.")] = False,
+    tiny: Annotated[bool, typer.Option(help="The recipe's smallest version: three steps, to see that it runs.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print every setting and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe; the result is a Hugging Face directory in `OUT/model`.
+
+    Examples:
+
+    `intermodal train recipes/siglip.py --out runs/a`
+
+    `intermodal train recipes/clip.py 'data.train=["shards/{000..009}.tar"]' data.batch=512 train.steps=2000 --out runs/b`
+
+    `torchrun --nproc-per-node 2 -m intermodal train recipes/siglip.py train.parallel=fsdp train.threads=1 --out runs/c`
+    """
+    from ..config import override, paths
+    from ..train.recipe import load_recipe
+
+    made = override(load_recipe(recipe, tiny=tiny), overrides or [])
+    if show:
+        settings = paths(made)
+        _print(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
+        return
+    from ..train.loop import train as run_training
+
+    run_training(made, out, resume=resume, quiet=as_json)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        _print({"model": str(out / "model"), **last}, as_json, f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f})")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
+    source: Annotated[str, typer.Argument(help="`scenes:core`, `sprites:core`, `tuxpaint`, or your own data with captions.")] = "scenes:core",
+    task: Annotated[str, typer.Option(help="`retrieval` or `zeroshot` (every distinct caption is a class).")] = "retrieval",
+    classes: Annotated[Path | None, typer.Option(help="Zero-shot: a file with one class name a line.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
+    count: Annotated[int, typer.Option(help="At most this many samples.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Score a model: retrieval recall@1/5/10 both ways, or zero-shot top-1 and top-5.
+
+    Examples:
+
+    `intermodal eval runs/demo/model scenes:core`
+
+    `intermodal eval openai/clip-vit-base-patch32 my_folder --task zeroshot --template 'a photo of a {}.'`
+    """
+    from ..evaluate.run import evaluate_source
+
+    scores = evaluate_source(model, source, task, classes=classes, templates=template, count=count, progress=not as_json)
+    _print(scores, as_json, "\n".join(f"{name:28s} {value:.4f}" if isinstance(value, float) else f"{name:28s} {value}" for name, value in scores.items()))
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
+    source: Annotated[str, typer.Argument(help="A folder of pictures, a table, shards, or a .txt file with a text a line.")],
+    out: Out = Path("embeddings.parquet"),
+    batch: Annotated[int, typer.Option(help="Items of one forward.")] = 64,
+) -> None:
+    """Write unit-length embeddings to parquet (key, vector) or .npy; a run that was stopped goes on where it was.
+
+    Example: `intermodal embed runs/demo/model photos/ --out photos.parquet`
+    """
+    from ..evaluate.embed import embed_source
+
+    written, reused, rejected = embed_source(model, source, out, batch)
+    typer.echo(f"{out}: {written + reused} embeddings ({reused} from an earlier run), {rejected} rejected")
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
+    folder: Annotated[str, typer.Argument(help="Pictures to rank: a folder, or parquet written by `embed`.")],
+    sentence: Annotated[str, typer.Argument(help="What to look for.")],
+    top: Annotated[int, typer.Option(help="How many to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Rank pictures for a sentence.
+
+    Example: `intermodal search runs/demo/model photos/ "two dogs above a car"`
+    """
+    from ..evaluate.embed import search as rank
+
+    hits = rank(model, folder, sentence, top)
+    _print({"hits": [{"key": key, "score": score} for key, score in hits]}, as_json, "\n".join(f"{score:.4f}  {key}" for key, score in hits))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory or hub id in any readable layout.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write.")],
+    layout: Annotated[str, typer.Option(help="`hf` (transformers) or `open_clip`.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    image_size: Annotated[int | None, typer.Option(help="Resample the positions for pictures of this side.")] = None,
+) -> None:
+    """Rewrite a checkpoint in another layout, type or image size.
+
+    Example: `intermodal convert open_clip_dir hf_dir --layout hf`
+    """
+    from ..weights.load import load, save
+
+    model = load(source, dtype=dtype, image_size=image_size)
+    save(model, target, layout=layout)
+    typer.echo(f"{target}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, layout {layout}")
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seconds: Annotated[float, typer.Option(help="How long to train; the steps are set to fit.")] = 165.0,
+    steps: Annotated[int | None, typer.Option(help="Train exactly this many steps instead.")] = None,
+) -> None:
+    """Train SigLIP on composed scenes for three minutes and draw `report.html`: what it learned, beside what needs no learning.
+
+    Example: `intermodal demo --out runs/demo`
+    """
+    from ..evaluate.demo import run_demo
+
+    report = run_demo(out, seconds, steps)
+    typer.echo(f"report: {report}")
+
+
+@data.command()
+def preview(
+    source: Annotated[str, typer.Argument(help="Any source that `train` takes.")] = "scenes:core",
+    out: Out = Path("preview.png"),
+    count: Annotated[int, typer.Option(help="How many samples.")] = 24,
+    side: Annotated[int, typer.Option(help="Pixels of a picture on the sheet.")] = 128,
+) -> None:
+    """Draw a contact sheet: pictures with their captions.
+
+    Example: `intermodal data preview scenes:all --out sheet.png`
+    """
+    from ..data.preview import contact_sheet
+
+    shown, rejected = contact_sheet(source, out, count, side)
+    typer.echo(f"{out}: {shown} samples" + (f", {rejected} unusable" if rejected else ""))
+
+
+@data.command()
+def stats(
+    source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
+    count: Annotated[int, typer.Option(help="How many samples are looked at.")] = 500,
+    side: Annotated[int, typer.Option(help="Pixels of a scene's side.")] = 48,
+    as_json: Json = False,
+) -> None:
+    """Print what a source holds and, for scenes, every baseline beside which a result must be shown.
+
+    Example: `intermodal data stats scenes:core`
+    """
+    from ..data.preview import describe
+
+    found = describe(source, count, side)
+    _print(found, as_json, "\n".join(_lines(found)))
+
+
+@data.command()
+def fetch(name: Annotated[str, typer.Argument(help="`tuxpaint`: Debian's stamps, about 160 MB, GPL-2 and others.")]) -> None:
+    """Fetch a data set that is not ours to ship.
+
+    Example: `intermodal data fetch tuxpaint`
+    """
+    from ..data.readers import SourceError
+    from ..data.tuxpaint import TuxPaint
+    from ..data.tuxpaint import fetch as fetch_tuxpaint
+
+    if name != "tuxpaint":
+        raise SourceError(f"nothing to fetch by the name {name!r}; there is: tuxpaint")
+    folder = fetch_tuxpaint()
+    typer.echo(f"{folder}: {len(TuxPaint(str(folder)))} stamps; train on them as the source tuxpaint:{folder}")
+
+
+def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    out = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            out.append(f"{indent}{name:34s} {value:.3f}" if isinstance(value, float) else f"{indent}{name:34s} {value}")
+    return out
+
+
+def _print(values: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(values) if as_json else text)
+
+
+def run(arguments: list[str]) -> NoReturn:
+    """Run a verb; an error of the user's making is one line on stderr and exit code 1, with --debug a traceback."""
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from ..errors import IntermodalError
+
+        if debug or not isinstance(error, IntermodalError | ValueError | OSError):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(130 if type(error).__name__ == "Stopped" else 1)
+    sys.exit(0)

@@ -1,0 +1,110 @@
+"""`intermodal data preview` and `stats`: look before you train."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..errors import SampleError
+from ..inputs.image import open_image
+from .readers import open_source
+from .scenes import Scenes, font_files
+from .stream import StreamSource
+
+
+def contact_sheet(spec: str, out: Path, count: int, side: int) -> tuple[int, int]:
+    """Draw the first `count` samples with their captions; returns (shown, unusable)."""
+    source = open_source(spec, side=side)
+    cells: list[tuple[Image.Image, str]] = []
+    rejected, index = 0, 0
+    length = count if isinstance(source, StreamSource) else len(source)
+    while len(cells) < count and index < length:
+        try:
+            sample = source.next() if isinstance(source, StreamSource) else source[index]
+            cells.append((open_image(sample.image), sample.texts[index % len(sample.texts)]))
+        except SampleError:
+            rejected += 1
+        index += 1
+    sheet(cells, side).save(out)
+    return len(cells), rejected
+
+
+def sheet(cells: list[tuple[Image.Image, str]], side: int, columns: int = 6) -> Image.Image:
+    """A grid of pictures with text below each."""
+    from PIL import ImageFont
+
+    size = max(10, side // 11)
+    font = ImageFont.truetype(str(next(f for f in font_files() if f.name == "DejaVuSans.ttf")), size)
+    columns = min(columns, max(1, len(cells)))
+    per_line = max(8, int(side / (size * 0.55)))
+    lines = [textwrap.wrap(text, per_line)[:4] for _, text in cells]
+    below = (max((len(wrapped) for wrapped in lines), default=1) + 1) * (size + 2)
+    rows = -(-len(cells) // columns)
+    canvas = Image.new("RGB", (columns * (side + 8), max(1, rows) * (side + below)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, ((picture, _), wrapped) in enumerate(zip(cells, lines, strict=True)):
+        x, y = i % columns * (side + 8) + 4, i // columns * (side + below) + 2
+        picture = picture.copy()
+        picture.thumbnail((side, side))
+        canvas.paste(picture, (x + (side - picture.width) // 2, y))
+        for n, line in enumerate(wrapped):
+            pen.text((x, y + side + 2 + n * (size + 2)), line, font=font, fill=(20, 20, 20))
+    return canvas
+
+
+def describe(spec: str, count: int, side: int) -> dict[str, Any]:
+    """Counts and caption lengths of any source; for scenes the share of every fact and all baselines."""
+    source = open_source(spec, side=side)
+    samples, reasons = [], Counter()
+    for index in range(count if isinstance(source, StreamSource) else min(count, len(source))):
+        try:
+            samples.append(source.next() if isinstance(source, StreamSource) else source[index])
+        except SampleError as error:
+            reasons[str(error)] += 1
+    words = [len(text.split()) for sample in samples for text in sample.texts]
+    texts = Counter(sample.texts[0] for sample in samples)
+    out: dict[str, Any] = {
+        "source": source.name,
+        "samples": "endless" if isinstance(source, Scenes | StreamSource) else len(source),
+        "looked at": len(samples) + sum(reasons.values()),
+        "unusable": sum(reasons.values()),
+        "words in a caption, mean": sum(words) / max(1, len(words)),
+        "words in a caption, most": max(words, default=0),
+        "captions on several pictures": sum(1 for n in texts.values() if n > 1),
+    }
+    problems = getattr(source, "problems", [])
+    if problems:
+        out["problems"] = dict(problems[:10])
+    if isinstance(source, Scenes):
+        out |= _scene_stats(samples, source, count, side)
+    return out
+
+
+def _scene_stats(samples, source: Scenes, count: int, side: int) -> dict[str, Any]:
+    from ..evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
+
+    truths = [sample.meta for sample in samples]
+    relations = Counter(t["relation"] or "single group" for t in truths)
+    counts = Counter(g["count"] for t in truths for g in t["groups"])
+    which = source.config.concepts
+    baselines = scene_baselines(SceneTask.make(count, side, which=which, style=None))
+    majority = counts.most_common(1)[0]
+    return {
+        "facts": {
+            "concepts": len(source.pool),
+            "relations": dict(relations),
+            "objects in a group": dict(sorted(counts.items())),
+            "majority count": f"{majority[0]} ({majority[1] / sum(counts.values()):.0%} of groups)",
+        },
+        "baselines on held-out combinations": {
+            name: getattr(baselines, name) for name in ("chance", "text_only", "bag_of_words", "raw_pixels")
+        },
+        "baselines on single sprites of the held-out style": {
+            "chance": 1 / len(source.pool),
+            "nearest raw pixels, top-1": sprite_pixels(side, which)["top-1"],
+        },
+    }

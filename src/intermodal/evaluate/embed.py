@@ -1,0 +1,166 @@
+"""`intermodal embed` and `search`: embeddings on disk, written in parts so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.progress import track
+
+from ..data.loader import ENDLESS
+from ..data.readers import FolderSource, SourceError, open_source
+from ..data.stream import StreamSource
+from ..errors import IntermodalError, SampleError
+from ..inputs.image import open_image
+from ..models.clip import DualEncoder
+from ..weights.load import load
+
+PART = 2048
+"""Items of one part file."""
+
+
+def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64) -> tuple[int, int, int]:
+    """Embed every item of a source into `out` (.parquet with key and vector, or .npy with a `.keys.json` beside it).
+
+    Parts are written as they are done into `out` + ".parts"; a later call with the same model, source and batch skips those that are
+    there. A `.txt` source embeds its lines as texts.
+
+    Returns:
+        (embeddings made now, embeddings found, rejected items); the rejects are named in `out` + ".rejects.jsonl".
+
+    Raises:
+        IntermodalError: an endless source, an unknown ending of `out`, or parts of another job.
+    """
+    if out.suffix not in (".parquet", ".npy"):
+        raise IntermodalError(f"{out}: embeddings are written to .parquet or .npy")
+    encoder = load(model) if isinstance(model, str) else model
+    length, item, encode = _items(encoder, spec)
+    parts = out.with_name(out.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    _same_job(parts, {"model": str(model), "source": spec, "length": length})
+    made = found = 0
+    for start in track(range(0, length, PART), "embedding", disable=length < PART):
+        file = parts / f"{start:010d}.parquet"
+        if file.exists():
+            found += pq.read_metadata(file).num_rows
+            continue
+        keys, vectors, rejects = [], [], []
+        for low in range(start, min(start + PART, length), batch):
+            ready: list[Any] = []
+            for index in range(low, min(low + batch, start + PART, length)):
+                try:
+                    key, value = item(index)
+                    ready.append(value)
+                    keys.append(key)
+                except SampleError as error:
+                    rejects.append({"key": f"{spec}/{index}", "reason": str(error)})
+            if ready:
+                vectors.append(encode(ready))
+        rows = torch.cat(vectors).numpy() if vectors else np.empty((0, encoder.config.embed_width), np.float32)
+        _write_part(file, keys, rows, rejects)
+        made += len(keys)
+    rejected = _join(parts, out)
+    return made, found, rejected
+
+
+def _items(encoder: DualEncoder, spec: str):
+    """(how many, number -> (key, value), values -> vectors) of a source of pictures or a file of lines."""
+    if spec.endswith(".txt"):
+        lines = Path(spec).read_text(encoding="utf-8").splitlines()
+        return len(lines), lambda i: (f"{spec}:{i + 1}", lines[i]), encoder.embed_texts
+    path = Path(spec).expanduser()
+    source = FolderSource(path) if path.is_dir() else open_source(spec, side=encoder.config.vision.image_size)
+    if isinstance(source, StreamSource) or len(source) >= ENDLESS:
+        raise SourceError(f"{spec} has no end: embed takes a folder, a table or shards")
+
+    def item(index: int) -> tuple[str, Any]:
+        if isinstance(source, FolderSource):  # pictures need no caption here
+            return str(source.files[index]), open_image(str(source.files[index]))
+        sample = source[index]
+        return sample.key, open_image(sample.image)
+
+    return len(source), item, encoder.embed_images
+
+
+def _same_job(parts: Path, job: dict[str, Any]) -> None:
+    file = parts / "job.json"
+    if file.exists() and json.loads(file.read_text()) != job:
+        raise IntermodalError(f"{parts} holds parts of another job ({file.read_text()}); remove it or give another --out")
+    file.write_text(json.dumps(job))
+
+
+def _write_part(file: Path, keys: list[str], rows: np.ndarray, rejects: list[dict[str, str]]) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+    partial = file.with_suffix(".partial")
+    pq.write_table(pa.table({"key": keys, "embedding": vectors}), partial)
+    file.with_suffix(".rejects.json").write_text(json.dumps(rejects))
+    partial.rename(file)
+
+
+def _join(parts: Path, out: Path) -> int:
+    """One file from the parts; the parts go once it is whole."""
+    files = sorted(parts.glob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({"key": [], "embedding": []})
+    partial = out.with_name(out.name + ".partial")
+    if out.suffix == ".parquet":
+        pq.write_table(table, partial)
+    else:
+        with partial.open("wb") as file:
+            np.save(file, _matrix(table))
+        out.with_name(out.name + ".keys.json").write_text(json.dumps(table["key"].to_pylist()))
+    os.replace(partial, out)
+    rejects = [reject for file in files for reject in json.loads(file.with_suffix(".rejects.json").read_text())]
+    listing = out.with_name(out.name + ".rejects.jsonl")
+    if rejects:
+        listing.write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+    for file in parts.iterdir():
+        file.unlink()
+    parts.rmdir()
+    return len(rejects)
+
+
+def _matrix(table: pa.Table) -> np.ndarray:
+    rows = table["embedding"].combine_chunks()
+    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1) if len(rows) else np.empty((0, 0), np.float32)
+
+
+def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> list[tuple[str, float]]:
+    """The `top` pictures nearest to a sentence: (key, cosine). `where` is a folder, or parquet written by `embed`."""
+    encoder = load(model) if isinstance(model, str) else model
+    if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
+        table = pq.read_table(where)
+        keys, image = table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy())
+    else:
+        keys, rows = [], []
+        for key_batch, vectors in _embedded(encoder, where):
+            keys += key_batch
+            rows.append(vectors)
+        image = torch.cat(rows) if rows else torch.empty(0, encoder.config.embed_width)
+    if not len(image):
+        raise IntermodalError(f"{where} holds no readable picture")
+    scores = image @ encoder.embed_texts([sentence])[0]
+    best = scores.topk(min(top, len(scores)))
+    return [(keys[i], float(s)) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def _embedded(encoder: DualEncoder, where: str, batch: int = 64) -> Iterator[tuple[list[str], torch.Tensor]]:
+    length, item, encode = _items(encoder, where)
+    for start in track(range(0, length, batch), "embedding", disable=length < 500, transient=True):
+        keys, ready = [], []
+        for index in range(start, min(start + batch, length)):
+            try:
+                key, value = item(index)
+            except SampleError as error:
+                print(f"skipped: {error}")
+                continue
+            keys.append(key)
+            ready.append(value)
+        if ready:
+            yield keys, encode(ready)

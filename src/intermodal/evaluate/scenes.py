@@ -1,0 +1,148 @@
+"""What a model understands of scenes it has never seen, beside the baselines that a number must be read with."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import sprites
+from ..data.scenes import Scene, SceneConfig, Scenes
+from .retrieval import recall
+from .zeroshot import TEMPLATES, accuracy, class_embeddings
+
+Embed = Callable[[Sequence], Tensor]
+
+
+@dataclass
+class SceneTask:
+    """Held-out scenes, each with its caption and, by kind, captions that are wrong in one respect."""
+
+    scenes: list[Scene]
+    captions: list[str]
+    wrong: list[dict[str, str]]
+
+    @staticmethod
+    def make(count: int, side: int, *, which: str = "core", style: str | None = sprites.HELD_OUT_STYLE, seed: int = 12345) -> SceneTask:
+        """`count` scenes of held-out combinations, in the held-out style unless `style` is None (then in the training styles)."""
+        styles = (style,) if style else sprites.TRAIN_STYLES
+        source = Scenes(SceneConfig(side=side, concepts=which, split="test", styles=styles, seed=seed))  # pyright: ignore[reportArgumentType]
+        scenes, captions, wrong = [], [], []
+        for index in range(count):
+            scene, rng = source.scene(index), random.Random(index)
+            form = rng.randrange(3)
+            scenes.append(scene)
+            captions.append(scene.facts.caption(form))
+            wrong.append({kind: facts.caption(form) for kind, facts in scene.facts.wrong(rng, source.pool).items()})
+        return SceneTask(scenes, captions, wrong)
+
+    def score(self, image: Tensor, embed_texts: Callable[[list[str]], Tensor]) -> dict[str, float]:
+        """Retrieval among the captions, and for each kind of hard negative how often the true caption scores higher."""
+        texts = embed_texts(self.captions)
+        out = recall(image, texts, range(len(self.captions)), at=(1, 5))
+        true = (image * texts).sum(1)
+        for kind, rows in self.by_kind().items():
+            false = embed_texts([self.wrong[row][kind] for row in rows])
+            out[f"hard/{kind}"] = (true[rows] > (image[rows] * false).sum(1)).float().mean().item()
+        return out
+
+    def by_kind(self) -> dict[str, list[int]]:
+        rows = defaultdict(list)
+        for row, wrong in enumerate(self.wrong):
+            for kind in wrong:
+                rows[kind].append(row)
+        return dict(rows)
+
+
+@dataclass
+class Baselines:
+    """What can be had without understanding. Fractions, by the names of the scores they stand beside."""
+
+    chance: dict[str, float] = field(default_factory=dict)
+    text_only: dict[str, float] = field(default_factory=dict)
+    bag_of_words: dict[str, float] = field(default_factory=dict)
+    raw_pixels: dict[str, float] = field(default_factory=dict)
+
+
+def scene_baselines(task: SceneTask, *, train_count: int = 4000, side: int = 16, seed: int = 0) -> Baselines:
+    """Chance; a unigram model of the training captions that sees no picture ("text only"); a reader that knows every word that is in
+    some true caption but not who is what or where ("bag of words"); the caption of the nearest training scene by raw pixels, compared by its words."""
+    source = Scenes(SceneConfig(side=task.scenes[0].pixels.shape[0], seed=seed))
+    train = [source.scene(index) for index in range(train_count)]
+    frequency = Counter(word for scene in train for caption in scene.captions()[:3] for word in caption.split())
+    total = sum(frequency.values())
+    neighbour = nearest_by_pixels([s.pixels for s in task.scenes], [s.pixels for s in train], side)
+    found = [set(word for form in range(3) for word in train[i].facts.caption(form).split()) for i in neighbour.tolist()]
+    known = [set(word for form in range(5) for word in s.facts.caption(form).split()) for s in task.scenes]
+    out = Baselines()
+    count = len(task.captions)
+
+    def unigram(caption: str) -> float:
+        words = caption.split()
+        return sum(np.log((frequency[w] + 1) / (total + len(frequency))) for w in words) / len(words)
+
+    def overlap(caption: str, words: set[str]) -> float:
+        return len(words & set(caption.split())) / len(words | set(caption.split()))
+
+    def contained(caption: str, words: set[str]) -> float:
+        return sum(word in words for word in caption.split()) / len(caption.split())
+
+    for k in (1, 5):
+        name = f"image_to_text_recall@{k}"
+        out.chance[name] = out.text_only[name] = min(1.0, k / count)
+        order = [np.argsort([-overlap(c, words) for c in task.captions], kind="stable")[:k] for words in found]
+        out.raw_pixels[name] = float(np.mean([row in top for row, top in enumerate(order)]))
+        fits = [sum(contained(c, words) == 1 for c in task.captions) for words in known]
+        out.bag_of_words[name] = float(np.mean([min(1.0, k / count) for count in fits]))
+    for kind, rows in task.by_kind().items():
+        name = f"hard/{kind}"
+        pairs = [(row, task.captions[row], task.wrong[row][kind]) for row in rows]
+        out.chance[name] = 0.5
+        out.text_only[name] = _wins(pairs, lambda row, caption: unigram(caption))
+        out.bag_of_words[name] = _wins(pairs, lambda row, caption: contained(caption, known[row]))
+        out.raw_pixels[name] = _wins(pairs, lambda row, caption: overlap(caption, found[row]))
+    return out
+
+
+def _wins(pairs: list[tuple[int, str, str]], score: Callable[[int, str], float]) -> float:
+    """Share of pairs whose true caption scores higher; a tie is half."""
+    results = []
+    for row, true, false in pairs:
+        a, b = score(row, true), score(row, false)
+        results.append(0.5 if a == b else float(a > b))
+    return float(np.mean(results))
+
+
+def nearest_by_pixels(queries: Sequence[np.ndarray], items: Sequence[np.ndarray], side: int = 16) -> Tensor:
+    """(Q,) the item nearest to each query in mean-free raw pixels at `side` x `side`."""
+
+    def vectors(pictures: Sequence[np.ndarray]) -> Tensor:
+        stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+        small = torch.nn.functional.interpolate(stack, size=(side, side), mode="area").flatten(1)
+        return torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
+
+    return (vectors(queries) @ vectors(items).T).argmax(1)
+
+
+def sprite_names(
+    embed_images: Embed, embed_texts: Callable[[list[str]], Tensor], side: int, which: str = "core", style: str = sprites.HELD_OUT_STYLE
+) -> dict[str, float]:
+    """Zero-shot naming of single sprites in a style, on white; among the core sixty or all concepts."""
+    pool = sprites.core() if which == "core" else sprites.concepts()
+    image = embed_images([sprites.on_background(c.index, style, side) for c in pool])
+    classes = class_embeddings(embed_texts, [c.noun for c in pool], TEMPLATES[:3])
+    return accuracy(image, classes, range(len(pool)))
+
+
+def sprite_pixels(side: int, which: str = "core", style: str = sprites.HELD_OUT_STYLE) -> dict[str, float]:
+    """The baseline of `sprite_names`: the concept of the nearest training-style sprite by raw pixels."""
+    pool = sprites.core() if which == "core" else sprites.concepts()
+    queries = [np.asarray(sprites.on_background(c.index, style, side)) for c in pool]
+    items = [np.asarray(sprites.on_background(c.index, s, side)) for s in sprites.TRAIN_STYLES for c in pool]
+    nearest = nearest_by_pixels(queries, items, side=min(side, 32)) % len(pool)
+    return {"top-1": (nearest == torch.arange(len(pool))).float().mean().item()}
