@@ -12,11 +12,11 @@ import typer
 
 app = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train, evaluate, run and exchange multimodal encoders: CLIP, SigLIP, SigLIP 2.",
 )
-data = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at data, fetch it, and print its baselines.")
+data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at data, fetch it, and print its baselines.")
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
+from ..files import read_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -27,7 +27,8 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 def open_image(source: Any) -> Image.Image:
     """A PIL image, a path, bytes or an (H, W[, C]) uint8 array -> an upright RGB image.
 
-    EXIF rotation is applied and transparency is laid on white, as Hugging Face's `load_image` and `convert_to_rgb` do.
+    EXIF rotation is applied as Hugging Face's `load_image` does, and transparency is laid on white as its processors do. (`load_image`
+    itself drops the alpha channel of a file, so that transformers treats one picture in two ways; here it is always white.)
 
     Raises:
         SampleError: the bytes are not a picture, are cut short, or the path does not exist.
@@ -148,13 +149,15 @@ class ImageProcessor:
 
     def to_hf(self, family: str) -> dict[str, Any]:
         size = {"shortest_edge": self.size} if isinstance(self.size, int) else {"height": self.size[0], "width": self.size[1]}
+        resize = {"do_resize": True, "size": size} if self.size else {"do_resize": False}
         name = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family]
-        crop = {"do_center_crop": True, "crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
+        crop: dict[str, Any] = {"do_center_crop": False}
+        if self.crop:
+            crop = {"do_center_crop": True, "crop_size": {"height": self.crop[0], "width": self.crop[1]}}
         return {
             "image_processor_type": name,
             "do_convert_rgb": True,
-            "do_resize": True,
-            "size": size,
+            **resize,
             **crop,
             "resample": int(self.resample),
             "do_rescale": self.rescale_factor is not None,
@@ -292,9 +295,9 @@ def read_processor(folder: Path) -> dict[str, Any]:
     """The image processor's settings in either layout: `processor_config.json` (transformers 5) or `preprocessor_config.json` (4)."""
     nested = folder / "processor_config.json"
     if nested.exists():
-        config = json.loads(nested.read_text())
+        config = read_json(nested)
         if isinstance(config.get("image_processor"), dict):
             return config["image_processor"]
     flat = folder / "preprocessor_config.json"
-    return json.loads(flat.read_text()) if flat.exists() else {}
+    return read_json(flat) if flat.exists() else {}
 

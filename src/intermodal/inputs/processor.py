@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import read_json
 from .image import ImageProcessor, NaflexProcessor
-from .text import TextTokenizer
+from .text import TOKENIZER_FILES, TextTokenizer
 
 
 @dataclass
@@ -28,5 +29,17 @@ class PairProcessor:
         settings = self.images.to_hf(self.family)
         processor_class = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}[self.family]
         (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "processor_class": processor_class}, indent=2) + "\n")
-        for name, data in (self.tokenizer.files if self.tokenizer else {}).items():
+        _forget_nested(folder / "processor_config.json")
+        kept = self.tokenizer.files if self.tokenizer else {}
+        for name in set(TOKENIZER_FILES) - kept.keys():
+            (folder / name).unlink(missing_ok=True)  # another model's tokenizer in a folder that is saved over
+        for name, data in kept.items():
             (folder / name).write_bytes(data)
+
+
+def _forget_nested(file: Path) -> None:
+    """Take an older save's image settings out of `processor_config.json`: readers prefer them to `preprocessor_config.json`."""
+    if file.exists():
+        config = read_json(file)
+        config.pop("image_processor", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")

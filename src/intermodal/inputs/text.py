@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from ..batch import Texts
 from ..errors import CheckpointError
+from ..files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,8 +37,13 @@ def canonicalise(text: str, *, lower: bool = True, underscore_to_space: bool = T
     if underscore_to_space:
         text = text.replace("_", " ")
     if lower:
-        text = text.lower()
+        text = lower_case(text)
     return re.sub(r"\s+", " ", text.translate(str.maketrans("", "", string.punctuation))).strip()
+
+
+def lower_case(text: str) -> str:
+    """Lower case as the tokenizers library has it: each letter by itself (Python makes a word's last sigma another letter)."""
+    return normalizers.Lowercase().normalize_str(text)
 
 
 class Encoder(Protocol):
@@ -102,19 +109,20 @@ def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id:
         CheckpointError: the files cannot be read, or need the `sentencepiece` package that is not installed.
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
-    settings = json.loads(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     token_class = str(settings.get("tokenizer_class", ""))
     encode, token_id = _backend(folder, files, settings)
     if encode is None:
         return None
-    named_eos, named_pad = (token_id(content(settings.get(name))) for name in ("eos_token", "pad_token"))
+    siglip = family != "clip" and (token_class.startswith("SiglipTokenizer") or (not token_class and "spiece.model" in files))
+    names = {"eos_token": "<|endoftext|>"} if family == "clip" else {"eos_token": "</s>", "pad_token": "</s>"} if siglip else {}
+    named_eos, named_pad = (token_id(content(settings.get(name, names.get(name)))) for name in ("eos_token", "pad_token"))
+    eos = eos_id if named_eos is None else named_eos
     clean: Callable[[str], str] | None = None
-    if family != "clip":
-        if token_class.startswith("SiglipTokenizer"):
-            lower = bool(settings.get("do_lower_case", True))
-            clean = lambda text: canonicalise(text, lower=lower)  # noqa: E731
-        elif "Gemma" in token_class or token_class.startswith("Siglip2"):
-            clean = str.lower  # SigLIP 2 was trained on lower-cased text; plain Gemma files do not say so
+    if siglip:
+        clean = partial(canonicalise, lower=bool(settings.get("do_lower_case", True)))
+    elif family != "clip" and ("Gemma" in token_class or token_class.startswith("Siglip2")):
+        clean = lower_case  # SigLIP 2 was trained on lower-cased text; plain Gemma files do not say so
     # Siglip2Tokenizer pads left by class default; a file that says something wins
     left = settings.get("padding_side", "left" if token_class.startswith("Siglip2") else "right") == "left"
     return TextTokenizer(
@@ -122,8 +130,8 @@ def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id:
         context=context,
         pad_to=None if family == "clip" else context,
         pad_id=pad_id if named_pad is None else named_pad,
-        eos_id=eos_id if named_eos is None else named_eos,
-        eos_last=family == "clip" or token_class.startswith("SiglipTokenizer"),
+        eos_id=eos,
+        eos_last=family == "clip" or encode([""])[0][-1:] == [eos],  # a tokenizer that adds no end token is cut as it is
         pad_left=left,
         clean=clean,
         files=files,

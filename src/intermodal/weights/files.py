@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,21 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import read_json
 
 SHARD_BYTES = 5_000_000_000
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when the file is missing or is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -99,8 +86,10 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, stem: str = "model"
             filled = 0
         shards[-1][key] = tensor.detach().cpu().contiguous()
         filled += size
+    stale = set(folder.glob(f"{stem}*.safetensors")) | set(folder.glob(f"{stem}*.safetensors.index.json"))
     if len(shards) == 1:
         _write(shards[0], folder / f"{stem}.safetensors")
+        _remove(stale - {folder / f"{stem}.safetensors"})
         return
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
@@ -109,7 +98,15 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, stem: str = "model"
         "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state.values())},
         "weight_map": {key: name for shard, name in zip(shards, names, strict=True) for key in shard},
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index_file = folder / f"{stem}.safetensors.index.json"
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    _remove(stale - {index_file, *(folder / name for name in names)})
+
+
+def _remove(files: set[Path]) -> None:
+    """Weights of an earlier save in the other form: readers would take them for the new ones."""
+    for file in files:
+        file.unlink()
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

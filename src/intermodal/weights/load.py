@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, nearest
+from ..errors import CheckpointError, IntermodalError, nearest
 from ..inputs import image as images
 from ..inputs import text as texts
 from ..inputs.processor import PairProcessor
 from ..models.clip import DualConfig, DualEncoder
 from ..models.vit import resize_positions
 from . import clip, open_clip
-from .files import read_json, read_weights, write_weights
+from ..files import read_json
+from .files import read_weights, write_weights
 from .rules import check_against, convert
 
 
@@ -48,8 +49,11 @@ def load(
         native = convert(state, rules)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    with torch.device("meta"):
-        model = clip.build(family, config)
+    try:
+        with torch.device("meta"):
+            model = clip.build(family, config)
+    except IntermodalError as error:
+        raise CheckpointError(f"{folder}: its config cannot be built: {error}") from error
     check_against(native, model, str(folder))
     model.source = {"config": raw, "folder": str(folder)}
     processor = _processor(folder, family, config, raw)

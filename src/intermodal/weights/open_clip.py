@@ -19,7 +19,8 @@ from ..models.clip import DualConfig, DualEncoder
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
 from .clip import family_of
-from .files import read_json, read_weights, write_weights
+from ..files import read_json
+from .files import read_weights, write_weights
 from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose
 
 STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
@@ -102,6 +103,14 @@ def read(folder: Path) -> tuple[str, DualConfig, list[Rule], dict[str, Tensor], 
     """(family, config, rules, their tensors, their config) of an open_clip directory."""
     raw = read_json(folder / "open_clip_config.json")
     state = read_weights(folder, STEMS)
+    try:
+        return _described(folder, raw, state)
+    except KeyError as error:
+        ours = {"positional_embedding": "position_embedding"}.get(str(error.args[0]), error.args[0])
+        raise CheckpointError(f"{folder} lacks the tensor {error.args[0]} (our {ours})") from None
+
+
+def _described(folder: Path, raw: dict[str, Any], state: dict[str, Tensor]):
     if "visual.trunk.pos_embed" in state:
         config = _siglip_config(raw, state)
         return "siglip", config, siglip_rules(config), _scalars(state), raw
@@ -113,6 +122,13 @@ def read(folder: Path) -> tuple[str, DualConfig, list[Rule], dict[str, Tensor], 
 
 def _scalars(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.reshape(()) if key in ("logit_scale", "logit_bias") else value for key, value in state.items()}
+
+
+def _refuse(cfg: dict[str, Any], section: str, allowed: dict[str, tuple]) -> None:
+    """Raise for settings that would change the model's answers and that our towers do not have."""
+    for name, values in allowed.items():
+        if cfg.get(name) and cfg[name] not in values:
+            raise CheckpointError(f"open_clip {section}.{name}={cfg[name]!r} is not built here; known: {values}")
 
 
 def _text_config(raw: dict[str, Any], state: dict[str, Tensor], prefix: str, **defaults: Any) -> TextConfig:
@@ -137,9 +153,15 @@ def _depth(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
+def _eps(cfg: dict[str, Any]) -> float:
+    return (cfg.get("norm_kwargs") or {}).get("eps", 1e-5)
+
+
 def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
     model = raw.get("model_cfg", {})
-    vision = model.get("vision_cfg", {})
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    _refuse(vision, "vision_cfg", {"pool_type": ("tok",), "act_kwargs": (), "attentional_pool": (), "no_ln_pre": (), "ls_init_value": ()})
+    _refuse(text, "text_cfg", {"pool_type": ("argmax",), "act_kwargs": (), "no_causal_mask": (), "proj_bias": (), "embed_cls": ()})
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     width = state["visual.conv1.weight"].shape[0]
     prefix = "text." if "text.token_embedding.weight" in state else ""
@@ -150,12 +172,40 @@ def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
             heads=width // vision.get("head_width", 64),
             mlp_width=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
             activation=activation,
+            norm_eps=_eps(vision),
             image_size=vision.get("image_size", 224),
             patch_size=state["visual.conv1.weight"].shape[-1],
         ),
-        text=_text_config(raw, state, prefix, activation=activation),
+        text=_text_config(raw, state, prefix, activation=activation, norm_eps=_eps(text)),
         embed_width=state["visual.proj"].shape[1],
     )
+
+
+# timm's SigLIP towers by name: width, depth, heads, MLP width (timm `vision_transformer.py`). open_clip's configs give only the name.
+TRUNKS = {
+    "vit_base": (768, 12, 12, 3072),
+    "vit_large": (1024, 24, 16, 4096),
+    "vit_so400m": (1152, 27, 16, 4304),
+    "vit_giantopt": (1536, 40, 16, 6144),
+}
+TIMM_EPS = 1e-6
+
+
+def _trunk_heads(raw: dict[str, Any]) -> int:
+    """Heads of a timm trunk: from its name, or from our own section where no timm model has the tower's shape."""
+    name = raw.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
+    found = next((shape for known, shape in TRUNKS.items() if name.startswith(known + "_")), None)
+    heads = found[2] if found else raw.get("intermodal", {}).get("vision_heads")
+    if heads is None:
+        raise CheckpointError(f"open_clip vision_cfg.timm_model_name={name!r}: heads unknown; known trunks: {', '.join(TRUNKS)}")
+    return heads
+
+
+def _trunk_name(vision: VisionConfig) -> str:
+    """The timm name of a tower's shape. A shape that timm does not have gets a name that open_clip refuses by itself."""
+    shape = (vision.width, vision.depth, vision.heads, vision.mlp_width)
+    size = next((known for known, known_shape in TRUNKS.items() if known_shape == shape), f"vit_{vision.width}x{vision.depth}")
+    return f"{size}_patch{vision.patch_size}_siglip_{vision.image_size}"
 
 
 def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
@@ -166,10 +216,10 @@ def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
     vision = VisionConfig(
         width=width,
         depth=_depth(state, f"{trunk}.blocks."),
-        heads=model.get("vision_cfg", {}).get("heads", width // 64),  # timm's SigLIP ViTs have heads of 64 (so400m: 72, named)
+        heads=_trunk_heads(raw),
         mlp_width=state[f"{trunk}.blocks.0.mlp.fc1.weight"].shape[0],
         activation="gelu_pytorch_tanh" if text_kwargs.get("approximate") == "tanh" else "gelu",
-        norm_eps=1e-6,
+        norm_eps=TIMM_EPS,
         image_size=model.get("vision_cfg", {}).get("image_size", 224),
         patch_size=state[f"{trunk}.patch_embed.proj.weight"].shape[-1],
     )
@@ -178,7 +228,7 @@ def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
         state,
         "text.",
         activation=vision.activation,
-        norm_eps=(model.get("text_cfg", {}).get("norm_kwargs") or {}).get("eps", 1e-5),
+        norm_eps=_eps(model.get("text_cfg", {})),
     )
     return DualConfig(vision=vision, text=text, embed_width=width)
 
@@ -209,7 +259,9 @@ def write(model: DualEncoder, folder: Path) -> None:
     family = family_of(model)
     if family == "siglip2":
         raise CheckpointError("open_clip's ViT layout does not hold NaFlex models; use layout='hf'")
-    raw = copy.deepcopy(model.source.get("config", {})) if "model_cfg" in model.source.get("config", {}) else _config(model, family)
+    loaded = model.source.get("config", {})
+    raw = copy.deepcopy(loaded) if "model_cfg" in loaded else _config(model, family)
+    raw["model_cfg"]["vision_cfg"]["image_size"] = model.config.vision.image_size
     custom = family == "siglip" or bool(raw["model_cfg"].get("custom_text"))
     rules = siglip_rules(model.config) if family == "siglip" else clip_rules(model.config, custom)
     write_weights(convert(model.state_dict(), rules, saving=True), folder, stem="open_clip_model")
@@ -228,7 +280,7 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
         "width": text.width,
         "heads": text.heads,
         "layers": text.depth,
-        "mlp_ratio": text.mlp_width / text.width,
+        "mlp_ratio": _ratio(text.mlp_width, text.width),
     }
     vision_cfg: dict[str, Any] = {"image_size": vision.image_size, "patch_size": vision.patch_size}
     model_cfg: dict[str, Any] = {"embed_dim": config.embed_width, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -236,10 +288,14 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
         model_cfg["quick_gelu"] = vision.activation == "quick_gelu"
         text_cfg["eos_id"] = text.eos_id
         vision_cfg.update(layers=vision.depth, width=vision.width, head_width=vision.width // vision.heads)
-        vision_cfg["mlp_ratio"] = vision.mlp_width / vision.width
+        vision_cfg["mlp_ratio"] = _ratio(vision.mlp_width, vision.width)
+        for cfg, tower in ((vision_cfg, vision), (text_cfg, text)):
+            if tower.norm_eps != 1e-5:
+                cfg["norm_kwargs"] = {"eps": tower.norm_eps}
     else:
-        name = f"vit_base_patch{vision.patch_size}_siglip_{vision.image_size}"
-        vision_cfg.update(timm_model_name=name, timm_model_pretrained=False, timm_pool="map", timm_proj="none", heads=vision.heads)
+        if vision.norm_eps != TIMM_EPS:
+            raise CheckpointError(f"open_clip's SigLIP trunks have a norm epsilon of {TIMM_EPS}, this one {vision.norm_eps}")
+        vision_cfg.update(timm_model_name=_trunk_name(vision), timm_model_pretrained=False, timm_pool="map", timm_proj="none")
         text_cfg.update(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs={"eps": text.norm_eps})
         if text.activation == "gelu_pytorch_tanh":
             text_cfg["act_kwargs"] = {"approximate": "tanh"}
@@ -253,4 +309,12 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
             "interpolation": {3: "bicubic", 2: "bilinear"}[int(pictures.resample)],
             "resize_mode": "shortest" if isinstance(pictures.size, int) else "squash",
         }
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    config: dict[str, Any] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    if family == "siglip":
+        config["intermodal"] = {"vision_heads": vision.heads}
+    return config
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """open_clip builds `int(width * ratio)` hidden values: a ratio that rounds down to one less is nudged up."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width

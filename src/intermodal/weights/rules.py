@@ -71,6 +71,10 @@ class Reshape(Rule):
         object.__setattr__(self, "our_shape", our_shape)
 
     def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        shape, wanted = tuple(tensors[0].shape), self.their_shape  # pyright: ignore[reportAttributeAccessIssue]
+        fits = len(shape) == len(wanted) and all(w in (-1, s) for s, w in zip(shape, wanted, strict=True))
+        if not fits and tensors[0].numel() > 1:  # a scalar may be stored as () or (1,)
+            raise CheckpointError(f"misshapen {self.theirs[0]}: file {shape}, model {wanted}")
         return [self._view(tensors[0], self.our_shape)]  # pyright: ignore[reportAttributeAccessIssue]
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:

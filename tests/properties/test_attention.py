@@ -1,0 +1,106 @@
+"""Packed == separate, no cross-talk, windows and masks against dense attention."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intermodal.nn.attention import Segments, attention
+from intermodal.nn.layers import AttentionPool, Encoder, TransformerConfig
+
+LENGTHS = [(1,), (1, 1, 1), (5, 1, 5, 3), (7,), (300,), (2, 9, 2, 1, 9, 4)]
+
+
+def qkv(total, heads=4, kv_heads=4, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(total, heads, width), (total, kv_heads, width), (total, kv_heads, width)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def dense(q, k, v, causal=False, window=None):
+    """One sequence, all scores at once, by the definition."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhk,lhk->hql", q, k) / q.shape[-1] ** 0.5
+    place = torch.arange(len(q))
+    distance = place[None] - place[:, None]
+    keep = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        keep &= distance <= 0
+    if window:
+        left, right = window
+        keep &= (distance >= -left) if left >= 0 else keep
+        keep &= (distance <= right) if right >= 0 else keep
+    return torch.einsum("hql,lhk->qhk", scores.masked_fill(~keep, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (False, (-1, 2)), (True, (3, -1)), (False, (200, 140))]
+)
+def test_packed_equals_separate(lengths, kv_heads, causal, window):
+    packed, alone = qkv(sum(lengths), kv_heads=kv_heads), qkv(sum(lengths), kv_heads=kv_heads)
+    out = attention(*packed, Segments(lengths), causal=causal, window=window)
+    wanted, at = [], 0
+    for length in lengths:
+        wanted.append(dense(*(x[at : at + length] for x in alone), causal=causal, window=window))
+        at += length
+    wanted = torch.cat(wanted)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(packed, alone, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=8), st.booleans(), st.data())
+def test_no_cross_talk(lengths, causal, data):
+    """Change one sequence: no other sequence's output moves by one bit, through a whole encoder."""
+    torch.manual_seed(0)
+    encoder = Encoder(TransformerConfig(16, 2, 2, 32), causal=causal)
+    x = torch.randn(sum(lengths), 16)
+    which = data.draw(st.integers(0, len(lengths) - 1))
+    start = sum(lengths[:which])
+    changed = x.clone()
+    changed[start : start + lengths[which]] += 1.0
+    with torch.no_grad():
+        before, after = encoder(x, Segments(lengths)), encoder(changed, Segments(lengths))
+    others = torch.ones(len(x), dtype=torch.bool)
+    others[start : start + lengths[which]] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[~others], after[~others])
+
+
+def test_pooling_ignores_other_sequences():
+    torch.manual_seed(0)
+    pool = AttentionPool(TransformerConfig(16, 1, 2, 32)).double()
+    torch.nn.init.normal_(pool.probe)
+    x = torch.randn(9, 16, dtype=torch.float64)
+    together = pool(x, Segments([4, 2, 3]))
+    separate = torch.cat([pool(x[:4], Segments([4])), pool(x[4:6], Segments([2])), pool(x[6:], Segments([3]))])
+    torch.testing.assert_close(together, separate, rtol=1e-12, atol=1e-13)
+
+
+def test_checkpointed_activations_change_nothing():
+    torch.manual_seed(0)
+    encoder = Encoder(TransformerConfig(16, 2, 2, 32), causal=True).double()
+    x, grads = torch.randn(7, 16, dtype=torch.float64), []
+    for flag in (False, True):
+        encoder.checkpoint_activations = flag
+        encoder.zero_grad()
+        encoder(x, Segments([3, 4])).square().sum().backward()
+        grads.append([p.grad.clone() for p in encoder.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_lengths_are_refused():
+    q, k, v = qkv(5)
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q, k, v, Segments([2, 2]))
+    with pytest.raises(ValueError, match="at least 1"):
+        Segments([3, 0])
+    with pytest.raises(ValueError, match="same lengths"):
+        attention(q[:2], k, v, Segments([2]), Segments([5]), causal=True)

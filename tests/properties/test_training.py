@@ -1,0 +1,125 @@
+"""Resumed == uninterrupted, one rank == two ranks, sharded == replicated, saved == loaded."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+import intermodal
+from intermodal.errors import IntermodalError
+from intermodal.train.loop import NotFinite, Stopped, train
+from intermodal.train.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def tiny(steps=6, **changes):
+    recipe = load_recipe(RECIPES / "siglip.py", tiny=True)
+    recipe = replace(recipe, train=replace(recipe.train, steps=steps, save_every=2, keep=9, precision="fp32", threads=1))
+    for section, values in changes.items():
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+    return recipe
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def forget_after(folder, step):
+    """Leave a run as it was right after the checkpoint of `step`."""
+    import shutil
+
+    for checkpoint in (Path(folder) / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": {"micro_batch": 3, "loss": "sigmoid"}, "optim": {"ema": 0.9}},
+        {"data": {"train": ("sprites:core", "scenes:core"), "weights": (1.0, 2.0), "crop_scale": (0.6, 1.0)}},
+        {"data": {"workers": 1}},
+    ],
+    ids=["plain", "cached-ema", "mixture-crops", "worker"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
+    dropout = replace(tiny().model.vision, dropout=0.2)
+    changes = {**changes, "model": {"vision": dropout}}
+    recipe = tiny(**changes)
+    train(recipe, tmp_path / "run", quiet=True)
+    whole, lines = weights(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    forget_after(tmp_path / "run", 2)
+    train(recipe, tmp_path / "run", resume=True, quiet=True)
+    resumed = weights(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        assert torch.equal(whole[key], resumed[key]), key
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [[json.loads(line)["loss"] for line in text] for text in (lines, again)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6, "six steps on different batches"
+
+
+def run_on_rank(rank, size, folder, mode, resume, steps):
+    changes = {"parallel": mode, "micro_batch": 2 if mode == "fsdp" else None}
+    model = train(tiny(steps, train={**changes, "steps": steps, "save_every": 2, "keep": 9, "precision": "fp32", "threads": 1}), folder, resume=resume, quiet=True)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_two_ranks_equal_one_and_resume_across(tmp_path):
+    """DDP and FSDP on two gloo ranks against one process; a checkpoint of one rank goes on on two, and the other way."""
+    alone = run_on_rank(0, 1, tmp_path / "one", "ddp", False, 4)
+    for mode in ("ddp", "fsdp"):
+        both = on_ranks(2, run_on_rank, tmp_path / mode, mode, False, 4)
+        for name, parameter in alone.items():
+            for rank in both:
+                torch.testing.assert_close(rank[name], parameter, rtol=0, atol=1e-6, msg=lambda m, n=name, d=mode: f"{d} {n}: {m}")
+    forget_after(tmp_path / "fsdp", 2)
+    resumed = run_on_rank(0, 1, tmp_path / "fsdp", "ddp", True, 4)
+    forget_after(tmp_path / "one", 2)
+    grown = on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 4)
+    for name, parameter in alone.items():
+        torch.testing.assert_close(resumed[name], parameter, rtol=0, atol=1e-6)
+        torch.testing.assert_close(grown[0][name], parameter, rtol=0, atol=1e-6)
+
+
+def test_exported_equals_loaded(tmp_path):
+    model = train(tiny(3), tmp_path / "run", quiet=True)
+    loaded = intermodal.load(tmp_path / "run" / "model")
+    texts = ["a dog", "two cats left of a red bus"]
+    assert torch.equal(model.embed_texts(texts), loaded.embed_texts(texts))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    recipe = tiny(10_000)
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped, match=r"SIGTERM.*--resume"):
+        train(recipe, tmp_path / "run", quiet=True)
+    done = json.loads((sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] / "meta.json").read_text())["step"]
+    assert done >= 1
+    stopped_at = replace(recipe, train=replace(recipe.train, steps=done))
+    assert train(stopped_at, tmp_path / "run", resume=True, quiet=True) is not None
+
+
+def test_nan_names_the_samples(tmp_path):
+    recipe = tiny(4, optim={"lr": 1e30, "warmup": 0, "clip_norm": None})
+    with pytest.raises(NotFinite, match=r"step \d.*scenes-core-train-0/\d+"):
+        train(recipe, tmp_path / "run", quiet=True)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(tiny(2), tmp_path / "run", quiet=True)
+    with pytest.raises(IntermodalError, match="--resume"):
+        train(tiny(2), tmp_path / "run", quiet=True)
+    with pytest.raises(IntermodalError, match="no checkpoint"):
+        train(tiny(2), tmp_path / "other", resume=True, quiet=True)
