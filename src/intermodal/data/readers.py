@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from ..config import override
 from ..errors import IntermodalError, SampleError, nearest
 from .source import Sample, Source
 from .stream import StreamSource
@@ -32,7 +33,7 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     """A source from its name on the command line.
 
     Args:
-        spec: `scenes:core`, `scenes:all`, `sprites:core`, `sprites:all`, `tuxpaint:<.deb or folder>`, `hf:<owner/name>[:split]`, or
+        spec: `scenes:core`, `scenes:all` (with settings of `SceneConfig` as `?pair_share=0.3&forms=3`), `sprites:core`, `sprites:all`, `tuxpaint:<.deb or folder>`, `hf:<owner/name>[:split]`, or
             a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with `{000..009}` and `*` expanded.
             `?image=COLUMN&text=COLUMN` after a table's path names its columns.
         side: pixels of a side for sources that draw their pictures.
@@ -47,10 +48,14 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
 
     kind, _, rest = spec.partition(":")
     if kind in ("scenes", "sprites"):
+        rest, _, query = rest.partition("?")
         which = rest or "core"
         if which not in ("core", "all"):
             raise SourceError(f"{spec!r}: {kind} come as {kind}:core or {kind}:all{nearest(which, ('core', 'all'))}")
-        return Scenes(SceneConfig(side=side, concepts=which, seed=seed)) if kind == "scenes" else SpriteSource(which, side)
+        if kind == "sprites":
+            return SpriteSource(which, side)
+        settings = [assignment for assignment in query.split("&") if assignment]
+        return Scenes(override(SceneConfig(side=side, concepts=which, seed=seed), settings))
     if kind == "tuxpaint":
         return TuxPaint(rest)
     if kind == "hf":

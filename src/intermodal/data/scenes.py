@@ -181,6 +181,8 @@ class SceneConfig:
     """Largest count of a group; two groups never have more than eight objects together."""
     word_share: float = 0.0
     """Share of scenes with a printed word."""
+    forms: int = 5
+    """How many phrasings of a caption: 3 leaves out the long ones, which name the background."""
     fonts: Literal["train", "test"] = "train"
     seed: int = 0
 
@@ -202,7 +204,7 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        return Sample(f"{self.name}/{index}", scene.pixels, scene.captions(), scene.truth())
+        return Sample(f"{self.name}/{index}", scene.pixels, scene.captions()[: self.config.forms], scene.truth())
 
     def scene(self, index: int) -> Scene:
         """Scene number `index` with its facts and boxes."""

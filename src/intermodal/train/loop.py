@@ -73,13 +73,14 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
     eos = tokenizer.token_to_id("</s>")
     text = replace(text, vocab_size=tokenizer.get_vocab_size(), eos_id=eos, pad_id=eos, bos_id=eos)
     if family == "clip":
-        dual = DualConfig(vision, text, config.embed_width)
+        dual = DualConfig(vision, text, config.embed_width, init_scale=config.init_scale or 1 / 0.07)
         model: DualEncoder = CLIP(dual)
         pictures: ImageProcessor | NaflexProcessor = ImageProcessor.from_hf(
             {"size": {"shortest_edge": vision.image_size}, "crop_size": vision.image_size}, CLIP_DEFAULTS
         )
     else:
-        dual = DualConfig(vision, text, vision.width, naflex=config.family == "siglip2", init_scale=10.0, init_bias=-10.0)
+        dual = DualConfig(vision, text, vision.width, naflex=config.family == "siglip2", init_scale=config.init_scale or 10.0)
+        dual = replace(dual, init_bias=config.init_bias)
         model = SigLIP(dual)
         pictures = ImageProcessor((vision.image_size, vision.image_size))
         if config.family == "siglip2":

@@ -22,6 +22,11 @@ class ModelConfig:
     vision: VisionConfig = VisionConfig(width=192, depth=6, heads=3, mlp_width=768, image_size=64, patch_size=8)
     text: TextConfig = TextConfig(width=192, depth=3, heads=3, mlp_width=768, vocab_size=1024, context=24, eos_id=1)
     embed_width: int = 192
+    """CLIP only; SigLIP embeds in the vision tower's width."""
+    init_scale: float | None = None
+    """Factor on the cosine at the start; None takes the family's: 1/0.07 for CLIP, 10 for SigLIP."""
+    init_bias: float = -10.0
+    """SigLIP only. -10 is the paper's for a batch of 32,768; a small batch learns sooner from about -log(batch)."""
     vocabulary: int = 1024
     """Largest size of the tokenizer trained on the captions of the first source."""
     tokenizer_samples: int = 4096

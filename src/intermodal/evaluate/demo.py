@@ -1,0 +1,120 @@
+"""`make demo`: train SigLIP on scenes in three minutes, score it beside the baselines, draw a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..data import sprites
+from ..errors import IntermodalError
+from ..models.clip import DualEncoder
+from ..train.loop import train
+from ..train.recipe import Recipe, load_recipe
+from . import report
+from .scenes import SceneTask, scene_baselines, sprite_names, sprite_pixels
+from .zeroshot import TEMPLATES, class_embeddings, confusions
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
+TRIAL_STEPS = 16
+LEAST_STEPS = 20
+
+
+def run_demo(out: Path, seconds: float, steps: int | None, console: Console | None = None) -> Path:
+    """Train, score and draw; returns the report's path. An earlier demo in `out` is replaced.
+
+    Raises:
+        IntermodalError: the recipe is not there (the package was installed without its source tree).
+    """
+    console = console or Console()
+    if not RECIPE.exists():
+        raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
+    recipe = load_recipe(RECIPE)
+    shutil.rmtree(out, ignore_errors=True)
+    if steps is None:
+        steps = fitting_steps(recipe, out / "trial", seconds, console)
+    recipe = replace(recipe, train=replace(recipe.train, steps=steps, save_every=None))
+    began = time.perf_counter()
+    model = train(recipe, out, console=console)
+    took = time.perf_counter() - began
+    console.print("scoring: held-out combinations, the unseen style, baselines ...")
+    results = score(model, recipe)
+    results["training"] = {
+        "seconds": round(took, 1),
+        "steps": steps,
+        "images seen": steps * recipe.data.batch,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cores": torch.get_num_threads(),
+    }
+    (out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = report.write(out, model, recipe, results)
+    console.print(summary(results))
+    return page
+
+
+def fitting_steps(recipe: Recipe, folder: Path, seconds: float, console: Console) -> int:
+    """How many steps fit into `seconds` here, by a short trial; the schedule is then as long as the run."""
+    trial = replace(recipe, train=replace(recipe.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2, save_every=None))
+    train(trial, folder, quiet=True)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    shutil.rmtree(folder)
+    fits = int(seconds * last["images_per_second"] / recipe.data.batch)
+    steps = max(LEAST_STEPS, min(fits, recipe.train.steps))
+    console.print(f"{last['images_per_second']:.0f} images/s here: {steps} steps of {recipe.data.batch} fit into {seconds:.0f} s")
+    return steps
+
+
+def score(model: DualEncoder, recipe: Recipe, count: int = 500) -> dict[str, Any]:
+    """Every number of the report, each beside its baselines."""
+    side = recipe.model.vision.image_size
+    out: dict[str, Any] = {"scenes": {}, "sprites": {}}
+    for name, style in (("training styles", None), (f"unseen style ({sprites.HELD_OUT_STYLE})", sprites.HELD_OUT_STYLE)):
+        task = SceneTask.make(count, side, style=style)
+        image = model.embed_images([scene.pixels for scene in task.scenes])
+        baselines = scene_baselines(task)
+        names = ("chance", "text_only", "bag_of_words", "raw_pixels")
+        rows = {key: {"model": value} for key, value in task.score(image, model.embed_texts).items() if "text_to_image" not in key}
+        for key, row in rows.items():
+            row |= {baseline: getattr(baselines, baseline)[key] for baseline in names}
+        out["scenes"][name] = rows
+    for which in ("core", "all"):
+        pool = sprites.core() if which == "core" else sprites.concepts()
+        unseen = sprite_names(model.embed_images, model.embed_texts, side, which)
+        seen = sprite_names(model.embed_images, model.embed_texts, side, which, style="noto")
+        out["sprites"][which] = {
+            "concepts": len(pool),
+            "unseen style top-1": unseen["top-1"],
+            "unseen style top-5": unseen["top-5"],
+            "training style (noto) top-1": seen["top-1"],
+            "chance": 1 / len(pool),
+            "nearest raw pixels top-1": sprite_pixels(side, which)["top-1"],
+        }
+    pool = sprites.core()
+    pictures = [sprites.on_background(c.index, sprites.HELD_OUT_STYLE, side) for c in pool]
+    classes = class_embeddings(model.embed_texts, [c.noun for c in pool], TEMPLATES[:3])
+    wrong = confusions(model.embed_images(pictures), classes, range(len(pool)))
+    out["confusions"] = [[pool[true].noun, pool[guess].noun] for true, guess in wrong]
+    return out
+
+
+def summary(results: dict[str, Any]) -> Table:
+    """The report's numbers for the terminal."""
+    table = Table(title="what the model does, beside what needs no learning")
+    for column in ("", "model", "chance", "text only", "bag of words", "raw pixels"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, rows in results["scenes"].items():
+        table.add_row(f"[bold]scenes, held-out combinations, {name}[/bold]")
+        for key, row in rows.items():
+            table.add_row(f"  {key}", *(f"{row[c]:.1%}" for c in ("model", "chance", "text_only", "bag_of_words", "raw_pixels")))
+    table.add_row("[bold]naming single sprites of the unseen style[/bold]")
+    for which, row in results["sprites"].items():
+        values = (row["unseen style top-1"], row["chance"], None, None, row["nearest raw pixels top-1"])
+        table.add_row(f"  {which} {row['concepts']}, top-1", *("" if v is None else f"{v:.1%}" for v in values))
+    return table

@@ -1,0 +1,264 @@
+"""Readers on good and damaged files, the global order, rejects."""
+
+import csv
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from intermodal.data.loader import DataError, Mixture, PairLoader, Rejects
+from intermodal.data.readers import SourceError, open_source
+from intermodal.data.stream import StreamSource
+from intermodal.errors import SampleError
+from intermodal.inputs.image import ImageProcessor
+from intermodal.inputs.processor import PairProcessor
+from intermodal.inputs.text import fresh, train_tokenizer
+
+CAPTIONS = [f"picture number {n}" for n in range(12)]
+
+
+def png(n, size=(9, 7)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (n * 20 % 256, 100, 50)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, samples):
+    with tarfile.open(path, "w") as archive:
+        for key, parts in samples.items():
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def good_tar(path, start=0, count=6):
+    return write_tar(path, {f"{n:04d}": {"png": png(n), "txt": CAPTIONS[n].encode()} for n in range(start, start + count)})
+
+
+@pytest.fixture()
+def processor():
+    return PairProcessor(ImageProcessor((8, 8)), fresh(train_tokenizer(CAPTIONS, 80), "siglip", context=6), "siglip")
+
+
+def loader_of(specs, processor, tmp_path, batch=4, weights=None, rank=0, ranks=1, share=0.5, **more):
+    mixture = Mixture([open_source(str(spec), side=8) for spec in specs], weights, seed=3)
+    rejects = Rejects(tmp_path / "rejects.jsonl", share)
+    return PairLoader(mixture, processor, batch=batch, rank=rank, ranks=ranks, rejects=rejects, **more)
+
+
+def take(loader, count):
+    batches = iter(loader)
+    return [next(batches) for _ in range(count)]
+
+
+def test_tar_shards_by_pattern(tmp_path):
+    good_tar(tmp_path / "a-000.tar")
+    good_tar(tmp_path / "a-001.tar", start=6)
+    source = open_source(str(tmp_path / "a-{000..001}.tar"))
+    assert len(source) == 12
+    assert [source[n].texts for n in (0, 7)] == [[CAPTIONS[0]], [CAPTIONS[7]]]
+    assert source[7].key == "a-001.tar/0007"
+    assert len(open_source(str(tmp_path / "a-*.tar"))) == 12
+
+
+def test_json_captions_and_missing_parts_in_a_tar(tmp_path):
+    parts = {
+        "a": {"png": png(1), "json": json.dumps({"caption": "from json"}).encode()},
+        "b": {"txt": b"no picture"},
+        "c": {"png": png(2)},
+        "d": {"png": png(2), "json": b"{broken"},
+    }
+    source = open_source(str(write_tar(tmp_path / "x.tar", parts)))
+    assert source[0].texts == ["from json"]
+    for index, reason in ((1, "no picture"), (2, "no caption"), (3, "not JSON")):
+        with pytest.raises(SampleError, match=reason):
+            source[index]
+
+
+@pytest.mark.parametrize("cut", [0.5, 0.8])
+def test_truncated_tar_gives_what_is_whole_and_names_the_shard(tmp_path, cut):
+    data = good_tar(tmp_path / "whole.tar").read_bytes()
+    used = 6 * 4 * 512  # a header and a block for each of six pictures and captions; the rest of the file is padding
+    (tmp_path / "cut.tar").write_bytes(data[: int(used * cut) - 300])
+    source = open_source(str(tmp_path / "cut.tar"))
+    assert 0 < len(source) < 6
+    assert len(source.problems) == 1
+    assert "cut.tar" in source.problems[0][0]
+    assert "cut short" in source.problems[0][1]
+
+
+def test_jsonl_csv_and_parquet_read_the_same(tmp_path):
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    with (tmp_path / "t.jsonl").open("w") as file:
+        file.writelines(json.dumps({"file_name": f"{n}.png", "caption": CAPTIONS[n]}) + "\n" for n in range(4))
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filepath", "title"])
+        rows.writerows([f"{n}.png", CAPTIONS[n]] for n in range(4))
+    records = [{"image": {"bytes": png(n), "path": None}, "text": CAPTIONS[n]} for n in range(4)]
+    Dataset.from_list(records).cast_column("image", ImageFeature()).to_parquet(tmp_path / "t.parquet")
+    for name in ("t.jsonl", "t.csv", "t.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert [source[n].texts[0] for n in range(4)] == CAPTIONS[:4], name
+        from intermodal.inputs.image import open_image
+
+        assert open_image(source[2].image).getpixel((0, 0)) == (40, 100, 50), name
+
+
+def test_named_columns_and_bad_lines(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "t.jsonl").write_text('{"pic": "0.png", "words": ["one", "two"]}\n{broken\n{"pic": "0.png"}\n{"pic": "no.png", "words": "x"}\n')
+    source = open_source(f"{tmp_path / 't.jsonl'}?image=pic&text=words")
+    assert source[0].texts == ["one", "two"]
+    with pytest.raises(SampleError, match="not JSON"):
+        source[1]
+    with pytest.raises(SampleError, match="no caption column among pic"):
+        source[2]
+
+
+def test_addresses_are_off_by_default(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"url": "http://example.invalid/a.png", "caption": "x"}\n')
+    with pytest.raises(SampleError, match="allow_urls"):
+        open_source(str(tmp_path / "t.jsonl"))[0]
+
+
+def test_folder_captions_by_metadata_by_file_and_by_folder_name(tmp_path):
+    (tmp_path / "red_fox").mkdir()
+    for name in ("a.png", "b.png", "red_fox/c.png", "lonely.png"):
+        (tmp_path / name).write_bytes(png(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "from metadata"}\n')
+    (tmp_path / "b.txt").write_text("first\nsecond\n")
+    source = open_source(str(tmp_path))
+    found = {}
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            found[sample.key.rpartition("/")[2]] = sample.texts
+        except SampleError as error:
+            assert "lonely.png" in str(error)
+    assert found == {"a.png": ["from metadata"], "b.png": ["first", "second"], "c.png": ["red fox"]}
+
+
+def test_sources_that_do_not_open_say_why(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    for spec, words in [
+        ("nothing/here.tar", "no such file"),
+        (str(tmp_path / "a.tar.gz"), "unpack it"),
+        (str(tmp_path / "a.parquet"), "not readable as parquet"),
+        ("scenes:cor", "did you mean 'core'"),
+        ("scenes:core?pair_shar=1", "did you mean 'pair_share'"),
+        (str(tmp_path / "a-{00..02}.tar"), "3 missing"),
+    ]:
+        with pytest.raises(Exception, match=words.replace("?", r"\?")) as caught:
+            open_source(spec)
+        assert isinstance(caught.value, SourceError) or "pair_shar" in spec
+
+
+def test_rejects_are_replaced_counted_and_named_once(tmp_path, processor):
+    samples = {f"{n:04d}": {"png": png(n), "txt": CAPTIONS[n].encode()} for n in range(12)}
+    samples["0003"]["png"] = b"not a picture"
+    samples["0007"]["txt"] = b"   "
+    write_tar(tmp_path / "x.tar", samples)
+    loader = loader_of([tmp_path / "x.tar"], processor, tmp_path)
+    batches = take(loader, 9)  # three epochs of twelve
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == 36
+    assert not {"x.tar/0003", "x.tar/0007"} & set(keys)
+    named = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert len(named) == 2
+    assert loader.rejects.rejected >= 6
+    assert {n["key"]: n["reason"][:12] for n in named} == {"x.tar/3": "cannot read ", "x.tar/7": "x.tar/0007: "}
+
+
+def test_too_many_rejects_stop_the_run(tmp_path, processor):
+    samples = {f"{n:04d}": {"png": png(n) if n % 2 else b"bad", "txt": b"words"} for n in range(12)}
+    write_tar(tmp_path / "x.tar", samples)
+    with pytest.raises(DataError, match=r"more than data.max_reject_share=0.05.*rejects.jsonl"):
+        take(loader_of([tmp_path / "x.tar"], processor, tmp_path, batch=64, share=0.05), 4)
+
+
+def test_a_source_with_nothing_usable_stops(tmp_path, processor):
+    write_tar(tmp_path / "x.tar", {"a": {"png": b"bad", "txt": b"words"}})
+    with pytest.raises(DataError, match="in a row were unusable"):
+        take(loader_of([tmp_path / "x.tar"], processor, tmp_path), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_exact(tmp_path, processor, workers):
+    good_tar(tmp_path / "a.tar", count=7)
+    specs, weights = [tmp_path / "a.tar", "sprites:core", "scenes:core"], (1.0, 2.0, 1.5)
+    whole = take(loader_of(specs, processor, tmp_path, weights=weights, workers=workers), 9)
+    first = loader_of(specs, processor, tmp_path, weights=weights, workers=workers)
+    take(first, 4)
+    state = json.loads(json.dumps(first.state()))
+    second = loader_of(specs, processor, tmp_path, weights=weights, workers=workers)
+    second.restore(state)
+    for resumed, wanted in zip(take(second, 5), whole[4:], strict=True):
+        assert resumed.keys == wanted.keys
+        assert torch.equal(resumed.images.pixels, wanted.images.pixels)
+        assert torch.equal(resumed.texts.ids, wanted.texts.ids)
+
+
+def test_ranks_see_the_slices_of_one_global_batch(tmp_path, processor):
+    good_tar(tmp_path / "a.tar", count=12)
+    whole = take(loader_of([tmp_path / "a.tar"], processor, tmp_path), 5)
+    ranks = [take(loader_of([tmp_path / "a.tar"], processor, tmp_path, rank=r, ranks=2), 5) for r in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert ranks[0][step].keys + ranks[1][step].keys == batch.keys
+        assert torch.equal(torch.cat([ranks[0][step].texts.ids, ranks[1][step].texts.ids]), batch.texts.ids)
+
+
+def test_an_epoch_sees_every_sample_once_in_a_new_order(tmp_path, processor):
+    good_tar(tmp_path / "a.tar", count=12)
+    keys = [key for batch in take(loader_of([tmp_path / "a.tar"], processor, tmp_path), 6) for key in batch.keys]
+    assert set(keys[:12]) == set(keys[12:]) == {f"a.tar/{n:04d}" for n in range(12)}
+    assert keys[:12] != keys[12:]
+    assert keys[:12] != sorted(keys[:12])
+
+
+def test_weights_decide_the_share():
+    mixture = Mixture([open_source("sprites:core", side=8), open_source("scenes:core", side=8)], (3.0, 1.0))
+    drawn = [mixture.next()[0] for _ in range(2000)]
+    assert 0.7 < drawn.count(0) / 2000 < 0.8
+    with pytest.raises(DataError, match="weights is needed"):
+        Mixture([open_source("sprites:core"), open_source("scenes:core")])
+
+
+def stream_of(tmp_path):
+    from datasets import load_dataset
+
+    from intermodal.data.readers import record_to_sample
+
+    for shard in range(2):
+        with (tmp_path / f"s{shard}.jsonl").open("w") as file:
+            for n in range(5):
+                name = "missing.png" if (shard, n) == (1, 2) else f"{n}.png"
+                (tmp_path / f"{n}.png").write_bytes(png(n))
+                file.write(json.dumps({"image": str(tmp_path / name), "caption": f"shard {shard} record {n}"}) + "\n")
+    files = [str(tmp_path / f"s{shard}.jsonl") for shard in range(2)]
+    dataset = load_dataset("json", data_files=files, split="train", streaming=True)
+    return StreamSource("stream", dataset, record_to_sample, block=4)
+
+
+def test_streams_resume_exactly_and_count_rejects(tmp_path):
+    whole = stream_of(tmp_path)
+    texts = [whole.next().texts[0] for _ in range(30)]
+    assert sorted(texts[:9]) == sorted(f"shard {s} record {n}" for s in range(2) for n in range(5) if (s, n) != (1, 2))
+    assert any("missing.png" in reason for _, reason in whole.take_rejects())
+    for at in (0, 3, 4, 9, 10, 17):
+        first = stream_of(tmp_path)
+        for _ in range(at):
+            first.next()
+        second = stream_of(tmp_path)
+        second.restore(json.loads(json.dumps(first.state())))
+        assert [second.next().texts[0] for _ in range(12)] == texts[at : at + 12], at

@@ -1,0 +1,142 @@
+"""Zero-shot and retrieval against the definitions written out, embed with resume, search."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+
+from intermodal.evaluate.embed import embed_source, search
+from intermodal.evaluate.retrieval import ranks, recall
+from intermodal.evaluate.zeroshot import accuracy, class_embeddings
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def clip_benchmark_recall(scores, positive_pairs, k):
+    """CLIP_benchmark's recall, from its definition: of each query's positives, is any among the k highest scores."""
+    top = torch.topk(scores, k, dim=1).indices
+    hits = positive_pairs.gather(1, top).any(1)
+    return hits.float().mean().item()
+
+
+@pytest.mark.parametrize("tile", [3, 7, 100])
+def test_recall_equals_the_definition(tile):
+    image, text = unit(20, 8), unit(60, 8, seed=1)
+    owner = torch.randint(0, 20, (60,), generator=torch.Generator().manual_seed(2))
+    owner[:20] = torch.arange(20)
+    pairs = owner[None] == torch.arange(20)[:, None]
+    scores = image @ text.T
+    to_text = ranks(image, text, [torch.nonzero(row).squeeze(1).tolist() for row in pairs], tile=tile)
+    to_image = ranks(text, image, [[o] for o in owner.tolist()], tile=tile)
+    whole = recall(image, text, owner.tolist())
+    for k in (1, 5, 10):
+        assert (to_text < k).float().mean().item() == pytest.approx(clip_benchmark_recall(scores, pairs, k))
+        assert (to_image < k).float().mean().item() == pytest.approx(clip_benchmark_recall(scores.T, pairs.T, k))
+        assert whole[f"image_to_text_recall@{k}"] == pytest.approx(clip_benchmark_recall(scores, pairs, k))
+
+
+def test_equal_scores_are_not_all_hits():
+    """A collapsed model gives every item the same score; it must not look perfect."""
+    same = torch.ones(50, 4) / 2
+    found = recall(same, same, list(range(50)))
+    assert found["image_to_text_recall@1"] == pytest.approx(1 / 50)
+
+
+def test_ranks_refuse_what_cannot_be_scored():
+    with pytest.raises(ValueError, match="query 1"):
+        ranks(unit(2, 4), unit(3, 4), [[0], []])
+    with pytest.raises(ValueError, match="query 0"):
+        ranks(unit(1, 4), unit(3, 4), [[3]])
+
+
+def test_zero_shot_equals_the_definition():
+    table = {}
+
+    def embed(texts):
+        for text in texts:
+            table.setdefault(text, unit(1, 8, seed=len(table))[0] * 3)
+        return torch.stack([table[text] for text in texts])
+
+    names, templates = ["cat", "dog", "bus"], ["a {}", "one {} here"]
+    classes = class_embeddings(embed, names, templates)
+    for row, name in enumerate(names):
+        mean = torch.stack([F.normalize(table[t.format(name)], dim=0) for t in templates]).mean(0)
+        torch.testing.assert_close(classes[row], F.normalize(mean, dim=0))
+    image = unit(30, 8, seed=9)
+    labels = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(4))
+    found = accuracy(image, classes, labels.tolist(), at=(1, 2))
+    top = (image @ classes.T).argsort(1, descending=True)
+    assert found["top-1"] == pytest.approx((top[:, 0] == labels).float().mean().item())
+    assert found["top-2"] == pytest.approx((top[:, :2] == labels[:, None]).any(1).float().mean().item())
+
+
+class Stub:
+    """An encoder whose vector is a picture's mean colour or a text's word."""
+
+    class config:  # noqa: N801
+        embed_width = 3
+
+        class vision:  # noqa: N801
+            image_size = 8
+
+    def __init__(self):
+        self.calls = 0
+
+    def embed_images(self, images):
+        self.calls += len(images)
+        return F.normalize(torch.stack([torch.from_numpy(np.asarray(i)).float().mean((0, 1)) for i in images]), dim=-1)
+
+    def embed_texts(self, texts):
+        colours = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+        return torch.tensor([colours[t] for t in texts])
+
+
+def colour_folder(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("r", (250, 5, 5)), ("g", (5, 250, 5)), ("b", (5, 5, 250))):
+        Image.new("RGB", (10, 10), colour).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_embed_writes_all_and_names_the_rejects(tmp_path, ending):
+    folder, out = colour_folder(tmp_path), tmp_path / f"out{ending}"
+    assert embed_source(Stub(), str(folder), out, batch=2) == (3, 0, 1)
+    rows = np.load(out) if ending == ".npy" else np.stack(pq.read_table(out)["embedding"].to_pylist())
+    assert rows.shape == (3, 3)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+    assert "cannot read" in (tmp_path / f"out{ending}.rejects.jsonl").read_text()
+
+
+def test_embed_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    from intermodal.evaluate import embed as module
+
+    monkeypatch.setattr(module, "PART", 2)
+    folder, out = colour_folder(tmp_path), tmp_path / "out.parquet"
+    stub = Stub()
+    monkeypatch.setattr(module, "_join", lambda parts, out: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(stub, str(folder), out)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "PART", 2)
+    assert stub.calls == 3
+    # the parts are another process's: a new encoder finds them by the job's description
+    (tmp_path / "out.parquet.parts" / "job.json").unlink()
+    made, found, rejected = embed_source(stub, str(folder), out)
+    assert (made, found, rejected) == (0, 3, 1)
+    assert stub.calls == 3
+
+
+def test_search_ranks_by_the_sentence(tmp_path):
+    folder = colour_folder(tmp_path)
+    for word, name in (("red", "r.png"), ("blue", "b.png")):
+        assert search(Stub(), str(folder), word, 2)[0][0].endswith(name)
+    embed_source(Stub(), str(folder), tmp_path / "e.parquet")
+    assert search(Stub(), str(tmp_path / "e.parquet"), "green", 1)[0][0].endswith("g.png")

@@ -1,0 +1,106 @@
+"""Sprites and scenes: what is shipped, that the truth is the truth, and that splits hold."""
+
+import random
+from collections import Counter
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from intermodal.data import sprites
+from intermodal.data.scenes import OPPOSITE, Facts, Group, SceneConfig, Scenes, is_held_out, plural
+from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
+
+
+def test_the_archive_is_what_it_says():
+    assert files("intermodal.data").joinpath("assets/sprites.zip").stat().st_size <= 5_000_000
+    concepts = sprites.concepts()
+    assert len(concepts) >= 860
+    assert len(sprites.core()) == 60
+    assert len({c.noun for c in sprites.core()}) == 60
+    assert all(c.keywords is not None and c.group and c.subgroup for c in concepts)
+    for style in sprites.STYLES:
+        drawing = np.asarray(sprites.sprite(concepts[100].index, style))
+        assert drawing.shape == (64, 64, 4)
+        assert drawing[..., 3].max() > 200
+    credits = files("intermodal.data").joinpath("assets/CREDITS.md").read_text()
+    assert all(f"`{style}`" in credits for style in sprites.STYLES)
+
+
+def test_the_held_out_style_is_never_in_training():
+    seen = {Scenes(SceneConfig()).scene(n).style for n in range(200)}
+    assert seen == set(sprites.TRAIN_STYLES)
+    assert sprites.HELD_OUT_STYLE not in seen
+    assert {"fluent-3d", "fluent-flat"} <= set(sprites.TRAIN_STYLES)
+
+
+def test_a_number_is_the_same_scene_everywhere():
+    a, b = Scenes(SceneConfig(word_share=0.3)), Scenes(SceneConfig(word_share=0.3))
+    for n in (0, 5, 12345678901):
+        assert np.array_equal(a.scene(n).pixels, b.scene(n).pixels)
+        assert a[n].texts == b[n].texts
+    assert not np.array_equal(a.scene(0).pixels, Scenes(SceneConfig(word_share=0.3, seed=1)).scene(0).pixels)
+
+
+@pytest.mark.parametrize("side", [48, 64, 128])
+def test_boxes_and_relations_are_true(side):
+    source = Scenes(SceneConfig(side=side, word_share=0.2))
+    for n in range(150):
+        scene = source.scene(n)
+        assert [len(boxes) for _, boxes in scene.boxes] == [g.count for g in scene.facts.groups]
+        for _, boxes in scene.boxes:
+            assert all(0 <= x0 < x1 <= side and 0 <= y0 < y1 <= side for x0, y0, x1, y1 in boxes)
+        if scene.facts.relation:
+            first, second = ([((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes] for _, boxes in scene.boxes)
+            axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[scene.facts.relation]
+            assert all(sign * (a[axis] - b[axis]) > 0 for a in first for b in second), (n, scene.facts)
+
+
+def test_no_combination_is_on_both_sides():
+    train = {c for n in range(3000) for c in Scenes(SceneConfig()).scene(n).facts.combinations()}
+    for n in range(300):
+        held_out = [c for c in Scenes(SceneConfig(split="test")).scene(n).facts.combinations() if is_held_out(c)]
+        assert held_out
+        assert not set(held_out) & train
+
+
+def test_left_and_right_are_one_combination():
+    a, b = Group(1), Group(2)
+    one, other = Facts((a, b), "left of", "white"), Facts((b, a), "right of", "white")
+    assert one.combinations() == other.combinations()
+
+
+def test_wrong_captions_are_false_and_differ_in_one_respect():
+    source = Scenes(SceneConfig())
+    kinds = Counter()
+    for n in range(200):
+        facts = source.scene(n).facts
+        true = {facts.caption(form) for form in range(5)}
+        if facts.relation:
+            flipped = Facts(facts.groups[::-1], OPPOSITE[facts.relation], facts.background)
+            true |= {flipped.caption(form) for form in range(5)}
+        for kind, wrong in facts.wrong(random.Random(n), source.pool).items():
+            kinds[kind] += 1
+            assert wrong.caption(0) not in true, (kind, facts)
+    assert set(kinds) == {"object", "count", "colour", "relation", "swapped colours"}
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("dog", "dogs"), ("bunch of grapes", "bunches of grapes"), ("butterfly", "butterflies"), ("bus", "buses"), ("fish", "fish"),
+     ("red key", "red keys"), ("snowman", "snowmen"), ("fox", "foxes")],
+)  # fmt: skip
+def test_plurals(one, many):
+    assert plural(one) == many
+
+
+def test_baselines_are_what_they_claim():
+    task = SceneTask.make(60, 48, style=None)
+    found = scene_baselines(task, train_count=200)
+    assert found.chance["image_to_text_recall@1"] == pytest.approx(1 / 60)
+    assert found.bag_of_words["hard/relation"] == 0.5, "left and right are words of true captions of every such scene"
+    assert found.bag_of_words["hard/object"] == 1.0
+    assert found.bag_of_words["hard/swapped colours"] == pytest.approx(0.5, abs=0.05), "only a/an can give it away"
+    assert all(0 <= v <= 1 for part in (found.text_only, found.raw_pixels) for v in part.values())
+    assert sprite_pixels(48, "core")["top-1"] > 0.3
+    assert sprite_pixels(48, "core", style="noto")["top-1"] == 1.0, "a style that is among the items finds itself"

@@ -1,0 +1,118 @@
+"""Overrides, recipes, the command line's manners, and the house rules that a test can check."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from intermodal.config import SettingError, from_dict, override, paths, to_dict
+from intermodal.train.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "intermodal", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_overrides_are_typed():
+    recipe = Recipe("x")
+    changed = override(recipe, ["data.batch=64", "train.loss=softmax", "optim.lr=3e-4", "data.crop_scale=[0.5, 1]", "train.micro_batch=null"])
+    assert (changed.data.batch, changed.train.loss, changed.optim.lr) == (64, "softmax", 3e-4)
+    assert changed.data.crop_scale == (0.5, 1.0)
+    assert override(recipe, ["model.vision.width=64"]).model.vision.width == 64
+    assert from_dict(Recipe, to_dict(changed)) == changed
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("data.bach=3", "did you mean 'data.batch'"),
+        ("dta.batch=3", "did you mean 'data.batch'"),
+        ("data.batch=many", "data.batch wants int"),
+        ("data.batch=true", "data.batch wants int"),
+        ("train.loss=sigmod", "train.loss wants"),
+        ("data.batch.size=3", "single value"),
+        ("data.batch", "path=value"),
+    ],
+)
+def test_wrong_overrides_name_the_field(assignment, words):
+    with pytest.raises(SettingError, match=words):
+        override(Recipe("x"), [assignment])
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
+def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
+    from intermodal.train.loop import train
+
+    recipe = load_recipe(ROOT / "recipes" / file, tiny=True)
+    recipe = replace(recipe, train=replace(recipe.train, threads=1))
+    train(recipe, tmp_path, quiet=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert len(paths(load_recipe(ROOT / "recipes" / file))) > 40
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; sys.argv=['intermodal','--help']; import intermodal.cli.app; print([m for m in ('torch','numpy','datasets','PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_errors_are_one_line_and_debug_shows_more():
+    done = command("train", ROOT / "recipes" / "siglip.py", "data.bach=3")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'data.batch'" in done.stderr
+    assert "Traceback" in command("--debug", "train", ROOT / "recipes" / "siglip.py", "data.bach=3").stderr
+
+
+def test_the_verbs_work_together(tmp_path):
+    """train -> eval -> convert -> embed -> search, as a person would."""
+    run = tmp_path / "run"
+    trained = command("train", ROOT / "recipes" / "siglip.py", "train.threads=1", "--tiny", "--out", run, "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["step"] == 3
+    model = run / "model"
+    scores = command("eval", model, "scenes:core", "--count", 20, "--json")
+    assert scores.returncode == 0, scores.stderr
+    assert json.loads(scores.stdout)["samples"] == 20
+    assert command("convert", model, tmp_path / "half", "--dtype", "bfloat16").returncode == 0
+    sheet = command("data", "preview", "scenes:all", "--out", tmp_path / "sheet.png", "--count", 4)
+    assert sheet.returncode == 0, sheet.stderr
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "sheet.png").rename(pictures / "a.png")
+    embedded = command("embed", model, pictures, "--out", tmp_path / "e.parquet")
+    assert "1 embeddings" in embedded.stdout, embedded.stderr
+    found = command("search", model, pictures, "a dog", "--json")
+    assert json.loads(found.stdout)["hits"][0]["key"].endswith("a.png")
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def test_house_rules_on_imports():
+    source = ROOT / "src" / "intermodal"
+    for file in source.rglob("*.py"):
+        names = list(imports_of(file))
+        assert not any(n.split(".")[0] == "transformers" for n in names), f"{file}: transformers is a development dependency"
+        if file.relative_to(source).parts[0] in ("inputs", "nn", "models"):
+            assert not any(n.startswith("torch.distributed") for n in names), f"{file}: collectives come from parallel/"
