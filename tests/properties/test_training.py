@@ -70,6 +70,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     assert len(set(losses[0])) == 6, "six steps on different batches"
 
 
+def assert_near(mine, wanted, what):
+    for name, parameter in wanted.items():
+        if name.endswith("k_proj.bias"):
+            continue  # its gradient is zero but for rounding (a softmax does not see it), and Adam makes steps of rounding
+        torch.testing.assert_close(mine[name], parameter, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
 def run_on_rank(rank, size, folder, mode, resume, steps):
     changes = {"parallel": mode, "micro_batch": 2 if mode == "fsdp" else None}
     model = train(tiny(steps, train={**changes, "steps": steps, "save_every": 2, "keep": 9, "precision": "fp32", "threads": 1}), folder, resume=resume, quiet=True)
@@ -81,16 +88,13 @@ def test_two_ranks_equal_one_and_resume_across(tmp_path):
     alone = run_on_rank(0, 1, tmp_path / "one", "ddp", False, 4)
     for mode in ("ddp", "fsdp"):
         both = on_ranks(2, run_on_rank, tmp_path / mode, mode, False, 4)
-        for name, parameter in alone.items():
-            for rank in both:
-                torch.testing.assert_close(rank[name], parameter, rtol=0, atol=1e-6, msg=lambda m, n=name, d=mode: f"{d} {n}: {m}")
+        for rank in both:
+            assert_near(rank, alone, mode)
     forget_after(tmp_path / "fsdp", 2)
-    resumed = run_on_rank(0, 1, tmp_path / "fsdp", "ddp", True, 4)
+    assert_near(run_on_rank(0, 1, tmp_path / "fsdp", "ddp", True, 4), alone, "from two ranks to one")
     forget_after(tmp_path / "one", 2)
-    grown = on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 4)
-    for name, parameter in alone.items():
-        torch.testing.assert_close(resumed[name], parameter, rtol=0, atol=1e-6)
-        torch.testing.assert_close(grown[0][name], parameter, rtol=0, atol=1e-6)
+    for rank in on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 4):
+        assert_near(rank, alone, "from one rank to two")
 
 
 def test_exported_equals_loaded(tmp_path):

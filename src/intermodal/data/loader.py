@@ -240,6 +240,7 @@ class PairLoader:
             batch_size=None,
             sampler=self._references(),  # pyright: ignore[reportArgumentType]
             num_workers=self.workers,
+            generator=torch.Generator(),  # its own: the default one would draw from the random state that dropout resumes from
             prefetch_factor=self.prefetch if self.workers else None,
         )
         for fetched in loader:

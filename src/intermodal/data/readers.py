@@ -133,6 +133,10 @@ class TarSource:
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"{member.name} reaches past the end of the file")
                     samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[suffix.lower()] = (member.offset_data, member.size)
+                # tarfile ends quietly at a header that is cut; a whole archive ends in a block of zeros
+                archive.fileobj.seek(archive.offset)  # pyright: ignore[reportOptionalMemberAccess]
+                if archive.fileobj.read(512) != bytes(512):  # pyright: ignore[reportOptionalMemberAccess]
+                    raise tarfile.ReadError("it ends without an end mark")
         except (tarfile.TarError, OSError, EOFError) as error:
             self.problems.append((str(file), f"cut short or damaged after {len(samples)} samples: {error}"))
         self.index += [(number, key, parts) for key, parts in samples.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,9 @@ def lower_case(text: str) -> str:
 class Encoder(Protocol):
     """What a tokenizer back end gives: text -> ids, special tokens included."""
 
+    @property
+    def vocabulary_size(self) -> int: ...
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
@@ -76,6 +80,10 @@ class TextTokenizer:
         self.context, self.pad_to, self.pad_id, self.eos_id = context, pad_to, pad_id, eos_id
         self.eos_last, self.pad_left = eos_last, pad_left
         self.files = files or {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.encode.vocabulary_size
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut and padded by the family's rule."""
@@ -166,6 +174,10 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
@@ -221,24 +233,32 @@ class SentencePieceEncoder:
     def __init__(self, model):
         self.model = model
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self.model.get_piece_size()
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*self.model.encode(text), self.model.eos_id()] for text in texts]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A small lower-casing byte-pair tokenizer for a model made from scratch; ids 0 and 1 are `<unk>` and `</s>`."""
-    from tokenizers import trainers
+    """A small lower-casing tokenizer for a model made from scratch; ids 0 and 1 are `<unk>` and `</s>`.
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<unk>", "</s>"],
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    WordPiece over every character seen and the most frequent words. It is counted, not trained: the `tokenizers` trainers give other
+    ids at each call, and two ranks, or two runs of one recipe, must agree.
+    """
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    pieces = ["<unk>", "</s>", *letters, *(f"##{letter}" for letter in letters)]
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    pieces += words[: max(0, vocab_size - len(pieces))]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
 

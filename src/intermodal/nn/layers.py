@@ -93,11 +93,14 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config, causal)
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = config.dropout
 
     def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        x_TD = x_TD + self.dropout(self.self_attn(self.layer_norm1(x_TD), segments))
-        return x_TD + self.dropout(self.mlp(self.layer_norm2(x_TD)))
+        x_TD = x_TD + self._dropped(self.self_attn(self.layer_norm1(x_TD), segments))
+        return x_TD + self._dropped(self.mlp(self.layer_norm2(x_TD)))
+
+    def _dropped(self, x_TD: Tensor) -> Tensor:
+        return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD
 
 
 class Encoder(nn.Module):

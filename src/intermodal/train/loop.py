@@ -64,14 +64,20 @@ def train(
 
 
 def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualEncoder:
-    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer trained on `captions()`."""
+    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer of its own or counted from `captions()`."""
     if config.start is not None:
         return load_model(config.start)
     vision, text = config.vision, config.text
-    tokenizer = texts.train_tokenizer(captions(), config.vocabulary)
     family = "clip" if config.family == "clip" else "siglip"
-    eos = tokenizer.token_to_id("</s>")
-    text = replace(text, vocab_size=tokenizer.get_vocab_size(), eos_id=eos, pad_id=eos, bos_id=eos)
+    if config.tokenizer is not None:
+        folder = Path(config.tokenizer).expanduser()
+        tokenizer = texts.from_folder(folder, config.family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
+        if tokenizer is None:
+            raise IntermodalError(f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)")
+    else:
+        tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
+    size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
+    text = replace(text, vocab_size=size, eos_id=eos, pad_id=tokenizer.pad_id, bos_id=min(text.bos_id, size - 1))
     if family == "clip":
         dual = DualConfig(vision, text, config.embed_width, init_scale=config.init_scale or 1 / 0.07)
         model: DualEncoder = CLIP(dual)
@@ -85,7 +91,7 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
         pictures = ImageProcessor((vision.image_size, vision.image_size))
         if config.family == "siglip2":
             pictures = NaflexProcessor(vision.patch_size, config.max_patches)
-    model.processor = PairProcessor(pictures, texts.fresh(tokenizer, family, context=text.context), config.family)
+    model.processor = PairProcessor(pictures, tokenizer, config.family)
     return model
 
 
@@ -100,9 +106,12 @@ class Trainer:
         self._claim_folder(resume)
         torch.manual_seed(recipe.train.seed * 1009 + world.rank)
         self.loader = self._loader_and_model()
-        for module in self.model.modules():
-            if isinstance(module, Encoder):
-                module.checkpoint_activations = recipe.train.checkpoint_activations
+        for tower, settings in ((self.model.vision, recipe.model.vision), (self.model.text, recipe.model.text)):
+            encoder = tower.get_submodule("encoder")
+            assert isinstance(encoder, Encoder)
+            encoder.checkpoint_activations = recipe.train.checkpoint_activations
+            for block in encoder.layers:  # a loaded model has none: dropout is the run's setting, not the checkpoint's
+                block.dropout = settings.dropout  # pyright: ignore[reportAttributeAccessIssue]
         self.model.to(world.device).train()
         wrap(self.model, world, recipe.train.parallel)
         self.optimizer = adamw(self.model, recipe.optim)

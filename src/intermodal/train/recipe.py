@@ -27,10 +27,12 @@ class ModelConfig:
     """Factor on the cosine at the start; None takes the family's: 1/0.07 for CLIP, 10 for SigLIP."""
     init_bias: float = -10.0
     """SigLIP only. -10 is the paper's for a batch of 32,768; a small batch learns sooner from about -log(batch)."""
+    tokenizer: str | None = None
+    """A directory whose tokenizer files a fresh model takes (CLIP's, say); None counts one from the captions."""
     vocabulary: int = 1024
-    """Largest size of the tokenizer trained on the captions of the first source."""
+    """Size of the tokenizer counted from the captions of the first source, once it has all their letters."""
     tokenizer_samples: int = 4096
-    """How many samples' captions the tokenizer is trained on."""
+    """How many samples' captions it is counted from."""
     max_patches: int = 256
     """NaFlex only: most patches of a picture."""
 
