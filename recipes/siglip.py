@@ -11,7 +11,14 @@ def recipe(tiny: bool = False) -> Recipe:
         model=ModelConfig(
             family="siglip",
             vision=VisionConfig(
-                width=192, depth=4, heads=3, mlp_width=768, activation="gelu_pytorch_tanh", norm_eps=1e-6, image_size=48, patch_size=8
+                width=192,
+                depth=4,
+                heads=3,
+                mlp_width=768,
+                activation="gelu_pytorch_tanh",
+                norm_eps=1e-6,
+                image_size=48,
+                patch_size=8,
             ),
             text=TextConfig(
                 width=128, depth=2, heads=2, mlp_width=512, activation="gelu_pytorch_tanh", norm_eps=1e-6, vocab_size=1, context=24

@@ -6,7 +6,8 @@
     cd ../.. && pip install resvg-py pillow numpy
     python scripts/build_sprites.py build/sprites/node_modules src/intermodal/data/assets/sprites.zip
 
-A concept is kept when all six styles draw it. Skin tones, flags, letter and arrow signs, clock faces and the gendered variants of a person who also exists
+A concept is kept when all six styles draw it. Skin tones, flags, letter and arrow signs, clock faces and the gendered
+variants of a person who also exists
 without a gender are left out: they share their caption's nouns with the plain concept and would make "right" ambiguous.
 The archive holds one WebP sheet a style (row-major cells of 64 px, RGBA) and `sprites.json` with the names, in cell order.
 """
@@ -88,7 +89,9 @@ class Iconify:
             if icon:
                 width, height = icon.get("width", self.set.get("width", 16)), icon.get("height", self.set.get("height", 16))
                 xlink = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-                return render(f'<svg xmlns="http://www.w3.org/2000/svg" {xlink} viewBox="0 0 {width} {height}">{icon["body"]}</svg>')
+                return render(
+                    f'<svg xmlns="http://www.w3.org/2000/svg" {xlink} viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+                )
         return None
 
 
@@ -114,7 +117,9 @@ def plain_concepts(emojis: list[dict], subgroups: dict[int, str]) -> list[dict]:
     kept = [e for e in emojis if e.get("group") is not None and e["group"] not in SKIP_GROUPS and not CLOCK_FACE.search(e["label"])]
     kept = [e for e in kept if e["group"] != SYMBOLS or subgroups[e["subgroup"]] in KEEP_SYMBOLS]
     neutral = {e["hexcode"].split("-")[0] for e in kept if "200D" not in e["hexcode"]}
-    return [e for e in kept if not ("200D" in e["hexcode"] and GENDERED.search(e["label"]) and e["hexcode"].split("-")[0] in neutral)]
+    return [
+        e for e in kept if not ("200D" in e["hexcode"] and GENDERED.search(e["label"]) and e["hexcode"].split("-")[0] in neutral)
+    ]
 
 
 def main() -> None:
@@ -171,7 +176,9 @@ def main() -> None:
         index = {"cell": CELL, "columns": COLUMNS, "styles": list(styles), "concepts": concepts}
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
         archive.writestr(zipfile.ZipInfo("sprites.json", (2026, 1, 1, 0, 0, 0)), text, compress_type=zipfile.ZIP_DEFLATED)
-    print(f"{len(concepts)} concepts, {sum(c['core'] for c in concepts)} in the core, {arguments.output.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{len(concepts)} concepts, {sum(c['core'] for c in concepts)} in the core, {arguments.output.stat().st_size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def _tiles(job: _Job, count: int, home: bool, columns_groups: Tensor | None) -> 
             yield _Tile(rows, columns, home and r == c, same)
 
 
-def _ring_sweep(job: _Job, travelling: list[Tensor], visit: Callable[[list[Tensor], bool], None], carried: list[Tensor]) -> list[Tensor]:
+def _ring_sweep(
+    job: _Job, travelling: list[Tensor], visit: Callable[[list[Tensor], bool], None], carried: list[Tensor]
+) -> list[Tensor]:
     """Show every rank's block to this rank.
 
     `travelling` (texts, groups) does not change and moves on while `visit` computes; `carried` (gradients, statistics) is changed by
@@ -193,7 +195,7 @@ class _Sigmoid(torch.autograd.Function):
 
         travelling = [text_BE] + ([job.groups] if job.groups is not None else [])
         carried = _ring_sweep(job, travelling, visit, [torch.zeros_like(text_BE)] if need_grad else [])
-        if need_grad:
+        if image_grad is not None:
             # d z / d log_scale = scale * cosine, and image . image_grad sums exactly that times the gradient
             scale_grad = (image_BE.double() * image_grad).sum()
             ctx.save_for_backward(image_grad, carried[0], scale_grad.to(log_scale), bias_grad.to(bias))

@@ -25,7 +25,7 @@ def batch_of(count, kind):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(count, 3, 16, 16, generator=generator, dtype=torch.float64)
     lengths = [6] * count if kind == "sigmoid" else [3 + i % 4 for i in range(count)]
-    texts = [torch.randint(0, 48, (n - 1,), generator=generator).tolist() + [49] for n in lengths]
+    texts = [[*torch.randint(0, 48, (n - 1,), generator=generator).tolist(), 49] for n in lengths]
     return PairBatch(Images(pixels), Texts.pack(texts))
 
 
@@ -66,7 +66,9 @@ def test_dropout_is_replayed(kind):
     after_cached = torch.rand(3)
     torch.manual_seed(5)
     pieces = [kept(batch.slice(s, min(s + part, 8))) for s in range(0, 8, part)]
-    whole = type(pieces[0])(torch.cat([p.image for p in pieces]), torch.cat([p.text for p in pieces]), kept.logit_scale, kept.logit_bias)
+    whole = type(pieces[0])(
+        torch.cat([p.image for p in pieces]), torch.cat([p.text for p in pieces]), kept.logit_scale, kept.logit_bias
+    )
     loss_of(kind)(whole, batch)[1].backward()
     assert torch.equal(after_cached, torch.rand(3)), "the random stream goes on as if each part had run once"
     for (name, a), b in zip(cached.named_parameters(), kept.parameters(), strict=True):

@@ -13,7 +13,11 @@ PAIRS, WIDTH = 24, 12
 def everything():
     generator = torch.Generator().manual_seed(3)
     image, text = (F.normalize(torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2))
-    return image, text, torch.arange(PAIRS) // 2 * (torch.arange(PAIRS) % 7 > 2) + 50 * torch.arange(PAIRS) * (torch.arange(PAIRS) % 7 <= 2)
+    return (
+        image,
+        text,
+        torch.arange(PAIRS) // 2 * (torch.arange(PAIRS) % 7 > 2) + 50 * torch.arange(PAIRS) * (torch.arange(PAIRS) % 7 <= 2),
+    )
 
 
 def share(rank, size, kind, duplicates):
@@ -21,7 +25,11 @@ def share(rank, size, kind, duplicates):
 
     image, text, groups = everything()
     rows = slice(rank * PAIRS // size, (rank + 1) * PAIRS // size)
-    leaves = [image[rows].clone().requires_grad_(), text[rows].clone().requires_grad_(), torch.tensor(1.3).double().requires_grad_()]
+    leaves = [
+        image[rows].clone().requires_grad_(),
+        text[rows].clone().requires_grad_(),
+        torch.tensor(1.3).double().requires_grad_(),
+    ]
     if kind == "sigmoid":
         leaves.append(torch.tensor(-2.0).double().requires_grad_())
     ring = Ring() if size > 1 else None

@@ -79,7 +79,12 @@ def assert_near(mine, wanted, what):
 
 def run_on_rank(rank, size, folder, mode, resume, steps):
     changes = {"parallel": mode, "micro_batch": 2 if mode == "fsdp" else None}
-    model = train(tiny(steps, train={**changes, "steps": steps, "save_every": 2, "keep": 9, "precision": "fp32", "threads": 1}), folder, resume=resume, quiet=True)
+    model = train(
+        tiny(steps, train={**changes, "steps": steps, "save_every": 2, "keep": 9, "precision": "fp32", "threads": 1}),
+        folder,
+        resume=resume,
+        quiet=True,
+    )
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

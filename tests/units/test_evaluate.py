@@ -76,10 +76,10 @@ def test_zero_shot_equals_the_definition():
 class Stub:
     """An encoder whose vector is a picture's mean colour or a text's word."""
 
-    class config:  # noqa: N801
+    class config:
         embed_width = 3
 
-        class vision:  # noqa: N801
+        class vision:
             image_size = 8
 
     def __init__(self):

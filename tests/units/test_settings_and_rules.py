@@ -29,7 +29,9 @@ def command(*arguments, **environment):
 
 def test_overrides_are_typed():
     recipe = Recipe("x")
-    changed = override(recipe, ["data.batch=64", "train.loss=softmax", "optim.lr=3e-4", "data.crop_scale=[0.5, 1]", "train.micro_batch=null"])
+    changed = override(
+        recipe, ["data.batch=64", "train.loss=softmax", "optim.lr=3e-4", "data.crop_scale=[0.5, 1]", "train.micro_batch=null"]
+    )
     assert (changed.data.batch, changed.train.loss, changed.optim.lr) == (64, "softmax", 3e-4)
     assert changed.data.crop_scale == (0.5, 1.0)
     assert override(recipe, ["model.vision.width=64"]).model.vision.width == 64
@@ -66,7 +68,8 @@ def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; sys.argv=['intermodal','--help']; import intermodal.cli.app; print([m for m in ('torch','numpy','datasets','PIL') if m in sys.modules])"
+    heavy = ("torch", "numpy", "datasets", "PIL")
+    code = f"import sys, intermodal.cli.app; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

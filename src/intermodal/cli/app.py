@@ -68,7 +68,9 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
-    source: Annotated[str, typer.Argument(help="`scenes:core`, `sprites:core`, `tuxpaint`, or your own data with captions.")] = "scenes:core",
+    source: Annotated[
+        str, typer.Argument(help="`scenes:core`, `sprites:core`, `tuxpaint`, or your own data with captions.")
+    ] = "scenes:core",
     task: Annotated[str, typer.Option(help="`retrieval` or `zeroshot` (every distinct caption is a class).")] = "retrieval",
     classes: Annotated[Path | None, typer.Option(help="Zero-shot: a file with one class name a line.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
@@ -86,7 +88,13 @@ def evaluate(
     from ..evaluate.run import evaluate_source
 
     scores = evaluate_source(model, source, task, classes=classes, templates=template, count=count, progress=not as_json)
-    _print(scores, as_json, "\n".join(f"{name:28s} {value:.4f}" if isinstance(value, float) else f"{name:28s} {value}" for name, value in scores.items()))
+    _print(
+        scores,
+        as_json,
+        "\n".join(
+            f"{name:28s} {value:.4f}" if isinstance(value, float) else f"{name:28s} {value}" for name, value in scores.items()
+        ),
+    )
 
 
 @app.command()
@@ -121,7 +129,11 @@ def search(
     from ..evaluate.embed import search as rank
 
     hits = rank(model, folder, sentence, top)
-    _print({"hits": [{"key": key, "score": score} for key, score in hits]}, as_json, "\n".join(f"{score:.4f}  {key}" for key, score in hits))
+    _print(
+        {"hits": [{"key": key, "score": score} for key, score in hits]},
+        as_json,
+        "\n".join(f"{score:.4f}  {key}" for key, score in hits),
+    )
 
 
 @app.command()

@@ -114,7 +114,9 @@ class Mixture:
     def restore(self, state: dict[str, Any]) -> None:
         """Raises DataError when the state belongs to other sources or another seed."""
         if state["seed"] != self.seed or len(state["counters"]) != len(self.sources):
-            raise DataError("the checkpoint's data state is of another seed or another list of sources; resume with the same data settings")
+            raise DataError(
+                "the checkpoint's data state is of another seed or another list of sources; resume with the same data settings"
+            )
         self.position, self.counters = state["position"], list(state["counters"])
         for source, kept in zip(self.sources, state["streams"], strict=True):
             if isinstance(source, StreamSource):
@@ -187,7 +189,9 @@ class Fetcher(Dataset):
             except SampleError as error:
                 rejects.append(Reject(f"{source.name}/{index}", str(error)))
                 index = _number(f"{source.name}/{at}/{attempt}") % len(source)
-        raise DataError(f"{ATTEMPTS} samples of {source.name} in a row were unusable; the last: {rejects[-1].key}: {rejects[-1].reason}")
+        raise DataError(
+            f"{ATTEMPTS} samples of {source.name} in a row were unusable; the last: {rejects[-1].key}: {rejects[-1].reason}"
+        )
 
     def _picture(self, sample: Sample, rng: random.Random):
         picture = open_image(sample.image)

@@ -33,7 +33,8 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     """A source from its name on the command line.
 
     Args:
-        spec: `scenes:core`, `scenes:all` (with settings of `SceneConfig` as `?pair_share=0.3&forms=3`), `sprites:core`, `sprites:all`, `tuxpaint:<.deb or folder>`, `hf:<owner/name>[:split]`, or
+        spec: `scenes:core`, `scenes:all` (with settings of `SceneConfig` as `?pair_share=0.3&forms=3`), `sprites:core`,
+            `sprites:all`, `tuxpaint:<.deb or folder>`, `hf:<owner/name>[:split]`, or
             a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with `{000..009}` and `*` expanded.
             `?image=COLUMN&text=COLUMN` after a table's path names its columns.
         side: pixels of a side for sources that draw their pictures.
@@ -76,7 +77,9 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     if suffix in (".jsonl", ".csv", ".tsv"):
         return LinesSource(files, columns, allow_urls)
     if suffix in (".gz", ".zst", ".xz"):
-        raise SourceError(f"{files[0]}: a compressed shard has no random access; unpack it to .tar first (pictures do not shrink anyway)")
+        raise SourceError(
+            f"{files[0]}: a compressed shard has no random access; unpack it to .tar first (pictures do not shrink anyway)"
+        )
     raise SourceError(f"{files[0]}: unknown kind {suffix!r}; readable are a folder, .tar, .parquet, .jsonl, .csv, .tsv")
 
 
@@ -132,7 +135,10 @@ class TarSource:
                     stem, _, suffix = base.partition(".")
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"{member.name} reaches past the end of the file")
-                    samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[suffix.lower()] = (member.offset_data, member.size)
+                    samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[suffix.lower()] = (
+                        member.offset_data,
+                        member.size,
+                    )
                 # tarfile ends quietly at a header that is cut; a whole archive ends in a block of zeros
                 archive.fileobj.seek(archive.offset)  # pyright: ignore[reportOptionalMemberAccess]
                 if archive.fileobj.read(512) != bytes(512):  # pyright: ignore[reportOptionalMemberAccess]

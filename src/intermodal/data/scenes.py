@@ -44,12 +44,9 @@ BACKGROUNDS = {
     "brown": (120, 86, 60),
     "navy": (30, 42, 92),
 }
-WORDS = (
-    "apple bread chair cloud dance eagle flame grape happy honey house juice light lemon magic music night ocean paint paper "
-    "peach piano pizza plant queen radio river robot salad smile snack sound spice stone storm sugar table tiger toast today "
-    "train truck under uncle violin water whale world yellow zebra open stop sale free exit menu cafe taxi park zoo fun hot cold "
-    "fast slow left right"
-).split()
+WORDS = tuple(
+    ["apple", "bread", "chair", "cloud", "dance", "eagle", "flame", "grape", "happy", "honey", "house", "juice", "light", "lemon", "magic", "music", "night", "ocean", "paint", "paper", "peach", "piano", "pizza", "plant", "queen", "radio", "river", "robot", "salad", "smile", "snack", "sound", "spice", "stone", "storm", "sugar", "table", "tiger", "toast", "today", "train", "truck", "under", "uncle", "violin", "water", "whale", "world", "yellow", "zebra", "open", "stop", "sale", "free", "exit", "menu", "cafe", "taxi", "park", "zoo", "fun", "hot", "cold", "fast", "slow", "left", "right"]
+)
 HELD_OUT_FONT = "DejaVuSerif-Italic.ttf"
 TEST_SHARE = 10
 """One combination in this many belongs to the test side."""
@@ -66,7 +63,7 @@ class Group:
         return sprites.concepts()[self.concept].noun
 
     def phrase(self) -> str:
-        """"a blue dog", "three dogs"."""
+        """ "a blue dog", "three dogs"."""
         words = f"{self.colour} {self.noun}" if self.colour else self.noun
         if self.count > 1:
             return f"{NUMBERS[self.count]} {plural(words)}"
@@ -102,7 +99,9 @@ class Facts:
         """One of several phrasings: 0 to 2 short, 3 and 4 long."""
         phrases = [group.phrase() for group in self.groups]
         if not self.relation:
-            body = (phrases[0], f"a picture of {phrases[0]}", f"there {'are' if self.groups[0].count > 1 else 'is'} {phrases[0]}")[form % 3]
+            body = (phrases[0], f"a picture of {phrases[0]}", f"there {'are' if self.groups[0].count > 1 else 'is'} {phrases[0]}")[
+                form % 3
+            ]
         else:
             verb = "are" if self.groups[0].count > 1 else "is"
             turned = f"{phrases[1]} {OPPOSITE[self.relation]} {phrases[0]}"
@@ -244,7 +243,7 @@ def is_held_out(combination: str) -> bool:
 
 
 def plural(words: str) -> str:
-    """"red apple" -> "red apples", "bunch of grapes" -> "bunches of grapes"."""
+    """ "red apple" -> "red apples", "bunch of grapes" -> "bunches of grapes"."""
     head, of, tail = words.partition(" of ")
     stem, last = head[:-1], head[-1]
     if head.endswith(("fish", "sheep", "deer")):
@@ -322,7 +321,9 @@ def _cells(region: tuple[float, float, float, float], count: int, rng: random.Ra
     return out
 
 
-def _place(pixels: np.ndarray, group: Group, style: str, cell: tuple[float, float, float], rng: random.Random) -> tuple[int, int, int, int]:
+def _place(
+    pixels: np.ndarray, group: Group, style: str, cell: tuple[float, float, float], rng: random.Random
+) -> tuple[int, int, int, int]:
     """Draw one object into its square; returns the box of what is visible."""
     x, y, size = cell
     side = max(6, round(size))

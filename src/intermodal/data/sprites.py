@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from PIL import Image
@@ -35,7 +35,7 @@ class Concept:
 
 @lru_cache(maxsize=1)
 def _archive() -> zipfile.ZipFile:
-    return zipfile.ZipFile(io.BytesIO((files(__package__) / "assets" / "sprites.zip").read_bytes()))
+    return zipfile.ZipFile(io.BytesIO((files("intermodal.data") / "assets" / "sprites.zip").read_bytes()))
 
 
 @lru_cache(maxsize=1)
@@ -65,7 +65,7 @@ def _sheet(style: str) -> Image.Image:
     return Image.open(io.BytesIO(_archive().read(f"{style}.webp"))).convert("RGBA")
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(concept: int, style: str) -> Image.Image:
     """One drawing, 64 x 64 RGBA."""
     cell, columns = _index()["cell"], _index()["columns"]
@@ -77,6 +77,10 @@ def on_background(concept: int, style: str, side: int = 64, background: tuple[in
     """One drawing centred on a plain square, as an RGB picture of `side` pixels."""
     canvas = Image.new("RGBA", (side, side), (*background, 255))
     inner = max(1, round(side * 0.86))
-    drawing = sprite(concept, style).convert("RGBa").resize((inner, inner), Image.Resampling.BOX if inner < 64 else Image.Resampling.BICUBIC)
+    drawing = (
+        sprite(concept, style)
+        .convert("RGBa")
+        .resize((inner, inner), Image.Resampling.BOX if inner < 64 else Image.Resampling.BICUBIC)
+    )
     canvas.alpha_composite(drawing.convert("RGBA"), ((side - inner) // 2, (side - inner) // 2))
     return canvas.convert("RGB")

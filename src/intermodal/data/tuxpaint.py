@@ -114,7 +114,8 @@ class TuxPaint:
         captions = read_captions(file.with_suffix(".txt"))
         if "en" not in captions:
             raise SampleError(f"{file.name}: no English caption in its .txt")
-        sounds = {"en": str(s) for s in (file.with_suffix(".ogg"), file.with_suffix(".wav")) if s.exists()}
+        english = [file.with_suffix(suffix) for suffix in (".ogg", ".wav") if file.with_suffix(suffix).exists()]
+        sounds = {"en": str(english[0])} if english else {}
         for spoken in file.parent.glob(f"{file.stem}_desc_*.ogg"):
             sounds[spoken.stem.rpartition("_desc_")[2]] = str(spoken)
         key = f"{self.name}/{file.relative_to(self.folder).as_posix()}"

@@ -23,7 +23,8 @@ table { border-collapse: collapse; margin: .6em 0 1.4em; } th, td { padding: .25
 th:first-child, td:first-child { text-align: left; } tr:nth-child(even) { background: #f3f5f9; } th { border-bottom: 1px solid #99a; }
 .win { color: #14713a; font-weight: 600; } .lose { color: #a8321e; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; }
-.card { border: 1px solid #d6dae3; border-radius: 8px; padding: 10px; font-size: 13px; } .card img { image-rendering: pixelated; width: 128px; }
+.card { border: 1px solid #d6dae3; border-radius: 8px; padding: 10px; font-size: 13px; }
+.card img { image-rendering: pixelated; width: 128px; }
 .right { color: #14713a; } .bar { background: #cfe0f7; height: 4px; } figure { margin: 0; }
 """
 
@@ -63,7 +64,9 @@ def _scene_tables(results: dict[str, Any]) -> str:
             kind = "win" if row["model"] > best else "lose"
             cells = "".join(f"<td>{row[c]:.1%}</td>" for c in columns)
             lines.append(f"<tr><td>{html.escape(key)}</td><td class={kind}>{row['model']:.1%}</td>{cells}</tr>")
-        out.append(f"<h2>Scenes, held-out combinations, {html.escape(name)}</h2><table><tr><th></th>{head}</tr>{''.join(lines)}</table>")
+        out.append(
+            f"<h2>Scenes, held-out combinations, {html.escape(name)}</h2><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+        )
     return "".join(out)
 
 

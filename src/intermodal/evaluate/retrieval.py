@@ -48,7 +48,9 @@ def ranks(queries_QE: Tensor, items_NE: Tensor, positives: Sequence[Sequence[int
 def _best_positive(queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Score and number of each query's best positive; the smallest number among equals."""
     most = max(len(right) for right in positives)
-    padded = torch.tensor([[*sorted(right), *[sorted(right)[0]] * (most - len(right))] for right in positives], device=queries.device)
+    padded = torch.tensor(
+        [[*sorted(right), *[sorted(right)[0]] * (most - len(right))] for right in positives], device=queries.device
+    )
     scores = torch.stack([(queries * items[padded[:, column]]).sum(1) for column in range(most)], dim=1)
     best, column = scores.max(1)
     return best, padded.gather(1, column[:, None]).squeeze(1)

@@ -75,7 +75,11 @@ def evaluate_source(
     image = torch.cat(images)
     scores: dict[str, Any] = {"samples": len(captions), "rejected": rejected}
     if task == "zeroshot":
-        names = [line.strip() for line in classes.read_text().splitlines() if line.strip()] if classes else sorted({t[0] for t in captions})
+        names = (
+            [line.strip() for line in classes.read_text().splitlines() if line.strip()]
+            if classes
+            else sorted({t[0] for t in captions})
+        )
         absent = sorted({t[0] for t in captions} - set(names))
         if absent:
             raise IntermodalError(f"{classes}: {len(absent)} captions are not among the classes, the first: {absent[0]!r}")

@@ -28,7 +28,9 @@ class SceneTask:
     wrong: list[dict[str, str]]
 
     @staticmethod
-    def make(count: int, side: int, *, which: str = "core", style: str | None = sprites.HELD_OUT_STYLE, seed: int = 12345) -> SceneTask:
+    def make(
+        count: int, side: int, *, which: str = "core", style: str | None = sprites.HELD_OUT_STYLE, seed: int = 12345
+    ) -> SceneTask:
         """`count` scenes of held-out combinations, in the held-out style unless `style` is None (then in the training styles)."""
         styles = (style,) if style else sprites.TRAIN_STYLES
         source = Scenes(SceneConfig(side=side, concepts=which, split="test", styles=styles, seed=seed))  # pyright: ignore[reportArgumentType]
@@ -70,15 +72,19 @@ class Baselines:
 
 
 def scene_baselines(task: SceneTask, *, train_count: int = 4000, side: int = 16, seed: int = 0) -> Baselines:
-    """Chance; a unigram model of the training captions that sees no picture ("text only"); a reader that knows every word that is in
-    some true caption but not who is what or where ("bag of words"); the caption of the nearest training scene by raw pixels, compared by its words."""
+    """What needs no learning.
+
+    Chance; a unigram model of the training captions that sees no picture ("text only"); a reader that knows every word that is in
+    some true caption but not who is what or where ("bag of words"); the caption of the nearest training scene by raw pixels,
+    compared by its words.
+    """
     source = Scenes(SceneConfig(side=task.scenes[0].pixels.shape[0], seed=seed))
     train = [source.scene(index) for index in range(train_count)]
     frequency = Counter(word for scene in train for caption in scene.captions()[:3] for word in caption.split())
     total = sum(frequency.values())
     neighbour = nearest_by_pixels([s.pixels for s in task.scenes], [s.pixels for s in train], side)
-    found = [set(word for form in range(3) for word in train[i].facts.caption(form).split()) for i in neighbour.tolist()]
-    known = [set(word for form in range(5) for word in s.facts.caption(form).split()) for s in task.scenes]
+    found = [{word for form in range(3) for word in train[i].facts.caption(form).split()} for i in neighbour.tolist()]
+    known = [{word for form in range(5) for word in s.facts.caption(form).split()} for s in task.scenes]
     out = Baselines()
     count = len(task.captions)
 
@@ -130,7 +136,11 @@ def nearest_by_pixels(queries: Sequence[np.ndarray], items: Sequence[np.ndarray]
 
 
 def sprite_names(
-    embed_images: Embed, embed_texts: Callable[[list[str]], Tensor], side: int, which: str = "core", style: str = sprites.HELD_OUT_STYLE
+    embed_images: Embed,
+    embed_texts: Callable[[list[str]], Tensor],
+    side: int,
+    which: str = "core",
+    style: str = sprites.HELD_OUT_STYLE,
 ) -> dict[str, float]:
     """Zero-shot naming of single sprites in a style, on white; among the core sixty or all concepts."""
     pool = sprites.core() if which == "core" else sprites.concepts()

@@ -12,7 +12,9 @@ TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}.")
 
 
 @torch.no_grad()
-def class_embeddings(embed_texts: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+def class_embeddings(
+    embed_texts: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
     """(C, E) unit vectors: the mean over templates of normalised embeddings, normalised again (open_clip
     `zero_shot_classifier.py:62-63`)."""
     prompts = [template.format(name) for name in names for template in templates]

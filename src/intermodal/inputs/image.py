@@ -94,7 +94,9 @@ class ImageProcessor:
         if self.crop:
             return self.crop
         if isinstance(self.size, int):
-            raise CheckpointError("preprocessor_config.json resizes the shortest edge without a crop: pictures would not have one size")
+            raise CheckpointError(
+                "preprocessor_config.json resizes the shortest edge without a crop: pictures would not have one size"
+            )
         return self.size
 
     def __call__(self, images: Sequence[Any]) -> Images:
@@ -121,9 +123,7 @@ class ImageProcessor:
 
     def for_size(self, side: int) -> ImageProcessor:
         """The same recipe for a square of `side` pixels."""
-        return replace(
-            self, size=side if isinstance(self.size, int) else (side, side), crop=(side, side) if self.crop else None
-        )
+        return replace(self, size=side if isinstance(self.size, int) else (side, side), crop=(side, side) if self.crop else None)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> ImageProcessor:
@@ -239,7 +239,12 @@ CLIP_DEFAULTS: dict[str, Any] = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
-SIGLIP_DEFAULTS: dict[str, Any] = {"size": {"height": 224, "width": 224}, "resample": BICUBIC, "image_mean": HALF, "image_std": HALF}
+SIGLIP_DEFAULTS: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "resample": BICUBIC,
+    "image_mean": HALF,
+    "image_std": HALF,
+}
 SIGLIP2_DEFAULTS: dict[str, Any] = {
     "patch_size": 16,
     "max_num_patches": 256,
@@ -300,4 +305,3 @@ def read_processor(folder: Path) -> dict[str, Any]:
             return config["image_processor"]
     flat = folder / "preprocessor_config.json"
     return read_json(flat) if flat.exists() else {}
-

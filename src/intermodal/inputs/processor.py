@@ -28,7 +28,9 @@ class PairProcessor:
         """Write `preprocessor_config.json` and the tokenizer's files, byte for byte as they were read."""
         settings = self.images.to_hf(self.family)
         processor_class = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}[self.family]
-        (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "processor_class": processor_class}, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({**settings, "processor_class": processor_class}, indent=2) + "\n"
+        )
         _forget_nested(folder / "processor_config.json")
         kept = self.tokenizer.files if self.tokenizer else {}
         for name in set(TOKENIZER_FILES) - kept.keys():

@@ -267,7 +267,7 @@ def fresh(tokenizer: Tokenizer, family: str, *, context: int) -> TextTokenizer:
     """A tokenizer from `train_tokenizer` with a family's rules and the files that let transformers load it."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     settings["model_max_length"] = context  # pyright: ignore[reportArgumentType]
-    eos = tokenizer.token_to_id("</s>")
+    eos = tokenizer.get_vocab()["</s>"]
     return TextTokenizer(
         FastEncoder(tokenizer),
         context=context,

@@ -46,7 +46,9 @@ class TextTower(nn.Module):
         """
         segments = texts.segments
         if segments.longest > self.config.context:
-            raise ValueError(f"a text has {segments.longest} tokens, this tower's context is {self.config.context}; truncate it first")
+            raise ValueError(
+                f"a text has {segments.longest} tokens, this tower's context is {self.config.context}; truncate it first"
+            )
         # Sorting the ids once makes equal lengths neighbours, so that no layer has to gather its queries, keys and values.
         ordered, tokens = segments.by_length, segments.tokens_of(segments.order)
         ids = texts.ids[tokens.to(texts.ids.device)]

@@ -23,7 +23,14 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def save(
-    run: Path, step: int, world: World, model: DualEncoder, optimizer, average: dict[str, torch.Tensor] | None, meta: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    world: World,
+    model: DualEncoder,
+    optimizer,
+    average: dict[str, torch.Tensor] | None,
+    meta: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write step `step`; the folder appears under its name only when it is whole. Older ones beyond `keep` are removed."""
     final = folder_of(run, step)

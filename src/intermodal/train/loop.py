@@ -19,7 +19,9 @@ from ..batch import PairBatch
 from ..config import to_dict
 from ..data.loader import Mixture, PairLoader, Rejects
 from ..data.readers import open_source
-from ..errors import IntermodalError
+from ..data.source import Sample, Source
+from ..data.stream import StreamSource
+from ..errors import IntermodalError, SampleError
 from ..inputs import text as texts
 from ..inputs.image import CLIP_DEFAULTS, ImageProcessor, NaflexProcessor
 from ..inputs.processor import PairProcessor
@@ -73,7 +75,9 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
         folder = Path(config.tokenizer).expanduser()
         tokenizer = texts.from_folder(folder, config.family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
         if tokenizer is None:
-            raise IntermodalError(f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)")
+            raise IntermodalError(
+                f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
+            )
     else:
         tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
     size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
@@ -95,6 +99,20 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
     return model
 
 
+def sample_captions(source: Source | StreamSource, count: int, seed: int) -> list[str]:
+    """Captions of `count` samples in the order training will see them; unusable samples are counted when the loader meets them."""
+    order, out = Mixture([source], seed=seed), []
+    for _ in range(count):
+        drawn = order.next()
+        assert drawn is not None
+        try:
+            sample = drawn[1] if isinstance(drawn[1], Sample) else source[drawn[1]]  # pyright: ignore[reportIndexIssue]
+            out += sample.texts
+        except SampleError:
+            continue
+    return out
+
+
 class Trainer:
     """One run. `run()` is the loop; everything else is set-up and its parts, in the order they are used."""
 
@@ -111,7 +129,7 @@ class Trainer:
             assert isinstance(encoder, Encoder)
             encoder.checkpoint_activations = recipe.train.checkpoint_activations
             for block in encoder.layers:  # a loaded model has none: dropout is the run's setting, not the checkpoint's
-                block.dropout = settings.dropout  # pyright: ignore[reportAttributeAccessIssue]
+                block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
         self.model.to(world.device).train()
         wrap(self.model, world, recipe.train.parallel)
         self.optimizer = adamw(self.model, recipe.optim)
@@ -241,17 +259,7 @@ class Trainer:
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
 
         def captions() -> list[str]:
-            first = Mixture(sources[:1], seed=data.seed)
-            out: list[str] = []
-            for _ in range(min(recipe.model.tokenizer_samples, 10 * len(sources[0]) if hasattr(sources[0], "__len__") else 10**9)):
-                drawn = first.next()
-                assert drawn is not None
-                sample = drawn[1] if not isinstance(drawn[1], int) else None
-                try:
-                    out += (sample or sources[0][drawn[1]]).texts  # pyright: ignore[reportIndexIssue]
-                except IntermodalError:
-                    continue  # counted when the loader meets it
-            return out
+            return sample_captions(sources[0], recipe.model.tokenizer_samples, data.seed)
 
         if self.resumed_from is not None and recipe.model.start is None:
             self.model = load_model(self.folder / "initial")
@@ -297,9 +305,7 @@ class Trainer:
 
     def _save(self) -> None:
         meta = {"data": self.loader.state(), "recipe": to_dict(self.recipe)}
-        checkpoint.save(
-            self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.recipe.train.keep
-        )
+        checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.recipe.train.keep)
 
     def _finish(self) -> DualEncoder:
         """The whole trained model on every rank, saved by the first."""

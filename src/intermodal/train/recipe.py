@@ -19,8 +19,8 @@ class ModelConfig:
     family: Literal["clip", "siglip", "siglip2"] = "siglip"
     start: str | None = None
     """A directory or hub id to start from; the tower settings below are then read from it."""
-    vision: VisionConfig = VisionConfig(width=192, depth=6, heads=3, mlp_width=768, image_size=64, patch_size=8)
-    text: TextConfig = TextConfig(width=192, depth=3, heads=3, mlp_width=768, vocab_size=1024, context=24, eos_id=1)
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(192, 6, 3, 768, image_size=64, patch_size=8))
+    text: TextConfig = field(default_factory=lambda: TextConfig(192, 3, 3, 768, vocab_size=1024, context=24, eos_id=1))
     embed_width: int = 192
     """CLIP only; SigLIP embeds in the vision tower's width."""
     init_scale: float | None = None
@@ -40,7 +40,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: tuple[str, ...] = ("scenes:core",)
-    """Sources: `scenes:core`, `scenes:all`, `sprites`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv; `{000..009}` and * expand."""
+    """Sources: `scenes:core`, `scenes:all`, `sprites:core`, `tuxpaint`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv;
+    `{000..009}` and `*` expand."""
     weights: tuple[float, ...] | None = None
     """How often each source is drawn; by size when left out."""
     batch: int = 256

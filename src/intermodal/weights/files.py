@@ -62,7 +62,9 @@ def _read_shards(folder: Path, index: Path, read) -> dict[str, Tensor]:
     missing = sorted(name for name in set(places.values()) if not (folder / name).exists())
     if missing:
         keys = [key for key, name in places.items() if name in missing]
-        raise CheckpointError(f"{folder} lacks the shards {missing} named by {index.name}; they hold {keys[0]} and {len(keys) - 1} more")
+        raise CheckpointError(
+            f"{folder} lacks the shards {missing} named by {index.name}; they hold {keys[0]} and {len(keys) - 1} more"
+        )
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         state.update(read(folder / name))

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, IntermodalError, nearest
+from ..files import read_json
 from ..inputs import image as images
 from ..inputs import text as texts
 from ..inputs.processor import PairProcessor
 from ..models.clip import DualConfig, DualEncoder
 from ..models.vit import resize_positions
 from . import clip, open_clip
-from ..files import read_json
 from .files import read_weights, write_weights
 from .rules import check_against, convert
 
@@ -42,7 +42,9 @@ def load(
         family = raw.get("model_type")
         if family not in clip.FAMILIES:
             known = ", ".join(clip.FAMILIES)
-            raise CheckpointError(f"{folder / 'config.json'}: model_type {family!r} is not one of {known}{nearest(str(family), clip.FAMILIES)}")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: model_type {family!r} is not one of {known}{nearest(str(family), clip.FAMILIES)}"
+            )
         config = clip.from_hf(raw)
         rules, state = clip.rules(family, config), read_weights(folder)
     try:
@@ -129,7 +131,9 @@ def _processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any
 
 def _resized(model: DualEncoder, state, processor: PairProcessor, family: str, side: int):
     if family == "siglip2" or not isinstance(processor.images, images.ImageProcessor):
-        raise CheckpointError("a NaFlex tower takes any size as it is: set `model.processor.images.max_patches` instead of image_size")
+        raise CheckpointError(
+            "a NaFlex tower takes any size as it is: set `model.processor.images.max_patches` instead of image_size"
+        )
     config = replace(model.config, vision=replace(model.config.vision, image_size=side))
     grid = (config.vision.grid, config.vision.grid)
     key = "vision.position_embedding"

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import read_json
 from ..inputs.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from ..models.clip import DualConfig, DualEncoder
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
 from .clip import family_of
-from ..files import read_json
 from .files import read_weights, write_weights
 from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose
 
@@ -78,7 +78,9 @@ def siglip_rules(config: DualConfig) -> list[Rule]:
         Rename("logit_scale", "logit_scale"),
         Rename("logit_bias", "logit_bias"),
         Reshape(f"{trunk}.pos_embed", "vision.position_embedding", their_shape=(1, -1, vision.width), our_shape=(-1, vision.width)),
-        Reshape(f"{trunk}.patch_embed.proj.weight", "vision.patch_embedding.weight", their_shape=conv, our_shape=(vision.width, -1)),
+        Reshape(
+            f"{trunk}.patch_embed.proj.weight", "vision.patch_embedding.weight", their_shape=conv, our_shape=(vision.width, -1)
+        ),
         Rename(f"{trunk}.patch_embed.proj.bias", "vision.patch_embedding.bias"),
         Rename(f"{trunk}.norm.{{rest}}", "vision.post_layernorm.{rest}"),
         Rename(f"{block}.norm1.{{rest}}", f"{layer}.layer_norm1.{{rest}}"),
@@ -115,7 +117,9 @@ def _described(folder: Path, raw: dict[str, Any], state: dict[str, Tensor]):
         config = _siglip_config(raw, state)
         return "siglip", config, siglip_rules(config), _scalars(state), raw
     if "visual.class_embedding" not in state:
-        raise CheckpointError(f"{folder}: only open_clip's ViT towers are read (no visual.class_embedding or visual.trunk.pos_embed)")
+        raise CheckpointError(
+            f"{folder}: only open_clip's ViT towers are read (no visual.class_embedding or visual.trunk.pos_embed)"
+        )
     config = _clip_config(raw, state)
     return "clip", config, clip_rules(config, "text.token_embedding.weight" in state), _scalars(state), raw
 
@@ -160,7 +164,11 @@ def _eps(cfg: dict[str, Any]) -> float:
 def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
     model = raw.get("model_cfg", {})
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    _refuse(vision, "vision_cfg", {"pool_type": ("tok",), "act_kwargs": (), "attentional_pool": (), "no_ln_pre": (), "ls_init_value": ()})
+    _refuse(
+        vision,
+        "vision_cfg",
+        {"pool_type": ("tok",), "act_kwargs": (), "attentional_pool": (), "no_ln_pre": (), "ls_init_value": ()},
+    )
     _refuse(text, "text_cfg", {"pool_type": ("argmax",), "act_kwargs": (), "no_causal_mask": (), "proj_bias": (), "embed_cls": ()})
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     width = state["visual.conv1.weight"].shape[0]
@@ -309,10 +317,10 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
             "interpolation": {3: "bicubic", 2: "bilinear"}[int(pictures.resample)],
             "resize_mode": "shortest" if isinstance(pictures.size, int) else "squash",
         }
-    config: dict[str, Any] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    written: dict[str, Any] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     if family == "siglip":
-        config["intermodal"] = {"vision_heads": vision.heads}
-    return config
+        written["intermodal"] = {"vision_heads": vision.heads}
+    return written
 
 
 def _ratio(hidden: int, width: int) -> float:
