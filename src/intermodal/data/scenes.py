@@ -44,9 +44,12 @@ BACKGROUNDS = {
     "brown": (120, 86, 60),
     "navy": (30, 42, 92),
 }
-WORDS = tuple(
-    ["apple", "bread", "chair", "cloud", "dance", "eagle", "flame", "grape", "happy", "honey", "house", "juice", "light", "lemon", "magic", "music", "night", "ocean", "paint", "paper", "peach", "piano", "pizza", "plant", "queen", "radio", "river", "robot", "salad", "smile", "snack", "sound", "spice", "stone", "storm", "sugar", "table", "tiger", "toast", "today", "train", "truck", "under", "uncle", "violin", "water", "whale", "world", "yellow", "zebra", "open", "stop", "sale", "free", "exit", "menu", "cafe", "taxi", "park", "zoo", "fun", "hot", "cold", "fast", "slow", "left", "right"]
-)
+_PRINTED = """
+apple bread chair cloud dance eagle flame grape happy honey house juice light lemon magic music night ocean paint paper peach piano
+pizza plant queen radio river robot salad smile snack sound spice stone storm sugar table tiger toast today train truck under uncle
+violin water whale world yellow zebra open stop sale free exit menu cafe taxi park zoo fun hot cold fast slow left right
+"""
+WORDS = tuple(_PRINTED.split())
 HELD_OUT_FONT = "DejaVuSerif-Italic.ttf"
 TEST_SHARE = 10
 """One combination in this many belongs to the test side."""

@@ -186,7 +186,7 @@ class Trainer:
         recipe = self.recipe
         rate = learning_rate(recipe.optim, self.step, recipe.train.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         accuracy = torch.zeros(())
 
         def loss(embeddings: Embeddings, whole: PairBatch) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,15 @@ from .recipe import OptimConfig
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW; nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip `optim.py:67-75`)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = [p for _, p in named if p.ndim >= 2]
-    plain = [p for _, p in named if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scalars = [p for name, p in learning if name in ("logit_scale", "logit_bias")]
+    decay = [p for _, p in learning if p.ndim >= 2]
+    plain = [p for name, p in learning if p.ndim < 2 and name not in ("logit_scale", "logit_bias")]
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay, "factor": 1.0},
+        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
+        {"params": scalars, "weight_decay": 0.0, "factor": config.scalar_lr_factor},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
