@@ -1,0 +1,96 @@
+"""The real set from outside. The slow test fetches it from Debian; the others make a package of their own."""
+
+import io
+import lzma
+import tarfile
+
+import pytest
+from PIL import Image
+
+from intermodal.data.readers import SourceError, open_source
+from intermodal.data.tuxpaint import TuxPaint, fetch, read_captions, unpack
+from intermodal.errors import SampleError
+
+CAPTIONS = "A dog.\nde.utf8=Ein Hund.\nfr.utf8=Un chien.\nbroken line\nes.utf8=\n"
+
+
+def ar(members):
+    out = b"!<arch>\n"
+    for name, data in members.items():
+        out += name.encode().ljust(16) + b"0".ljust(12) + b"0".ljust(6) + b"0".ljust(6) + b"100644".ljust(8)
+        out += str(len(data)).encode().ljust(10) + b"`\n" + data + b"\n" * (len(data) % 2)
+    return out
+
+
+def package(path, prefix="./usr/share/tuxpaint/stamps/animals"):
+    picture = io.BytesIO()
+    Image.new("RGBA", (6, 5), (10, 200, 30, 255)).save(picture, "PNG")
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="4"><rect width="8" height="4" fill="#ff0000"/></svg>'
+    files = {"dog.png": picture.getvalue(), "dog.txt": CAPTIONS.encode(), "car.svg": svg, "car.txt": b"A car.\n"}
+    files |= {"dog_desc_de.ogg": b"sound", "dog.ogg": b"sound", "odd.txt": b"No picture.\n"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"{prefix}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    path.write_bytes(ar({"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": lzma.compress(buffer.getvalue())}))
+    return path
+
+
+def test_stamps_are_read_from_the_package(tmp_path):
+    unpack(package(tmp_path / "stamps.deb"), tmp_path / "set")
+    source = TuxPaint(str(tmp_path / "set"))
+    assert len(source) == 2
+    samples = {sample.texts[0]: sample for sample in (source[0], source[1])}
+    dog = samples["A dog."]
+    assert dog.meta["captions"] == {"en": "A dog.", "de": "Ein Hund.", "fr": "Un chien."}
+    assert set(dog.meta["sounds"]) == {"en", "de"}
+    from intermodal.inputs.image import open_image
+
+    assert open_image(dog.image).getpixel((0, 0)) == (10, 200, 30)
+    assert open_image(samples["A car."].image).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_no_file_leaves_the_folder(tmp_path):
+    unpack(package(tmp_path / "bad.deb", prefix="./usr/share/tuxpaint/stamps/../../../../escaped"), tmp_path / "set")
+    assert not list(tmp_path.rglob("escaped"))
+    assert not (tmp_path / "set" / "stamps").exists()
+
+
+@pytest.mark.parametrize("cut", [4, 300, -40])
+def test_a_damaged_package_says_so(tmp_path, cut):
+    whole = package(tmp_path / "stamps.deb").read_bytes()
+    (tmp_path / "cut.deb").write_bytes(whole[:cut])
+    with pytest.raises(SourceError, match="not a readable Debian package"):
+        unpack(tmp_path / "cut.deb", tmp_path / "set")
+
+
+def test_what_to_do_when_it_was_not_fetched(tmp_path):
+    with pytest.raises(SourceError, match="intermodal data fetch tuxpaint"):
+        open_source(f"tuxpaint:{tmp_path / 'nothing'}")
+
+
+def test_captions_of_an_empty_file(tmp_path):
+    (tmp_path / "a.txt").write_text("\n")
+    assert read_captions(tmp_path / "a.txt") == {}
+
+
+@pytest.mark.slow
+def test_the_real_set(tmp_path):
+    """About 950 pictures, 77 languages, captions that several pictures share."""
+    source = TuxPaint(str(fetch(tmp_path / "tuxpaint")))
+    assert len(source) > 900
+    samples, rejected = [], []
+    for index in range(len(source)):
+        try:
+            samples.append(source[index])
+        except SampleError as error:
+            rejected.append(str(error))
+    assert len(samples) > 900
+    assert all("not a drawable SVG" in reason for reason in rejected), "16 of the drawings have no size that resvg accepts"
+    languages = {code for sample in samples for code in sample.meta["captions"]}
+    assert len(languages) >= 77
+    texts = [sample.texts[0] for sample in samples]
+    shared = len(texts) - sum(texts.count(text) == 1 for text in set(texts))
+    assert shared > 100, "captions on several pictures exist and are kept"
