@@ -1,8 +1,14 @@
-"""SigLIP from scratch on composed scenes: the demo's recipe."""
+"""SigLIP from scratch on composed scenes and single sprites: the demo's recipe, found in LOG.md.
+
+Small on purpose: 16 patches, two layers, sixty nouns. What made it learn in minutes is the bias at a small batch's base rate, a faster
+rate for scale and bias, and single sprites beside the scenes.
+"""
 
 from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
 from intermodal.train.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, tiny_version
+
+TANH = {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6}
 
 
 def recipe(tiny: bool = False) -> Recipe:
@@ -10,22 +16,14 @@ def recipe(tiny: bool = False) -> Recipe:
         name="siglip",
         model=ModelConfig(
             family="siglip",
-            vision=VisionConfig(
-                width=192,
-                depth=4,
-                heads=3,
-                mlp_width=768,
-                activation="gelu_pytorch_tanh",
-                norm_eps=1e-6,
-                image_size=48,
-                patch_size=8,
-            ),
-            text=TextConfig(
-                width=128, depth=2, heads=2, mlp_width=512, activation="gelu_pytorch_tanh", norm_eps=1e-6, vocab_size=1, context=24
-            ),
+            vision=VisionConfig(width=128, depth=2, heads=4, mlp_width=512, image_size=48, patch_size=12, **TANH),
+            text=TextConfig(width=96, depth=1, heads=3, mlp_width=384, context=16, **TANH),
+            init_bias=-4.0,
         ),
-        data=DataConfig(train=("scenes:core",), batch=256, workers=1),
-        optim=OptimConfig(lr=1.5e-3, warmup=40, weight_decay=0.05),
-        train=TrainConfig(steps=300, loss="sigmoid", threads=2),
+        data=DataConfig(
+            train=("sprites:core", "scenes:core?pair_share=0.3&forms=1&colour_share=0.2"), weights=(1.0, 1.0), batch=64, workers=1
+        ),
+        optim=OptimConfig(lr=3e-3, warmup=40, weight_decay=0.05, scalar_lr_factor=10.0),
+        train=TrainConfig(steps=6000, loss="sigmoid", threads=2, log_every=25),
     )
     return tiny_version(full) if tiny else full

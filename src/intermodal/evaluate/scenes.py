@@ -29,15 +29,24 @@ class SceneTask:
 
     @staticmethod
     def make(
-        count: int, side: int, *, which: str = "core", style: str | None = sprites.HELD_OUT_STYLE, seed: int = 12345
+        count: int,
+        side: int,
+        *,
+        which: str = "core",
+        style: str | None = sprites.HELD_OUT_STYLE,
+        seed: int = 12345,
+        forms: int = 3,
     ) -> SceneTask:
-        """`count` scenes of held-out combinations, in the held-out style unless `style` is None (then in the training styles)."""
+        """`count` scenes of held-out combinations, in the held-out style unless `style` is None (then in the training styles).
+
+        `forms` is how many phrasings the captions have: a model is asked in those it was trained on.
+        """
         styles = (style,) if style else sprites.TRAIN_STYLES
         source = Scenes(SceneConfig(side=side, concepts=which, split="test", styles=styles, seed=seed))  # pyright: ignore[reportArgumentType]
         scenes, captions, wrong = [], [], []
         for index in range(count):
             scene, rng = source.scene(index), random.Random(index)
-            form = rng.randrange(3)
+            form = rng.randrange(forms)
             scenes.append(scene)
             captions.append(scene.facts.caption(form))
             wrong.append({kind: facts.caption(form) for kind, facts in scene.facts.wrong(rng, source.pool).items()})
