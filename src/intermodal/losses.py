@@ -157,6 +157,24 @@ def _upcast(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().to(dtype).contiguous() for t in tensors]
 
 
+def _inner(a_BE: Tensor, b_BE: Tensor, tile: int) -> Tensor:
+    """The sum of products in float64, a tile of rows at a time."""
+    pieces = zip(a_BE.split(tile), b_BE.split(tile), strict=True)
+    return torch.stack([(a.double() * b).sum() for a, b in pieces]).sum()
+
+
+def _hand_out(ctx, grad: Tensor) -> list[Tensor]:
+    """The gradients that forward made, scaled in place: a copy would double the memory of the loss.
+
+    Raises:
+        RuntimeError: a second backward through the same loss.
+    """
+    if ctx.gradients is None:
+        raise RuntimeError("the gradients of this loss were handed out already; call the loss again for a second backward")
+    gradients, ctx.gradients = ctx.gradients, None
+    return [g.mul_(grad.to(g.dtype)) for g in gradients]
+
+
 class _Sigmoid(torch.autograd.Function):
     """softplus(z) for every pair, minus z for the positives (softplus(-z) = softplus(z) - z). Gradient: sigmoid(z) - positive."""
 
@@ -197,14 +215,13 @@ class _Sigmoid(torch.autograd.Function):
         carried = _ring_sweep(job, travelling, visit, [torch.zeros_like(text_BE)] if need_grad else [])
         if image_grad is not None:
             # d z / d log_scale = scale * cosine, and image . image_grad sums exactly that times the gradient
-            scale_grad = (image_BE.double() * image_grad).sum()
-            ctx.save_for_backward(image_grad, carried[0], scale_grad.to(log_scale), bias_grad.to(bias))
+            scale_grad = _inner(image_BE, image_grad, job.tile)
+            ctx.gradients = [image_grad, carried[0], scale_grad.to(log_scale), bias_grad.to(bias)]
         return total.to(image_BE.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
-        return grad * image_grad, grad * text_grad, grad * scale_grad, (grad * bias_grad).to(bias_grad.dtype), None
+        return *_hand_out(ctx, grad), None
 
 
 def _off_diagonal(tile: _Tile) -> Tensor:
@@ -251,8 +268,8 @@ class _Softmax(torch.autograd.Function):
         total = (rows.cross_entropy() + columns.cross_entropy()) / 2
         if any(ctx.needs_input_grad):
             image_grad, text_grad = _Softmax.gradients(job, image_BE, text_BE, rows, columns, logits, scale_value)
-            scale_grad = (image_BE.double() * image_grad).sum()
-            ctx.save_for_backward(image_grad, text_grad, scale_grad.to(log_scale))
+            scale_grad = _inner(image_BE, image_grad, job.tile)
+            ctx.gradients = [image_grad, text_grad, scale_grad.to(log_scale)]
         return total.to(image_BE.dtype)
 
     @staticmethod
@@ -281,8 +298,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        image_grad, text_grad, scale_grad = ctx.saved_tensors
-        return grad * image_grad, grad * text_grad, grad * scale_grad, None
+        return *_hand_out(ctx, grad), None
 
 
 class _Stats:

@@ -92,3 +92,13 @@ def test_duplicates_need_groups():
     image, text = pairs(4)
     with pytest.raises(ValueError, match="needs `groups`"):
         softmax_loss(image, text, torch.tensor(1.0), duplicates="positive")
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+def test_a_second_backward_is_refused(loss):
+    image, text = pairs(5)
+    scalars = [torch.tensor(1.0, dtype=torch.float64)] * (1 if loss is softmax_loss else 2)
+    total, _ = loss(image, text, *scalars)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the loss again"):
+        total.backward()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -108,14 +109,17 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 500) -> dict[str, Any
 
 def summary(results: dict[str, Any]) -> Table:
     """The report's numbers for the terminal."""
-    table = Table(title="what the model does, beside what needs no learning")
+    table = Table(title="what the model does, beside what needs no learning", box=box.SIMPLE)
     for column in ("", "model", "chance", "text only", "bag of words", "raw pixels"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for name, rows in results["scenes"].items():
-        table.add_row(f"[bold]scenes, held-out combinations, {name}[/bold]")
+        table.add_row(f"[bold]scenes, {name}[/bold]")
         for key, row in rows.items():
-            table.add_row(f"  {key}", *(f"{row[c]:.1%}" for c in ("model", "chance", "text_only", "bag_of_words", "raw_pixels")))
-    table.add_row("[bold]naming single sprites of the unseen style[/bold]")
+            table.add_row(
+                f"  {key.replace('image_to_text_recall', 'recall')}",
+                *(f"{row[c]:.1%}" for c in ("model", "chance", "text_only", "bag_of_words", "raw_pixels")),
+            )
+    table.add_row("[bold]single sprites, unseen style[/bold]")
     for which, row in results["sprites"].items():
         values = (row["unseen style top-1"], row["chance"], None, None, row["nearest raw pixels top-1"])
         table.add_row(f"  {which} {row['concepts']}, top-1", *("" if v is None else f"{v:.1%}" for v in values))

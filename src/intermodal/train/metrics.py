@@ -66,7 +66,7 @@ class Display:
         if values.get("kind") == "softmax":
             note += f" (chance {chance:.2f})"
         else:
-            note += f" (batch accuracy {values['accuracy']:.0%}, chance {1 / self.batch:.1%})"
+            note += f"  right {values['accuracy']:.0%} (chance {1 / self.batch:.1%})"
         if self.live:
             self.progress.update(self.task, completed=step, note=note)
         elif not self.quiet and (time.monotonic() - self.spoke > 5 or step == self.steps):
