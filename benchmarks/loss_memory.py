@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def measure(which: str, kind: str, batch: int, width: int, repeats: int) -> dict[str, float]:
@@ -40,13 +41,19 @@ def measure(which: str, kind: str, batch: int, width: int, repeats: int) -> dict
 
     small = [t[:64].detach().requires_grad_() for t in arguments[:2]]  # load the kernels before the memory is read
     getattr(tiled, f"{kind}_loss")(*small, *arguments[2:])[0].backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_kb()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
     return {"extra_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds": statistics.median(times)}
+
+
+def resident_kb() -> float:
+    """Memory of this process that is in use now; the peak so far may be higher and would hide what comes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1024
 
 
 def in_process(*arguments: object) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from intermodal.data import sprites
-from intermodal.data.scenes import OPPOSITE, Facts, Group, SceneConfig, Scenes, is_held_out, plural
+from intermodal.data.scenes import OPPOSITE, Facts, Group, SceneConfig, Scenes, countable, is_held_out, plural
 from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
 
 
@@ -88,10 +88,21 @@ def test_wrong_captions_are_false_and_differ_in_one_respect():
 @pytest.mark.parametrize(
     ("one", "many"),
     [("dog", "dogs"), ("bunch of grapes", "bunches of grapes"), ("butterfly", "butterflies"), ("bus", "buses"), ("fish", "fish"),
-     ("red key", "red keys"), ("snowman", "snowmen"), ("fox", "foxes")],
+     ("red key", "red keys"), ("snowman", "snowmen"), ("fox", "foxes"), ("eye in speech bubble", "eyes in speech bubble"),
+     ("set of books", "sets of books"), ("octopus", "octopuses")],
 )  # fmt: skip
 def test_plurals(one, many):
     assert plural(one) == many
+
+
+def test_nouns_that_are_plural_already_become_sets():
+    assert [countable(noun) for noun in ("books", "bus", "octopus", "bunch of grapes", "revolving hearts")] == [
+        "set of books",
+        "bus",
+        "octopus",
+        "bunch of grapes",
+        "set of revolving hearts",
+    ]
 
 
 def test_baselines_are_what_they_claim():

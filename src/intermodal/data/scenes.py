@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ class Group:
 
     @property
     def noun(self) -> str:
-        return sprites.concepts()[self.concept].noun
+        return countable(sprites.concepts()[self.concept].noun)
 
     def phrase(self) -> str:
         """ "a blue dog", "three dogs"."""
@@ -245,9 +246,24 @@ def is_held_out(combination: str) -> bool:
     return hashlib.blake2b(combination.encode(), digest_size=4).digest()[0] % TEST_SHARE == 0
 
 
+_HEAD = re.compile(r" (?:of|with|without|in|on|for|at|and) ")
+"""What follows these words does not change when there are several: "eyes in speech bubble"."""
+
+
+def _looks_plural(word: str) -> bool:
+    return word.endswith("s") and not word.endswith(("ss", "us", "is"))
+
+
+@lru_cache(maxsize=4096)
+def countable(noun: str) -> str:
+    """A noun that can be counted: "books" is drawn as one thing, "set of books"."""
+    return f"set of {noun}" if _looks_plural(_HEAD.split(noun)[0]) else noun
+
+
 def plural(words: str) -> str:
     """ "red apple" -> "red apples", "bunch of grapes" -> "bunches of grapes"."""
-    head, of, tail = words.partition(" of ")
+    cut = _HEAD.search(words)
+    head, tail = (words[: cut.start()], words[cut.start() :]) if cut else (words, "")
     stem, last = head[:-1], head[-1]
     if head.endswith(("fish", "sheep", "deer")):
         many = head
@@ -255,11 +271,13 @@ def plural(words: str) -> str:
         many = head + "es"
     elif last == "y" and stem and stem[-1] not in "aeiou":
         many = stem + "ies"
-    elif head.endswith("man") and head.rsplit(" ", 1)[-1] in ("man", "woman", "snowman"):
+    elif head.rsplit(" ", 1)[-1] in ("man", "woman", "snowman"):
         many = head[:-2] + "en"
+    elif head.rsplit(" ", 1)[-1] in ("person", "child"):
+        many = head[:-6] + "people" if head.endswith("person") else head + "ren"
     else:
         many = head + "s"
-    return many + of + tail
+    return many + tail
 
 
 def draw(facts: Facts, style: str, side: int, rng: random.Random, *, seed: int = 0, fonts: str = "train") -> Scene:
