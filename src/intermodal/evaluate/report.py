@@ -25,7 +25,7 @@ th:first-child, td:first-child { text-align: left; } tr:nth-child(even) { backgr
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; }
 .card { border: 1px solid #d6dae3; border-radius: 8px; padding: 10px; font-size: 13px; }
 .card img { image-rendering: pixelated; width: 128px; }
-.right { color: #14713a; } .bar { background: #cfe0f7; height: 4px; } figure { margin: 0; }
+.right { color: #14713a; } .bar { background: #cfe0f7; height: 4px; } img { max-width: 100%; }
 """
 
 
@@ -33,10 +33,10 @@ def write(out: Path, model: DualEncoder, recipe: Recipe, results: dict[str, Any]
     """Draw `report.html` into a run folder; returns its path."""
     training = results["training"]
     parts = [
-        "<h1>SigLIP in three minutes</h1>",
-        f"<p>{training['parameters']:,} parameters, {training['images seen']:,} composed scenes, {training['seconds']:.0f} s on "
-        f"{training['cores']} threads. Nothing below was seen in training: combinations are held out by their hash, the "
-        f"{sprites.HELD_OUT_STYLE} drawings entirely. Green is above every baseline, red is not.</p>",
+        "<h1>SigLIP on composed scenes</h1>",
+        f"<p>{training['parameters']:,} parameters, {training['images seen']:,} pictures (scenes and single sprites), {training['seconds']:.0f} s on "
+        f"{training['cores']} threads. The scenes below hold combinations never trained on (split by their hash); the "
+        f"{sprites.HELD_OUT_STYLE} drawings were never trained on at all. Green is above every baseline, red is not.</p>",
         _scene_tables(results),
         _sprite_table(results),
         "<h2>Training</h2>",
@@ -75,7 +75,13 @@ def _sprite_table(results: dict[str, Any]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     rows = []
     for which, row in results["sprites"].items():
-        cells = "".join(f"<td>{value:.1%}</td>" if isinstance(value, float) else f"<td>{value}</td>" for value in row.values())
+        kind = "win" if row["unseen style top-1"] > row["nearest raw pixels top-1"] else "lose"
+        cells = "".join(
+            f"<td class={kind if name == 'unseen style top-1' else 'other'}>{value:.1%}</td>"
+            if isinstance(value, float)
+            else f"<td>{value}</td>"
+            for name, value in row.items()
+        )
         rows.append(f"<tr><td>{which}</td>{cells}</tr>")
     return f"<h2>Naming single sprites</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
