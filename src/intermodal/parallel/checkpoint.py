@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def save(
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     if average is not None:
         state["average"] = average
-    dcp.save(state, checkpoint_id=str(partial), no_dist=world.size == 1)
+    with _no_single_process_warning():
+        dcp.save(state, checkpoint_id=str(partial), no_dist=world.size == 1)
     torch.save(_random_state(), partial / f"random-{world.rank}.pt")
     if world.main:
         (partial / META).write_text(json.dumps({**meta, "step": step, "ranks": world.size}))
@@ -78,13 +81,22 @@ def restore(folder: Path, world: World, model: DualEncoder, optimizer, average: 
     if average is not None:
         state["average"] = average
     try:
-        dcp.load(state, checkpoint_id=str(folder), no_dist=world.size == 1)
+        with _no_single_process_warning():
+            dcp.load(state, checkpoint_id=str(folder), no_dist=world.size == 1)
     except Exception as error:  # DCP wraps every cause in its own exception
         raise CheckpointError(f"{folder} does not fit this run (other model settings?): {error}") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(strict=True))
     if meta["ranks"] == world.size:
         _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
     return meta
+
+
+@contextmanager
+def _no_single_process_warning():
+    """DCP warns that a single process is a single process; it is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _random_state() -> dict[str, Any]:
