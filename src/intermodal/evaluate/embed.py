@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _embedded(encoder: DualEncoder, where: str, batch: int = 64) -> Iterator[tup
             try:
                 key, value = item(index)
             except SampleError as error:
-                print(f"skipped: {error}")
+                print(f"skipped item {index} of {where}: {error}", file=sys.stderr)  # stdout may be JSON
                 continue
             keys.append(key)
             ready.append(value)
