@@ -20,7 +20,6 @@ from intermodal.inputs.image import (
     naflex_grid,
     open_image,
     read_processor,
-    to_picture,
 )
 from intermodal.inputs.processor import PairProcessor
 from intermodal.inputs.text import TextTokenizer, canonicalise, fresh, from_folder, train_tokenizer
@@ -196,12 +195,6 @@ def test_a_square_recipe_for_another_size_keeps_the_rest():
     assert (clip.size, clip.crop, clip.resample, clip.mean, clip.std) == (5, (5, 5), NEAREST, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     siglip = ImageProcessor(size=(8, 8)).for_size(5)
     assert (siglip.size, siglip.crop) == ((5, 5), None)
-
-
-def test_to_picture_undoes_the_normalisation():
-    recipe = ImageProcessor(size=(6, 7), mean=(0.48, 0.1, 0.9), std=(0.26, 0.5, 0.05))
-    array = numbered(6, 7)
-    assert np.array_equal(np.asarray(to_picture(recipe([array]).pixels[0], recipe)), array)
 
 
 def test_saved_recipes_read_back_as_they_were():

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
@@ -286,14 +285,6 @@ def centre_crop(pixels_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     canvas[down : down + height, right : right + width] = pixels_HWC
     top, left = top + down, left + right
     return canvas[max(0, top) : min(tall, top + size[0]), max(0, left) : min(wide, left + size[1])]
-
-
-def to_picture(pixels_CHW: Tensor, processor: ImageProcessor) -> Image.Image:
-    """Undo the normalisation of one picture, for reports and contact sheets."""
-    mean = torch.tensor(processor.mean or (0.0,) * 3)[:, None, None]
-    std = torch.tensor(processor.std or (1.0,) * 3)[:, None, None]
-    levels = (pixels_CHW.float().cpu() * std + mean) / (processor.rescale_factor or 1)
-    return Image.fromarray(levels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
