@@ -1,6 +1,6 @@
 """Memory of the loss on each rank against the number of ranks, at a constant batch a rank.
 
-    python benchmarks/loss_ranks.py [--batch 1024] [--width 512] [--ranks 1 2 4 8]
+    python benchmarks/loss_ranks.py [--batch 2048] [--width 512] [--ranks 1 2 4 8]
 
 Counts the bytes of tensors that are alive at the worst moment of forward and backward beyond the inputs (a TorchDispatchMode that
 follows every storage), so that neither the allocator's nor gloo's own buffers blur it. The ring's buffers are torch tensors and are
@@ -63,17 +63,18 @@ def share(rank: int, size: int, batch: int, width: int) -> dict[str, float]:
         torch.manual_seed(rank)
         image, text = (torch.nn.functional.normalize(torch.randn(batch, width), dim=-1).requires_grad_() for _ in range(2))
         log_scale, bias = torch.tensor(2.3).requires_grad_(), torch.tensor(-10.0).requires_grad_()
+        leaves = [image, text, log_scale, bias]
         with PeakBytes() as counter:
             if name == "ring sigmoid":
                 total, count = sigmoid_loss(image, text, log_scale, bias, ring=ring, tile=256)
-                (total / count).backward()
+                torch.autograd.grad(total / count, leaves)
             elif name == "ring softmax":
                 total, count = softmax_loss(image, text, log_scale, ring=ring, tile=256)
-                (total / count).backward()
+                torch.autograd.grad(total / count, leaves[:3])
             elif size > 1:
-                plain.gathered_softmax_loss(image, text, log_scale).backward()
+                torch.autograd.grad(plain.gathered_softmax_loss(image, text, log_scale), leaves[:3])
             else:
-                plain.softmax_loss(image, text, log_scale).backward()
+                torch.autograd.grad(plain.softmax_loss(image, text, log_scale), leaves[:3])
         out[name] = counter.peak / 1e6
     return out
 
@@ -82,7 +83,7 @@ def main() -> None:
     from ranks import on_ranks
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     arguments = parser.parse_args()
@@ -91,10 +92,9 @@ def main() -> None:
         found = on_ranks(size, share, arguments.batch, arguments.width)
         rows[size] = {name: max(rank[name] for rank in found) for name in found[0]}
         print(f"{size} ranks: " + ", ".join(f"{name} {value:.1f} MB" for name, value in rows[size].items()), flush=True)
-    several = [size for size in arguments.ranks if size > 1]
-    for name in next(iter(rows.values())):
-        first, last = rows[several[0]][name], rows[several[-1]][name]
-        print(f"{name}: {several[-1]} ranks need {last / first:.2f}x the memory of {several[0]}")
+    first, last = arguments.ranks[0], arguments.ranks[-1]
+    for name in rows[first]:
+        print(f"{name}: {last} ranks need {rows[last][name] / rows[first][name]:.3f}x the memory of {first}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 Each loss returns `(sum, count)`; the caller divides once, by the pairs of the whole step on all ranks. Shapes: B local pairs,
 E embedding width, R ranks.
 
-On R ranks every rank keeps its image embeddings; the text embeddings travel around a ring together with what belongs to them (their
-gradient, for softmax their column statistics) and are home after R hops. A rank therefore holds two blocks of texts at a time, and
-the memory of the loss does not grow with R. Gradients are computed in the same sweep as the loss and handed out by `backward`: the
-loss is a scalar, so they only have to be scaled. All ranks must scale their loss alike, as a training loop does anyway.
+On R ranks every rank keeps its image embeddings; the text embeddings travel around a ring, a small block of them at a time, together
+with what belongs to them (their gradient, for softmax their column statistics), and are home after R hops. A rank therefore holds a
+few small blocks beside its own rows, and the memory of the loss does not grow with R. Gradients are computed in the same sweep as the
+loss and handed out by `backward`: the loss is a scalar, so they only have to be scaled. All ranks must scale their loss alike, as a
+training loop does anyway.
 
 Sources: SigLIP section 3.3 (chunked loss, positives only in a rank's own block) and big_vision
 `trainers/proj/image_text/siglip.py:303-306` (a sum over a row, a mean over rows); CLIP figure 3 and open_clip `loss.py:80-130`.
@@ -23,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 1024
+BLOCKS = 64
+"""A rank's texts travel in this many blocks, each of at least `LEAST_BLOCK` rows: smaller buffers against more messages."""
+LEAST_BLOCK = 32
 Duplicates = Literal["negative", "positive", "ignore"]
 
 
@@ -110,44 +114,61 @@ class _Job:
 
 @dataclass
 class _Tile:
-    """A rectangle of the logits: rows of the images, columns of the visiting texts."""
+    """A rectangle of the logits: rows of this rank's images, columns of the visiting block of texts."""
 
     rows: slice
     columns: slice
-    diagonal: bool
-    """Whether it holds pairs that belong together by position."""
-    same: Tensor | None
+    offset: int | None = None
+    """Which diagonal of the rectangle holds the pairs that belong together by position; None where it holds none."""
+    same: Tensor | None = None
     """Boolean mask of pairs within a group, where groups count."""
 
+    def pairs(self) -> tuple[slice, slice]:
+        """The rows and the columns of the pairs on the diagonal."""
+        assert self.offset is not None
+        row, column = self.rows.start + max(0, -self.offset), self.columns.start + max(0, self.offset)
+        count = min(self.rows.stop - row, self.columns.stop - column)
+        return slice(row, row + count), slice(column, column + count)
 
-def _tiles(job: _Job, count: int, home: bool, columns_groups: Tensor | None) -> Iterator[_Tile]:
-    """Square tiles, row by row; with `home` the ones on the diagonal hold the pairs."""
+
+def _tiles(job: _Job, count: int, width: int, first: int | None, columns_groups: Tensor | None) -> Iterator[_Tile]:
+    """Rectangles over all `count` images and a block of `width` texts, whose first is text `first` where the block is at home."""
     for r in range(0, count, job.tile):
         rows = slice(r, min(r + job.tile, count))
-        for c in range(0, count, job.tile):
-            columns = slice(c, min(c + job.tile, count))
-            same = None
+        for c in range(0, width, job.tile):
+            columns = slice(c, min(c + job.tile, width))
+            tile = _Tile(rows, columns)
+            if first is not None and -(rows.stop - r) < (offset := r - (first + c)) < columns.stop - c:
+                tile.offset = offset
             if job.groups is not None and columns_groups is not None:
-                same = job.groups[rows, None] == columns_groups[None, columns]
-            yield _Tile(rows, columns, home and r == c, same)
+                tile.same = job.groups[rows, None] == columns_groups[None, columns]
+            yield tile
 
 
 def _ring_sweep(
-    job: _Job, travelling: list[Tensor], visit: Callable[[list[Tensor], bool], None], carried: list[Tensor]
+    job: _Job, travelling: list[Tensor], visit: Callable[[list[Tensor], int | None], None], carried: list[Tensor]
 ) -> list[Tensor]:
-    """Show every rank's block to this rank.
+    """Show every rank's rows of texts to this rank, block by block.
 
     `travelling` (texts, groups) does not change and moves on while `visit` computes; `carried` (gradients, statistics) is changed by
-    `visit` in place and moves after it. Returns `carried` as it comes home.
+    `visit` in place and moves after it. Both have a text a row. `visit` gets a block of all of them and, where it is at home, the number of
+    its first row. Returns `carried`, filled.
     """
-    ring = job.ring
-    for hop in range(ring.size):
-        arrive = ring.start(travelling) if hop + 1 < ring.size else None
-        visit([*travelling, *carried], hop == 0)
-        if ring.size > 1 and carried:
-            carried = ring.start(carried)()  # one more hop than the texts need: the carried part must come home
-        if arrive is not None:
-            travelling = arrive()
+    ring, count = job.ring, travelling[0].shape[0]
+    step = count if ring.size == 1 else max(LEAST_BLOCK, -(-count // BLOCKS))
+    for at in range(0, count, step):
+        block, own = [t[at : at + step] for t in travelling], [c[at : at + step] for c in carried]
+        moving = own
+        for hop in range(ring.size):
+            arrive = ring.start(block) if hop + 1 < ring.size else None
+            visit([*block, *moving], at if hop == 0 else None)
+            if ring.size > 1 and moving:
+                moving = ring.start(moving)()  # one more hop than the texts need: the carried part must come home
+            if arrive is not None:
+                block = arrive()
+        if ring.size > 1:
+            for mine, arrived in zip(own, moving, strict=True):
+                mine.copy_(arrived)
     return carried
 
 
@@ -187,10 +208,10 @@ class _Sigmoid(torch.autograd.Function):
         bias_grad = torch.zeros_like(total)
         image_grad = torch.zeros_like(image_BE) if need_grad else None
 
-        def visit(block: list[Tensor], home: bool) -> None:
+        def visit(block: list[Tensor], first: int | None) -> None:
             texts, texts_grad = block[0], block[-1] if need_grad else None
             groups = block[1] if job.groups is not None else None
-            for tile in _tiles(job, image_BE.shape[0], home, groups):
+            for tile in _tiles(job, image_BE.shape[0], texts.shape[0], first, groups):
                 z = torch.addmm(shift, image_BE[tile.rows], texts[tile.columns].T, alpha=scale_value)
                 dropped = _off_diagonal(tile) if job.duplicates == "ignore" and tile.same is not None else None
                 if dropped is not None:
@@ -198,15 +219,15 @@ class _Sigmoid(torch.autograd.Function):
                 total.add_(F.softplus(z).sum(dtype=torch.float64))
                 if job.duplicates == "positive" and tile.same is not None:
                     total.sub_(z[tile.same].sum(dtype=torch.float64))
-                elif tile.diagonal:
-                    total.sub_(z.diagonal().sum(dtype=torch.float64))
+                elif tile.offset is not None:
+                    total.sub_(z.diagonal(tile.offset).sum(dtype=torch.float64))
                 if not need_grad:
                     continue
                 g = z.sigmoid_()
                 if job.duplicates == "positive" and tile.same is not None:
                     g.sub_(tile.same.to(g.dtype))
-                elif tile.diagonal:
-                    g.diagonal().sub_(1)
+                elif tile.offset is not None:
+                    g.diagonal(tile.offset).sub_(1)
                 bias_grad.add_(g.sum(dtype=torch.float64))
                 image_grad[tile.rows].addmm_(g, texts[tile.columns], alpha=scale_value)  # pyright: ignore[reportOptionalSubscript]
                 texts_grad[tile.columns].addmm_(g.T, image_BE[tile.rows], alpha=scale_value)  # pyright: ignore[reportOptionalSubscript]
@@ -227,8 +248,8 @@ class _Sigmoid(torch.autograd.Function):
 def _off_diagonal(tile: _Tile) -> Tensor:
     """The same-group pairs of a tile that are not the pair itself."""
     mask = tile.same.clone()  # pyright: ignore[reportOptionalMemberAccess]
-    if tile.diagonal:
-        mask.diagonal().fill_(False)
+    if tile.offset is not None:
+        mask.diagonal(tile.offset).fill_(False)
     return mask
 
 
@@ -248,9 +269,9 @@ class _Softmax(torch.autograd.Function):
                 z.masked_fill_(_off_diagonal(tile), -torch.inf)
             return z
 
-        def first(block: list[Tensor], home: bool) -> None:
-            columns = _Stats(block[-1])
-            for tile in _tiles(job, image_BE.shape[0], home, block[1] if job.groups is not None else None):
+        def gather(block: list[Tensor], first: int | None) -> None:
+            columns, groups = _Stats(block[-1]), block[1] if job.groups is not None else None
+            for tile in _tiles(job, image_BE.shape[0], block[0].shape[0], first, groups):
                 z = logits(tile, block[0])
                 rows.add(tile.rows, z, 1)
                 columns.add(tile.columns, z, 0)
@@ -258,13 +279,13 @@ class _Softmax(torch.autograd.Function):
                     hit = z.masked_fill(~tile.same, 0)
                     rows.hit(tile.rows, hit.sum(1), tile.same.sum(1))
                     columns.hit(tile.columns, hit.sum(0), tile.same.sum(0))
-                elif tile.diagonal:
-                    ones = torch.ones_like(z.diagonal())
-                    rows.hit(tile.rows, z.diagonal(), ones)
-                    columns.hit(tile.columns, z.diagonal(), ones)
+                elif tile.offset is not None:
+                    pairs, (at_rows, at_columns) = z.diagonal(tile.offset), tile.pairs()
+                    rows.hit(at_rows, pairs, torch.ones_like(pairs))
+                    columns.hit(at_columns, pairs, torch.ones_like(pairs))
 
         travelling = [text_BE] + ([job.groups] if job.groups is not None else [])
-        columns = _Stats(_ring_sweep(job, travelling, first, [_Stats.empty(text_BE).table])[0])
+        columns = _Stats(_ring_sweep(job, travelling, gather, [_Stats.empty(text_BE).table])[0])
         total = (rows.cross_entropy() + columns.cross_entropy()) / 2
         if any(ctx.needs_input_grad):
             image_grad, text_grad = _Softmax.gradients(job, image_BE, text_BE, rows, columns, logits, scale_value)
@@ -276,25 +297,25 @@ class _Softmax(torch.autograd.Function):
     def gradients(job: _Job, image_BE, text_BE, rows: _Stats, columns: _Stats, logits, scale_value) -> tuple[Tensor, Tensor]:
         """d loss / d z = (softmax over the row + softmax over the column) / 2 - target, tile by tile."""
         image_grad = torch.zeros_like(image_BE)
-        row_lse, row_share = rows.lse, 0.5 / rows.table[3].clamp(min=1)
+        row_lse, row_share = rows.lse, 0.5 / rows.table[:, 3].clamp(min=1)
 
-        def second(block: list[Tensor], home: bool) -> None:
+        def push(block: list[Tensor], first: int | None) -> None:
             texts, column_table, texts_grad = block[0], block[-2], block[-1]
-            column_stats = _Stats(column_table)
-            column_lse, column_share = column_stats.lse, 0.5 / column_table[3].clamp(min=1)
-            for tile in _tiles(job, image_BE.shape[0], home, block[1] if job.groups is not None else None):
+            groups = block[1] if job.groups is not None else None
+            column_lse, column_share = _Stats(column_table).lse, 0.5 / column_table[:, 3].clamp(min=1)
+            for tile in _tiles(job, image_BE.shape[0], texts.shape[0], first, groups):
                 z = logits(tile, texts)
                 g = (z - row_lse[tile.rows, None]).exp_()
                 g.add_(z.sub_(column_lse[None, tile.columns]).exp_()).mul_(0.5)
                 if job.duplicates == "positive" and tile.same is not None:
                     g.sub_(tile.same * (row_share[tile.rows, None] + column_share[None, tile.columns]))
-                elif tile.diagonal:
-                    g.diagonal().sub_(1)
+                elif tile.offset is not None:
+                    g.diagonal(tile.offset).sub_(1)
                 image_grad[tile.rows].addmm_(g, texts[tile.columns], alpha=scale_value)
                 texts_grad[tile.columns].addmm_(g.T, image_BE[tile.rows], alpha=scale_value)
 
         travelling = [text_BE] + ([job.groups] if job.groups is not None else []) + [columns.table]
-        return image_grad, _ring_sweep(job, travelling, second, [torch.zeros_like(text_BE)])[0]
+        return image_grad, _ring_sweep(job, travelling, push, [torch.zeros_like(text_BE)])[0]
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -302,9 +323,9 @@ class _Softmax(torch.autograd.Function):
 
 
 class _Stats:
-    """What a cross entropy needs of each row (or column), gathered over tiles: one (4, B) table, so that it travels as one tensor.
+    """What a cross entropy needs of each row (or column), gathered over tiles: one (B, 4) table, so that it travels as one tensor.
 
-    Row 0: largest logit, 1: sum of exp(logit - largest), 2: sum of the positives' logits, 3: how many positives.
+    Column 0: largest logit, 1: sum of exp(logit - largest), 2: sum of the positives' logits, 3: how many positives.
     """
 
     def __init__(self, table: Tensor):
@@ -312,24 +333,24 @@ class _Stats:
 
     @staticmethod
     def empty(like: Tensor) -> _Stats:
-        table = like.new_zeros(4, like.shape[0])
-        table[0] = -torch.inf
+        table = like.new_zeros(like.shape[0], 4)
+        table[:, 0] = -torch.inf
         return _Stats(table)
 
     def add(self, at: slice, z: Tensor, dim: int) -> None:
-        top, total = self.table[0, at], self.table[1, at]
+        top, total = self.table[at, 0], self.table[at, 1]
         new_top = torch.maximum(top, z.amax(dim))
         anchor = new_top.masked_fill(new_top == -torch.inf, 0)  # a tile may be empty of admitted pairs
         total.mul_((top - anchor).exp_()).add_((z - anchor.unsqueeze(dim)).exp_().sum(dim))
         top.copy_(new_top)
 
     def hit(self, at: slice, logits: Tensor, count: Tensor) -> None:
-        self.table[2, at] += logits
-        self.table[3, at] += count
+        self.table[at, 2] += logits
+        self.table[at, 3] += count
 
     @property
     def lse(self) -> Tensor:
-        return self.table[0] + self.table[1].log()
+        return self.table[:, 0] + self.table[:, 1].log()
 
     def cross_entropy(self) -> Tensor:
-        return (self.lse - self.table[2] / self.table[3]).sum(dtype=torch.float64)
+        return (self.lse - self.table[:, 2] / self.table[:, 3]).sum(dtype=torch.float64)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 
+from intermodal import losses
 from intermodal.losses import sigmoid_loss, softmax_loss
 
 PAIRS, WIDTH = 24, 12
@@ -42,13 +43,15 @@ def share(rank, size, kind, duplicates):
 CASES = [(kind, duplicates) for kind in ("sigmoid", "softmax") for duplicates in ("negative", "positive", "ignore")]
 
 
-def shares(rank, size):
+def shares(rank, size, block=losses.LEAST_BLOCK):
+    losses.LEAST_BLOCK = block  # in the rank's own process
     return [share(rank, size, *case) for case in CASES]
 
 
+@pytest.mark.parametrize("block", [32, 5, 4], ids=["one block", "uneven blocks", "narrower than a tile"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_equal_one_process(size):
-    alone, ranks = shares(0, 1), on_ranks(size, shares)
+def test_ranks_equal_one_process(size, block):
+    alone, ranks = shares(0, 1), on_ranks(size, shares, block)
     for index, case in enumerate(CASES):
         mine, theirs = alone[index], [r[index] for r in ranks]
         summed = [sum(r[i] for r in theirs) for i in (0, 1)]

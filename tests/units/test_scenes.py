@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from intermodal.data import sprites
-from intermodal.data.scenes import OPPOSITE, Facts, Group, SceneConfig, Scenes, countable, is_held_out, plural
+from intermodal.data.facts import OPPOSITE, Facts, Group, countable, is_held_out, plural
+from intermodal.data.scenes import SceneConfig, Scenes
 from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
 
 

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 
 from ..errors import SampleError
 from ..inputs.image import open_image
+from .compose import font_files
 from .readers import open_source
-from .scenes import Scenes, font_files
+from .scenes import Scenes
 from .stream import StreamSource
 
 

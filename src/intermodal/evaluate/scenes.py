@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data import sprites
-from ..data.scenes import Scene, SceneConfig, Scenes
+from ..data.compose import Scene
+from ..data.scenes import SceneConfig, Scenes
 from .retrieval import recall
 from .zeroshot import TEMPLATES, accuracy, class_embeddings
 

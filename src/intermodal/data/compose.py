@@ -1,0 +1,179 @@
+"""Drawing a scene: background, printed word, and each group's objects on a jittered grid in the group's part of the picture."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from . import sprites
+from .facts import BACKGROUNDS, COLOURS, Facts, Group
+
+HELD_OUT_FONT = "DejaVuSerif-Italic.ttf"
+
+
+@dataclass
+class Scene:
+    """A picture and its truth. Boxes are (left, top, right, bottom) in pixels, in the order of `groups`."""
+
+    facts: Facts
+    seed: int
+    style: str
+    boxes: list[tuple[int, list[tuple[int, int, int, int]]]]
+    pixels: np.ndarray
+    """(side, side, 3) uint8."""
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+    def captions(self) -> list[str]:
+        return [self.facts.caption(form) for form in range(5)]
+
+    def truth(self) -> dict[str, Any]:
+        facts = self.facts
+        return {
+            "groups": [{"noun": g.noun, "count": g.count, "colour": g.colour} for g in facts.groups],
+            "relation": facts.relation,
+            "background": facts.background,
+            "word": facts.word,
+            "style": self.style,
+            "boxes": [{"group": group, "boxes": boxes} for group, boxes in self.boxes],
+        }
+
+
+def draw(facts: Facts, style: str, side: int, rng: random.Random, *, seed: int = 0, fonts: str = "train") -> Scene:
+    """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture."""
+    pixels = _background(facts.background, side, rng)
+    top = 0
+    if facts.word:
+        top = _print_word(pixels, facts.word, rng, fonts)
+    boxes = []
+    for index, (group, region) in enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)):
+        boxes.append((index, [_place(pixels, group, style, cell, rng) for cell in _cells(region, group.count, rng)]))
+    return Scene(facts, seed, style, boxes, pixels)
+
+
+def _background(name: str, side: int, rng: random.Random) -> np.ndarray:
+    """A plain, shaded, striped or speckled ground around the named colour."""
+    base = np.array(BACKGROUNDS[name], np.float32)
+    pixels = np.empty((side, side, 3), np.float32)
+    pixels[:] = base
+    kind, strength = rng.randrange(4), rng.uniform(6, 16)
+    if kind == 1:
+        ramp = np.linspace(-strength, strength, side, dtype=np.float32)
+        pixels += (ramp[:, None] if rng.random() < 0.5 else ramp[None, :])[..., None]
+    elif kind == 2:
+        period = rng.randint(3, max(4, side // 6))
+        stripes = np.where(np.arange(side) // period % 2, strength, -strength).astype(np.float32)
+        pixels += (stripes[:, None] if rng.random() < 0.5 else stripes[None, :])[..., None]
+    elif kind == 3:
+        noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side, 1), np.float32)
+        pixels += noise * (strength / 2)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _regions(facts: Facts, side: int, top: int) -> list[tuple[float, float, float, float]]:
+    """(left, top, right, bottom) for each group, so that every object of the first stands in the relation to all of the second."""
+    if facts.relation is None:
+        return [(0, top, side, side)]
+    middle_x, middle_y = side / 2, (top + side) / 2
+    if facts.relation in ("left of", "right of"):
+        halves = [(0.0, top, middle_x, side), (middle_x, top, side, side)]
+    else:
+        halves = [(0.0, top, side, middle_y), (0.0, middle_y, side, side)]
+    return halves if facts.relation in ("left of", "above") else halves[::-1]
+
+
+def _cells(region: tuple[float, float, float, float], count: int, rng: random.Random) -> list[tuple[float, float, float]]:
+    """(left, top, size) of `count` squares in a region: the grid with the largest cells, objects of one size, jittered."""
+    left, top, right, bottom = region
+    width, height = right - left, bottom - top
+    columns = max(range(1, count + 1), key=lambda c: min(width / c, height / -(-count // c)))
+    rows = -(-count // columns)
+    cell_w, cell_h = width / columns, height / rows
+    size = min(cell_w, cell_h) * rng.uniform(0.72, 0.96)
+    if count == 1:
+        size *= rng.uniform(0.7, 1.0)
+    places = rng.sample(range(rows * columns), count)
+    out = []
+    for place in places:
+        x = left + (place % columns) * cell_w + rng.uniform(0, cell_w - size)
+        y = top + (place // columns) * cell_h + rng.uniform(0, cell_h - size)
+        out.append((x, y, size))
+    return out
+
+
+def _place(
+    pixels: np.ndarray, group: Group, style: str, cell: tuple[float, float, float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """Draw one object into its square; returns the box of what is visible."""
+    x, y, size = cell
+    side = max(6, round(size))
+    drawing = _tinted(group.concept, style, group.colour).resize((side, side), Image.Resampling.BOX)
+    angle = rng.uniform(-12, 12)
+    if side >= 12:
+        drawing = drawing.rotate(angle, Image.Resampling.BILINEAR)
+    premultiplied = np.asarray(drawing)
+    limit = pixels.shape[0] - side
+    at_x, at_y = min(max(round(x), 0), limit), min(max(round(y), 0), limit)
+    ground = pixels[at_y : at_y + side, at_x : at_x + side]
+    keep = 255 - premultiplied[..., 3:].astype(np.uint16)
+    ground[:] = premultiplied[..., :3] + ((ground * keep + 127) // 255).astype(np.uint8)
+    rows, columns = np.flatnonzero(premultiplied[..., 3].any(1)), np.flatnonzero(premultiplied[..., 3].any(0))
+    if not len(rows):
+        return at_x, at_y, at_x + side, at_y + side
+    return at_x + int(columns[0]), at_y + int(rows[0]), at_x + int(columns[-1]) + 1, at_y + int(rows[-1]) + 1
+
+
+@lru_cache(maxsize=20_000)
+def _tinted(concept: int, style: str, colour: str | None) -> Image.Image:
+    """A sprite with premultiplied alpha ("RGBa"), painted in shades of one colour where asked."""
+    drawing = sprites.sprite(concept, style)
+    if colour is not None:
+        pixels = np.asarray(drawing).astype(np.float32)
+        light = (pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32))[..., None] / 255
+        paint = np.array(COLOURS[colour], np.float32)
+        # dark parts stay dark and highlights go towards white, so that the drawing keeps its inner lines
+        shaded = paint * (0.25 + 0.9 * light) + 60 * (light - 0.5).clip(0)
+        pixels[..., :3] = shaded.clip(0, 255)
+        drawing = Image.fromarray(pixels.astype(np.uint8), "RGBA")
+    return drawing.convert("RGBa")
+
+
+@lru_cache(maxsize=1)
+def font_files() -> tuple[Path, ...]:
+    """The open fonts that matplotlib ships, text faces only."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return tuple(sorted(path for path in folder.glob("DejaVu*.ttf") if "Display" not in path.name))
+
+
+@lru_cache(maxsize=256)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    path = next(path for path in font_files() if path.name == name)
+    return ImageFont.truetype(str(path), size)
+
+
+def _print_word(pixels: np.ndarray, word: str, rng: random.Random, fonts: str) -> int:
+    """Print a word across the top in a readable colour; returns the first free row below it."""
+    side = pixels.shape[0]
+    names = [path.name for path in font_files() if (path.name == HELD_OUT_FONT) == (fonts == "test")]
+    name, size = rng.choice(names), max(8, round(side * rng.uniform(0.12, 0.2)))
+    font = _font(name, size)
+    while size > 6 and font.getlength(word) > side - 4:
+        size -= 1
+        font = _font(name, size)
+    bright = pixels[: size + 2].mean() > 128
+    picture = Image.fromarray(pixels)
+    left, upper, right, lower = font.getbbox(word)
+    x = rng.randint(1, max(1, round(side - (right - left) - 1)))
+    ImageDraw.Draw(picture).text((x - left, 1 - upper), word, font=font, fill=(15, 15, 15) if bright else (245, 245, 245))
+    pixels[:] = np.asarray(picture)
+    return int(lower - upper) + 3
