@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +82,67 @@ class PairBatch:
     def slice(self, start: int, stop: int) -> PairBatch:
         groups = None if self.groups is None else self.groups[start:stop]
         return PairBatch(self.images.slice(start, stop), self.texts.slice(start, stop), self.keys[start:stop], groups)
+
+
+@dataclass
+class Visual:
+    """What a vision tower of a stitched model reads, for all media of a batch end to end.
+
+    `pixels` is (N, C, H, W) for towers of a fixed size, or (P, patch values) with `grids` (frames, rows, columns) of patches for
+    native resolution. `layout` says, item by item, how features become the decoder's tokens where that is not their own order
+    (tiles, newlines, pooling); its entries belong to the model family.
+    """
+
+    pixels: Tensor
+    grids: tuple[tuple[int, int, int], ...] | None = None
+    layout: tuple[Any, ...] = ()
+
+    def to(self, device: torch.device | str) -> Visual:
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+
+    @staticmethod
+    def join(parts: Sequence[Visual]) -> Visual | None:
+        """Several conversations' media as one, or None where there is none."""
+        if not parts:
+            return None
+        grids = None if parts[0].grids is None else tuple(grid for part in parts for grid in part.grids or ())
+        return Visual(torch.cat([part.pixels for part in parts]), grids, tuple(entry for part in parts for entry in part.layout))
+
+
+@dataclass
+class TokenBatch:
+    """Conversations end to end: what a decoder trains on or reads.
+
+    Shapes: `ids` (T,) int64; `positions` (T,) or (3, T); `supervised` (T,) bool, True where a token is to be predicted; `visual_rows`
+    (V,) int64, the tokens that the vision tower fills, in the order of its features.
+    """
+
+    ids: Tensor
+    segments: Segments
+    positions: Tensor
+    supervised: Tensor
+    visual: Visual | None = None
+    visual_rows: Tensor | None = None
+    keys: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        moved = {name: getattr(self, name) for name in ("ids", "positions", "supervised", "visual", "visual_rows")}
+        return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
+
+    @staticmethod
+    def pack(parts: Sequence[TokenBatch]) -> TokenBatch:
+        """Conversations, or packs of them, as one pack."""
+        offsets = torch.tensor([0, *(part.ids.shape[0] for part in parts)]).cumsum(0).tolist()
+        rows = [part.visual_rows + at for part, at in zip(parts, offsets, strict=False) if part.visual_rows is not None]
+        return TokenBatch(
+            ids=torch.cat([part.ids for part in parts]),
+            segments=Segments([length for part in parts for length in part.segments.lengths]),
+            positions=torch.cat([part.positions for part in parts], dim=-1),
+            supervised=torch.cat([part.supervised for part in parts]),
+            visual=Visual.join([part.visual for part in parts if part.visual is not None]),
+            visual_rows=torch.cat(rows) if rows else None,
+            keys=[key for part in parts for key in part.keys],
+        )

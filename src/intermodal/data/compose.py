@@ -47,7 +47,9 @@ class Scene:
         }
 
 
-def draw(facts: Facts, style: str, side: int, rng: random.Random, *, seed: int = 0, fonts: str = "train") -> Scene:
+def draw(
+    facts: Facts, style: str, side: int, rng: random.Random, *, seed: int = 0, fonts: str = "train", recolour: float = 0.0
+) -> Scene:
     """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture."""
     pixels = _background(facts.background, side, rng)
     top = 0
@@ -55,7 +57,8 @@ def draw(facts: Facts, style: str, side: int, rng: random.Random, *, seed: int =
         top = _print_word(pixels, facts.word, rng, fonts)
     boxes = []
     for index, (group, region) in enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)):
-        boxes.append((index, [_place(pixels, group, style, cell, rng) for cell in _cells(region, group.count, rng)]))
+        paint = random_paint(rng) if recolour and group.colour is None and rng.random() < recolour else None
+        boxes.append((index, [_place(pixels, group, style, cell, rng, paint) for cell in _cells(region, group.count, rng)]))
     return Scene(facts, seed, style, boxes, pixels)
 
 
@@ -109,8 +112,26 @@ def _cells(region: tuple[float, float, float, float], count: int, rng: random.Ra
     return out
 
 
+def random_paint(rng: random.Random) -> np.ndarray:
+    """(4, 3) map of premultiplied (red, green, blue, alpha) to other colours: channels mixed, contrast and brightness changed, a quarter grey.
+
+    A drawing keeps its shape and its inner contrasts, as it does from one emoji style to the next.
+    """
+    mix = np.eye(3) + np.array([rng.gauss(0, 0.18) for _ in range(9)]).reshape(3, 3)
+    mix /= mix.sum(1, keepdims=True).clip(0.3)
+    if rng.random() < 0.25:
+        mix = np.full((3, 3), 1 / 3)
+    contrast, brightness = 1 + 0.6 * (rng.random() - 0.5), 0.18 * (rng.random() - 0.5)
+    return np.concatenate([mix.T * contrast, np.full((1, 3), 0.5 - 0.5 * contrast + brightness)]).astype(np.float32)
+
+
 def _place(
-    pixels: np.ndarray, group: Group, style: str, cell: tuple[float, float, float], rng: random.Random
+    pixels: np.ndarray,
+    group: Group,
+    style: str,
+    cell: tuple[float, float, float],
+    rng: random.Random,
+    paint: np.ndarray | None = None,
 ) -> tuple[int, int, int, int]:
     """Draw one object into its square; returns the box of what is visible."""
     x, y, size = cell
@@ -120,6 +141,9 @@ def _place(
     if side >= 12:
         drawing = drawing.rotate(angle, Image.Resampling.BILINEAR)
     premultiplied = np.asarray(drawing)
+    if paint is not None:
+        colours = (premultiplied.astype(np.float32) @ paint).clip(0, premultiplied[..., 3:])
+        premultiplied = np.concatenate([colours.astype(np.uint8), premultiplied[..., 3:]], axis=-1)
     limit = pixels.shape[0] - side
     at_x, at_y = min(max(round(x), 0), limit), min(max(round(y), 0), limit)
     ground = pixels[at_y : at_y + side, at_x : at_x + side]

@@ -35,7 +35,9 @@ class SceneConfig:
     pair_share: float = 0.6
     """Share of scenes with two groups."""
     colour_share: float = 0.4
-    """Share of groups that are painted in one colour."""
+    """Share of groups that are painted in one colour, which the caption names."""
+    recolour: float = 0.0
+    """Share of the other groups whose colours are changed at random, unnamed: an augmentation against learning a style by heart."""
     most: int = 4
     """Largest count of a group; two groups never have more than eight objects together."""
     word_share: float = 0.0
@@ -71,7 +73,7 @@ class Scenes:
         rng = random.Random(f"{config.seed}/{config.split}/{index}")
         facts = self._facts(rng)
         style = rng.choice(config.styles)
-        return draw(facts, style, config.side, rng, seed=index, fonts=config.fonts)
+        return draw(facts, style, config.side, rng, seed=index, fonts=config.fonts, recolour=config.recolour)
 
     def _facts(self, rng: random.Random) -> Facts:
         """Facts of this split, by rejection: the test side is about one combination in ten, so this ends soon."""
@@ -90,7 +92,8 @@ class Scenes:
         chosen = rng.sample(self.pool, 2 if pair else 1)
         groups = []
         for concept in chosen:
-            count = 1 if rng.random() < 0.5 else rng.randint(2, min(config.most, 4 if pair else 8))
+            most = min(config.most, 4 if pair else 8)
+            count = rng.randint(2, most) if most > 1 and rng.random() >= 0.5 else 1
             colour = rng.choice(tuple(COLOURS)) if rng.random() < config.colour_share else None
             groups.append(Group(concept, count, colour))
         word = rng.choice(WORDS) if rng.random() < config.word_share else None

@@ -20,8 +20,8 @@ from ..models.clip import DualEncoder
 from ..train.loop import train
 from ..train.recipe import Recipe, load_recipe
 from . import report
-from .scenes import SceneTask, scene_baselines, sprite_names, sprite_pixels
-from .zeroshot import TEMPLATES, class_embeddings, confusions
+from .scenes import SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
+from .zeroshot import confusions
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
 TRIAL_STEPS = 40
@@ -101,8 +101,7 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 500) -> dict[str, Any
         }
     pool = sprites.core()
     pictures = [sprites.on_background(c.index, sprites.HELD_OUT_STYLE, side) for c in pool]
-    classes = class_embeddings(model.embed_texts, [c.noun for c in pool], TEMPLATES[:3])
-    wrong = confusions(model.embed_images(pictures), classes, range(len(pool)))
+    wrong = confusions(model.embed_images(pictures), sprite_classes(model.embed_texts), range(len(pool)))
     out["confusions"] = [[pool[true].noun, pool[guess].noun] for true, guess in wrong]
     return out
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..data import sprites
 from ..data.compose import Scene
+from ..data.facts import Group
 from ..data.scenes import SceneConfig, Scenes
 from .retrieval import recall
-from .zeroshot import TEMPLATES, accuracy, class_embeddings
+from .zeroshot import accuracy, class_embeddings
 
 Embed = Callable[[Sequence], Tensor]
 
@@ -152,11 +153,17 @@ def sprite_names(
     which: str = "core",
     style: str = sprites.HELD_OUT_STYLE,
 ) -> dict[str, float]:
-    """Zero-shot naming of single sprites in a style, on white; among the core sixty or all concepts."""
+    """Zero-shot naming of single sprites in a style, on white, by the captions of one-object scenes ("an apple"); among the core sixty
+    or all concepts."""
     pool = sprites.core() if which == "core" else sprites.concepts()
     image = embed_images([sprites.on_background(c.index, style, side) for c in pool])
-    classes = class_embeddings(embed_texts, [c.noun for c in pool], TEMPLATES[:3])
-    return accuracy(image, classes, range(len(pool)))
+    return accuracy(image, sprite_classes(embed_texts, which), range(len(pool)))
+
+
+def sprite_classes(embed_texts: Callable[[list[str]], Tensor], which: str = "core") -> Tensor:
+    """(C, E) text embeddings of the concepts."""
+    pool = sprites.core() if which == "core" else sprites.concepts()
+    return class_embeddings(embed_texts, [Group(c.index).phrase() for c in pool], ("{}",))
 
 
 def sprite_pixels(side: int, which: str = "core", style: str = sprites.HELD_OUT_STYLE) -> dict[str, float]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError
+from ..inputs import image as images
+from ..inputs import text as texts
+from ..inputs.processor import PairProcessor
 from ..models.clip import CLIP, DualConfig, DualEncoder, SigLIP
 from ..models.text import TextConfig
-from ..models.vit import VisionConfig
+from ..models.vit import VisionConfig, resize_positions
 from .rules import Ignore, Rename, Reshape, Rule, Split
 
 # What transformers' config classes default to: a config.json may leave out what equals them.
@@ -184,3 +191,44 @@ def family_of(model: DualEncoder) -> str:
 
 def build(family: str, config: DualConfig) -> DualEncoder:
     return (CLIP if family == "clip" else SigLIP)(config)
+
+
+def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]) -> PairProcessor:
+    """The image processor and tokenizer of a dual encoder's directory."""
+    settings = images.read_processor(folder)
+    vision = config.vision
+    if family == "siglip2":
+        defaults = {**images.SIGLIP2_DEFAULTS, "patch_size": vision.patch_size}
+        pictures: images.ImageProcessor | images.NaflexProcessor = images.NaflexProcessor.from_hf(settings, defaults)
+    else:
+        defaults = images.CLIP_DEFAULTS if family == "clip" else images.SIGLIP_DEFAULTS
+        if not settings and "model_cfg" in raw:
+            from .open_clip import image_settings  # its module needs this one
+
+            settings = image_settings(raw, vision.image_size)
+        if not settings:  # no file: the class's recipe at the tower's own size
+            side = vision.image_size
+            square = {"height": side, "width": side}
+            settings = {"size": {"shortest_edge": side} if family == "clip" else square, "crop_size": square}
+        pictures = images.ImageProcessor.from_hf(settings, defaults)
+    text = config.text
+    tokenizer = texts.from_folder(folder, family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
+    return PairProcessor(pictures, tokenizer, family)
+
+
+def resized(model: DualEncoder, state, processor: PairProcessor, family: str, side: int):
+    """A loaded model for square pictures of another side: `(model, state, processor)` with resampled positions."""
+    if side == model.config.vision.image_size:
+        return model, state, processor
+    if family == "siglip2" or not isinstance(processor.images, images.ImageProcessor):
+        raise CheckpointError(
+            "a NaFlex tower takes any size as it is: set `model.processor.images.max_patches` instead of image_size"
+        )
+    config = replace(model.config, vision=replace(model.config.vision, image_size=side))
+    grid = (config.vision.grid, config.vision.grid)
+    key = "vision.position_embedding"
+    state = {**state, key: resize_positions(state[key], grid, prefix=1 if family == "clip" else 0)}
+    with torch.device("meta"):
+        other = build(family, config)
+    other.source = model.source
+    return other, state, replace(processor, images=processor.images.for_size(side))

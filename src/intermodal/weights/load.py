@@ -1,75 +1,118 @@
-"""`load` and `save`: a directory of the field's own files in, the same out."""
+"""`load` and `save`: a directory of the field's own files in, the same out.
+
+A family of checkpoints is a module of this package with the functions of `Codec`; which one reads a directory is decided by
+`model_type` in its config.json.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, IntermodalError, nearest
 from ..files import read_json
-from ..inputs import image as images
-from ..inputs import text as texts
-from ..inputs.processor import PairProcessor
-from ..models.clip import DualConfig, DualEncoder
-from ..models.vit import resize_positions
-from . import clip, open_clip
+from . import open_clip
 from .files import read_weights, write_weights
-from .rules import check_against, convert
+from .rules import Rule, check_against, convert
+
+_CODECS = {
+    ".clip": ("clip", "siglip", "siglip2"),
+    ".decoder": ("llama", "mistral", "qwen2", "qwen3"),
+}
+FAMILIES = {family: module for module, families in _CODECS.items() for family in families}
+
+
+class Codec(Protocol):
+    """What a family's module provides."""
+
+    def from_hf(self, config: dict[str, Any]) -> Any:
+        """config.json -> the model's config; raises CheckpointError for what is not built."""
+        ...
+
+    def rules(self, family: str, config: Any) -> list[Rule]:
+        """The key table, used both ways; of several rules for one of our keys the first is written."""
+        ...
+
+    def build(self, family: str, config: Any) -> Any:
+        """The module, its weights not yet set."""
+        ...
+
+    def processor(self, folder: Path, family: str, config: Any, raw: dict[str, Any]) -> Any:
+        """What turns a person's input into the model's, from the directory's own files."""
+        ...
+
+    def family_of(self, model: Any) -> str: ...
+
+    def to_hf(self, model: Any) -> dict[str, Any]:
+        """The model -> config.json."""
+        ...
+
+
+def codec(family: str) -> Codec:
+    return import_module(FAMILIES[family], __package__)  # pyright: ignore[reportReturnType]
 
 
 def load(
     source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", image_size: int | None = None
-) -> DualEncoder:
-    """A model with its processor from a directory or a Hugging Face hub id.
+) -> Any:
+    """A model with its processor from a directory, a GGUF file or a Hugging Face hub id. Its class follows from config.json.
 
     Args:
-        source: a directory in Hugging Face's layout (`clip`, `siglip`, `siglip2`) or open_clip's, or a hub id to download.
+        source: a directory in Hugging Face's layout, or open_clip's; a `.gguf` file of the llama architecture; or a hub id to download.
         dtype: of the weights, by name or as a torch dtype.
-        image_size: resample the vision tower's positions for square pictures of this side (bicubic; not for NaFlex).
+        image_size: resample a dual encoder's vision positions for square pictures of this side (bicubic; not for NaFlex).
 
     Raises:
         CheckpointError: says which file or key is wrong.
     """
-    folder = _folder(source)
-    if (folder / "open_clip_config.json").exists() and not (folder / "config.json").exists():
-        family, config, rules, state, raw = open_clip.read(folder)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from . import gguf
+
+        family, config, raw, native, processor = gguf.read(path)
+        where, handler = path, codec(family)
     else:
-        raw = read_json(folder / "config.json")
-        family = raw.get("model_type")
-        if family not in clip.FAMILIES:
-            known = ", ".join(clip.FAMILIES)
-            raise CheckpointError(
-                f"{folder / 'config.json'}: model_type {family!r} is not one of {known}{nearest(str(family), clip.FAMILIES)}"
-            )
-        config = clip.from_hf(raw)
-        rules, state = clip.rules(family, config), read_weights(folder)
-    try:
-        native = convert(state, rules)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        where = _folder(source)
+        family, config, raw, native = _read(where)
+        handler = codec(family)
+        processor = None
     try:
         with torch.device("meta"):
-            model = clip.build(family, config)
+            model = handler.build(family, config)
     except IntermodalError as error:
-        raise CheckpointError(f"{folder}: its config cannot be built: {error}") from error
-    check_against(native, model, str(folder))
-    model.source = {"config": raw, "folder": str(folder)}
-    processor = _processor(folder, family, config, raw)
-    if image_size is not None and image_size != config.vision.image_size:
-        model, native, processor = _resized(model, native, processor, family, image_size)
+        raise CheckpointError(f"{where}: its config cannot be built: {error}") from error
+    check_against(native, model, str(where))
+    model.source = {"config": raw, "folder": str(where)}
+    if processor is None:
+        processor = handler.processor(where, family, config, raw)
+    if image_size is not None:
+        from .clip import resized
+
+        model, native, processor = resized(model, native, processor, family, image_size)
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    model.load_state_dict({key: value.to(device=device, dtype=kind, copy=True) for key, value in native.items()}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    assign(model, native, kind, device)
     model.processor = processor
     return model.eval()
 
 
-def save(model: DualEncoder, folder: str | Path, *, layout: str = "hf", shard_bytes: int = 5_000_000_000) -> Path:
+def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
+    """Give a model built on the meta device its weights, floating-point ones in `dtype`."""
+    placed = {
+        key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
+        for key, value in state.items()
+    }
+    model.load_state_dict(placed, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def save(model: Any, folder: str | Path, *, layout: str = "hf", shard_bytes: int = 5_000_000_000) -> Path:
     """Write a directory that transformers (or open_clip, with `layout="open_clip"`) loads with equal logits.
 
     Raises:
@@ -80,15 +123,46 @@ def save(model: DualEncoder, folder: str | Path, *, layout: str = "hf", shard_by
     if layout == "open_clip":
         open_clip.write(model, target)
     elif layout == "hf":
-        family = clip.family_of(model)
-        state = convert(model.state_dict(), clip.rules(family, model.config), saving=True)
+        handler = codec_of(model)
+        state = convert(model.state_dict(), handler.rules(handler.family_of(model), model.config), saving=True)
         write_weights(state, target, shard_bytes=shard_bytes)
-        (target / "config.json").write_text(json.dumps(clip.to_hf(model), indent=2) + "\n")
+        (target / "config.json").write_text(json.dumps(handler.to_hf(model), indent=2) + "\n")
     else:
         raise CheckpointError(f"unknown layout {layout!r}: hf or open_clip{nearest(layout, ('hf', 'open_clip'))}")
     if model.processor is not None:
         model.processor.save(target)
     return target
+
+
+def codec_of(model: Any) -> Codec:
+    """The codec that writes a model: a dual encoder's family follows from its class, other models carry it."""
+    from ..models.clip import DualEncoder
+
+    if isinstance(model, DualEncoder):
+        return codec("clip")
+    return codec(model.family)
+
+
+def _read(folder: Path) -> tuple[str, Any, dict[str, Any], dict[str, Tensor]]:
+    """(family, config, config.json as it is, weights by our keys) of a directory."""
+    if (folder / "open_clip_config.json").exists() and not (folder / "config.json").exists():
+        family, config, rules, state, raw = open_clip.read(folder)
+    else:
+        raw = read_json(folder / "config.json")
+        family = str(raw.get("model_type"))
+        if family not in FAMILIES:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: model_type {family!r} is not one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
+            )
+        try:
+            config = codec(family).from_hf(raw)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        rules, state = codec(family).rules(family, config), read_weights(folder)
+    try:
+        return family, config, raw, convert(state, rules)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _folder(source: str | Path) -> Path:
@@ -108,37 +182,3 @@ def _folder(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise CheckpointError(f"cannot download {text} from the hub, and no such directory exists: {error}") from error
-
-
-def _processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]) -> PairProcessor:
-    settings = images.read_processor(folder)
-    vision = config.vision
-    if family == "siglip2":
-        defaults = {**images.SIGLIP2_DEFAULTS, "patch_size": vision.patch_size}
-        pictures: images.ImageProcessor | images.NaflexProcessor = images.NaflexProcessor.from_hf(settings, defaults)
-    else:
-        defaults = images.CLIP_DEFAULTS if family == "clip" else images.SIGLIP_DEFAULTS
-        if not settings:  # no file: the class's recipe at the tower's own size
-            settings = open_clip.image_settings(raw, vision.image_size) if "model_cfg" in raw else {}
-            side = vision.image_size
-            square = {"height": side, "width": side}
-            settings = settings or {"size": {"shortest_edge": side} if family == "clip" else square, "crop_size": square}
-        pictures = images.ImageProcessor.from_hf(settings, defaults)
-    text = config.text
-    tokenizer = texts.from_folder(folder, family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
-    return PairProcessor(pictures, tokenizer, family)
-
-
-def _resized(model: DualEncoder, state, processor: PairProcessor, family: str, side: int):
-    if family == "siglip2" or not isinstance(processor.images, images.ImageProcessor):
-        raise CheckpointError(
-            "a NaFlex tower takes any size as it is: set `model.processor.images.max_patches` instead of image_size"
-        )
-    config = replace(model.config, vision=replace(model.config.vision, image_size=side))
-    grid = (config.vision.grid, config.vision.grid)
-    key = "vision.position_embedding"
-    state = {**state, key: resize_positions(state[key], grid, prefix=1 if family == "clip" else 0)}
-    with torch.device("meta"):
-        resized = clip.build(family, config)
-    resized.source = model.source
-    return resized, state, replace(processor, images=processor.images.for_size(side))

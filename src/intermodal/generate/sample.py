@@ -1,0 +1,79 @@
+"""From scores to the next token. Settings have the names and the order of application that transformers and vLLM users know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import IntermodalError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn. Temperature 0 is greedy and ignores the rest but the repetition penalty."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability is at least this."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divide positive and multiply negative scores of tokens that already occurred (CTRL, arXiv 1909.05858)."""
+    stop: tuple[str, ...] = ()
+    """Text that ends a reply; it is not part of it."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises IntermodalError for a value out of range."""
+        wrong = {
+            "max_new_tokens": self.max_new_tokens < 1,
+            "temperature": self.temperature < 0,
+            "top_k": self.top_k < 0,
+            "top_p": not 0 < self.top_p <= 1,
+            "min_p": not 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty <= 0,
+            "stop": any(not text for text in self.stop),
+        }
+        for name, bad in wrong.items():
+            if bad:
+                raise IntermodalError(f"{name}={getattr(self, name)!r} is out of range")
+
+
+def penalised(scores_V: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:
+    """Scores with the repetition penalty on tokens that occurred."""
+    if penalty == 1.0:
+        return scores_V
+    tokens = torch.as_tensor(seen, device=scores_V.device).unique()
+    chosen = scores_V[tokens]
+    return scores_V.index_copy(0, tokens, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
+
+
+def filtered(scores_V: Tensor, sampling: Sampling) -> Tensor:
+    """Scores divided by the temperature, with -inf where top-k, top-p and min-p rule a token out (in this order, as transformers)."""
+    scores_V = scores_V / sampling.temperature
+    if 0 < sampling.top_k < scores_V.shape[0]:
+        scores_V = scores_V.masked_fill(scores_V < scores_V.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scores_V.sort()
+        out = ordered.softmax(0).cumsum(0) <= 1 - sampling.top_p
+        out[-1] = False
+        scores_V = scores_V.masked_fill(torch.zeros_like(out).index_copy(0, order, out), -torch.inf)
+    if sampling.min_p > 0:
+        chances = scores_V.softmax(0)
+        scores_V = scores_V.masked_fill(chances < sampling.min_p * chances.max(), -torch.inf)
+    return scores_V
+
+
+def choose(scores_V: Tensor, seen: Sequence[int] | Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token of one conversation. Each has its own generator, so that a batch draws what single calls would."""
+    scores_V = penalised(scores_V.float(), seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(scores_V.argmax())
+    chances = filtered(scores_V, sampling).softmax(0).cpu()
+    return int(torch.multinomial(chances, 1, generator=generator))

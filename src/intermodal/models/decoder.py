@@ -1,0 +1,158 @@
+"""The decoder of every stitched model: Llama and Vicuna, SmolLM2, Mistral, Qwen2, Qwen3, over packed tokens.
+
+One file, few switches: they differ by biases, by a norm on queries and keys, by tied embeddings and by how positions become angles.
+Sources: Hugging Face `modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py` (leaf names are theirs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import IntermodalError, nearest
+from ..nn.attention import Segments, attention
+from ..nn.cache import Cache
+from ..nn.layers import ACTIVATIONS
+from ..nn.rope import Rope, RopeConfig, rotate
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    vocab_size: int
+    context: int = 4096
+    """Positions the model was trained for; longer inputs are refused at generation."""
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before the rotation (Qwen3)."""
+    tied: bool = False
+    """The output layer is the embedding table."""
+
+    def check(self) -> None:
+        """Raises IntermodalError for a shape that cannot be built."""
+        if self.heads % self.kv_heads:
+            raise IntermodalError(f"{self.heads} heads do not divide over {self.kv_heads} key/value heads")
+        if self.head_width % 2:
+            raise IntermodalError(f"head width {self.head_width} is odd; rotary positions need pairs")
+        if self.activation not in ACTIVATIONS:
+            raise IntermodalError(f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}")
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.head_width, self.index = config.head_width, index
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=config.out_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *tables), rotate(k, *tables)
+        if cache is None:
+            out_THK = attention(q, k, v, segments, causal=True)
+        else:
+            out_THK = cache.attend(self.index, q, k, v)
+        return self.o_proj(out_THK.flatten(1))
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, mlp_width: int, activation: str, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, mlp_width, bias=bias)
+        self.up_proj = nn.Linear(width, mlp_width, bias=bias)
+        self.down_proj = nn.Linear(mlp_width, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.self_attn = DecoderAttention(config, index)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = GatedMLP(config.width, config.mlp_width, config.activation, config.mlp_bias)
+
+    def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), segments, tables, cache)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+@dataclass(frozen=True)
+class DeepStack:
+    """Visual features added after the first layers (Qwen3-VL): `features[i]` (V, D) goes to rows `rows` (V,) after layer i."""
+
+    rows: Tensor
+    features: Sequence[Tensor]
+
+
+class Decoder(nn.Module):
+    """Embeddings -> blocks -> final norm. Positions come in with the batch: they are not this module's business."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.rope = Rope(config.rope, config.head_width)
+        self.checkpoint_activations = False
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        positions: Tensor,
+        *,
+        cache: Cache | None = None,
+        deepstack: DeepStack | None = None,
+    ) -> Tensor:
+        """Packed embeddings (T, D) -> normalised hidden states (T, D).
+
+        Args:
+            segments: the sequences on the token axis; with a cache, the new tokens of each conversation.
+            positions: (T,) or, for M-RoPE, (3, T).
+            cache: keys and values so far; its step must have begun.
+        """
+        tables = self.rope.tables(positions, x_TD.dtype)
+        for index, layer in enumerate(self.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled() and cache is None:
+                x_TD = checkpoint(layer, x_TD, segments, tables, None, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x_TD = layer(x_TD, segments, tables, cache)
+            if deepstack is not None and index < len(deepstack.features):
+                x_TD = x_TD.index_add(0, deepstack.rows, deepstack.features[index].to(x_TD.dtype))
+        return self.norm(x_TD)
+
+    def cache(self, slots: int) -> Cache:
+        """An empty cache for that many conversations."""
+        weight = self.embed_tokens.weight
+        config = self.config
+        return Cache(config.depth, slots, config.kv_heads, config.head_width, dtype=weight.dtype, device=weight.device)
