@@ -43,7 +43,7 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     Raises:
         SourceError: nothing there, or nothing readable.
     """
-    from .drawn import SpriteSource
+    from .drawn import SpriteConfig, SpriteSource
     from .scenes import SceneConfig, Scenes
     from .tuxpaint import TuxPaint
 
@@ -53,9 +53,9 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
         which = rest or "core"
         if which not in ("core", "all"):
             raise SourceError(f"{spec!r}: {kind} come as {kind}:core or {kind}:all{nearest(which, ('core', 'all'))}")
-        if kind == "sprites":
-            return SpriteSource(which, side)
         settings = [assignment for assignment in query.split("&") if assignment]
+        if kind == "sprites":
+            return SpriteSource(override(SpriteConfig(side=side, concepts=which), settings))
         return Scenes(override(SceneConfig(side=side, concepts=which, seed=seed), settings))
     if kind == "tuxpaint":
         return TuxPaint(rest)

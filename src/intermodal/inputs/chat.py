@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from ..batch import TokenBatch
 from ..errors import CheckpointError, IntermodalError
 from ..nn.attention import Segments
-from .media import Clip, Expanded, Plan, Planner, expand, load_part
+from .media import Clip, Expanded, Plan, Planner, expand, load_part, rewrite
 from .template import ChatTemplate, TemplateError
 from .text import content
 
@@ -156,15 +156,16 @@ class ChatProcessor:
             text, spans = self.template.render(plain, reply=True, **variables), []
         else:
             text, spans = self.template.render_marked(plain, **variables)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         if items and self.planner is None:
             raise TemplateError("this is a text-only model: it takes no pictures or videos")
-        placeholders = self.planner.placeholders if self.planner else {}
         plans: list[Plan] = []
         if self.planner:
             kinds = ["video" if isinstance(item, Clip) else "image" for item in items]
             plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
-        expanded = expand(encoding.ids, plans, placeholders)
+            names = {kind: self.tokenizer.id_to_token(token) for kind, token in self.planner.placeholders.items()}
+            text, spans = rewrite(text, spans, plans, names)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        expanded = expand(encoding.ids, plans)
         learned = self._supervised(encoding, spans)
         supervised = [source >= 0 and learned[source] for source in expanded.source]
         return Conversation(text, expanded, spans, supervised, items, plans)
@@ -179,7 +180,7 @@ class ChatProcessor:
         if self.planner is None:
             positions = torch.arange(len(ids))
         else:
-            positions = self.planner.positions(ids, list(zip(conversation.expanded.starts, plans, strict=True)))
+            positions = self.planner.positions(len(ids), conversation.expanded.runs)
             if conversation.items:
                 visual = self.planner.pixels(conversation.items, plans)
                 rows = torch.tensor(conversation.expanded.visual).nonzero().squeeze(1)

@@ -55,7 +55,7 @@ def open_image(source: Any) -> Image.Image:
         raise SampleError(f"cannot read the picture: {type(error).__name__}: {error}") from error
 
 
-class _Lut:
+class LookUp:
     """Rescale and normalise uint8 by table: 256 values a channel, computed in the reference's order of roundings."""
 
     def __init__(self, factor: float | None, mean: Sequence[float] | None, std: Sequence[float] | None):
@@ -101,7 +101,7 @@ class ImageProcessor:
     def __call__(self, images: Sequence[Any]) -> Images:
         """N pictures -> Images with (N, 3, H, W) float32 pixels."""
         height, width = self.output_size
-        lut = _Lut(self.rescale_factor, self.mean, self.std)
+        lut = LookUp(self.rescale_factor, self.mean, self.std)
         out = np.empty((len(images), 3, height, width), np.float32)
         for row, image in zip(out, images, strict=True):
             lut(self.resized(image), row)
@@ -186,7 +186,7 @@ class NaflexProcessor:
         return naflex_grid(height, width, self.patch_size, self.max_patches)
 
     def __call__(self, images: Sequence[Any]) -> Images:
-        lut = _Lut(self.rescale_factor, self.mean, self.std)
+        lut = LookUp(self.rescale_factor, self.mean, self.std)
         patch, pieces, grids = self.patch_size, [], []
         for image in images:
             picture = open_image(image)

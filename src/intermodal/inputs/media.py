@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,29 +57,35 @@ class Piece:
         return len(self.ids) if self.grid is None else self.grid[0] * self.grid[1] * self.grid[2]
 
 
+Run = tuple[Piece, ...]
+"""What one placeholder token becomes."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one media item becomes tokens.
 
-    `pieces` replace the item's placeholder token and, where the model's format says so, the tokens just before and after it
-    (`swallow`). A feature token carries `placeholder` as its id.
+    Each placeholder token of the item becomes one of `runs`; a feature token carries `placeholder` as its id. An item whose format
+    is more than its placeholder (Qwen3-VL's timestamps) gives `text`, which takes the place of the rendered `instead` before anything
+    is tokenised, with one placeholder in it for each run.
     """
 
     kind: str
     """"image" or "video"."""
     placeholder: int
-    pieces: tuple[Piece, ...]
-    swallow: tuple[int, int] = (0, 0)
+    runs: tuple[Run, ...]
+    text: str | None = None
+    instead: str = ""
     detail: Any = None
     """What the planner needs again to make the pixels (target size, grid of tiles, ...)."""
 
     def __len__(self) -> int:
-        return sum(len(piece) for piece in self.pieces)
+        return sum(len(piece) for run in self.runs for piece in run)
 
     @property
     def features(self) -> int:
         """How many tokens are filled by the vision tower."""
-        return sum(len(piece) for piece in self.pieces if piece.grid is not None)
+        return sum(len(piece) for run in self.runs for piece in run if piece.grid is not None)
 
 
 class Planner(Protocol):
@@ -95,8 +102,8 @@ class Planner(Protocol):
         """The tower's input for all items, in order."""
         ...
 
-    def positions(self, ids: Sequence[int], plans: Sequence[tuple[int, Plan]]) -> Tensor:
-        """Position ids of one conversation: (T,) or, for M-RoPE, (3, T). `plans` come with the token each starts at."""
+    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
+        """Position ids of a conversation of `length` tokens: (T,) or, for M-RoPE, (3, T). Runs come with the token each starts at."""
         ...
 
 
@@ -170,26 +177,57 @@ class Expanded:
     """For each token the index of the rendered token it comes from, -1 for what stands for media."""
     visual: list[bool] = field(default_factory=list)
     """Whether the vision tower fills it."""
-    starts: list[int] = field(default_factory=list)
-    """Where each media item begins."""
+    runs: list[tuple[int, Run]] = field(default_factory=list)
+    """Every run with the token it begins at."""
 
 
-def expand(ids: Sequence[int], plans: Sequence[Plan], placeholders: dict[str, int]) -> Expanded:
-    """Put each item's tokens where its placeholder is.
+def rewrite(text: str, spans: Sequence[tuple[int, int]], plans: Sequence[Plan], names: dict[str, str]) -> tuple[str, list[tuple[int, int]]]:
+    """Put the text of items that have one in the place of their placeholder, and move `spans` (characters) along.
+
+    Args:
+        names: the placeholder token of each kind, as text.
 
     Raises:
         MediaError: the rendered text holds another number of placeholders than there are items.
     """
-    kinds = {token: kind for kind, token in placeholders.items()}
-    at = [index for index, token in enumerate(ids) if token in kinds]
-    found, given = [kinds[ids[index]] for index in at], [plan.kind for plan in plans]
-    if len(found) != len(given):
+    kinds = {name: kind for kind, name in names.items()}
+    found = list(re.finditer("|".join(map(re.escape, kinds)), text)) if kinds else []
+    given, there = [plan.kind for plan in plans], [kinds[match.group()] for match in found]
+    if there != given:  # as many of each kind, in the order of the messages
         raise MediaError(
-            f"the rendered conversation has {len(found)} media placeholders {found} for {len(given)} items {given}; "
-            f"does a text part contain a placeholder token, or does the template drop media?"
+            f"the rendered conversation has the media placeholders {there}, the messages give {given}; does a text part contain a "
+            f"placeholder token itself, or does the template drop or reorder media?"
         )
-    if found != given:  # a template may list a message's pictures before its videos; order inside a kind is kept
-        raise MediaError(f"the template writes media in the order {found}, the messages give {given}")
+    edits: list[tuple[int, int, str]] = []
+    for match, plan in zip(found, plans, strict=True):
+        if plan.text is None:
+            continue
+        start = match.start() - plan.instead.index(match.group())
+        stop = start + len(plan.instead)
+        if text[max(start, 0) : stop] != plan.instead:
+            raise MediaError(f"the template does not write a {plan.kind} as {plan.instead!r}, which this model's format replaces")
+        edits.append((start, stop, plan.text))
+
+    def moved(at: int) -> int:
+        return at + sum(len(new) - (stop - start) for start, stop, new in edits if stop <= at)
+
+    out, read = "", 0
+    for start, stop, new in edits:
+        out, read = out + text[read:start] + new, stop
+    return out + text[read:], [(moved(start), moved(stop)) for start, stop in spans]
+
+
+def expand(ids: Sequence[int], plans: Sequence[Plan]) -> Expanded:
+    """Put each run's tokens where its placeholder is; `rewrite` has checked that they belong together.
+
+    Raises:
+        MediaError: tokenising lost or made placeholders.
+    """
+    runs = [(plan.placeholder, run) for plan in plans for run in plan.runs]
+    tokens = {placeholder for placeholder, _ in runs}
+    at = [index for index, token in enumerate(ids) if token in tokens]
+    if [ids[index] for index in at] != [placeholder for placeholder, _ in runs]:
+        raise MediaError(f"the tokenised conversation holds {len(at)} media placeholders for {len(runs)} runs of media tokens")
     out, read = Expanded(), 0
 
     def copy(stop: int) -> None:
@@ -197,18 +235,45 @@ def expand(ids: Sequence[int], plans: Sequence[Plan], placeholders: dict[str, in
         out.source += range(read, stop)
         out.visual += [False] * (stop - read)
 
-    for index, plan in zip(at, plans, strict=True):
-        copy(index - plan.swallow[0])
-        read = index + 1 + plan.swallow[1]
-        out.starts.append(len(out.ids))
-        for piece in plan.pieces:
+    for index, (placeholder, run) in zip(at, runs, strict=True):
+        copy(index)
+        read = index + 1
+        out.runs.append((len(out.ids), run))
+        for piece in run:
             count = len(piece)
-            out.ids += piece.ids if piece.grid is None else [plan.placeholder] * count
+            out.ids += piece.ids if piece.grid is None else [placeholder] * count
             out.source += [-1] * count
             out.visual += [piece.grid is not None] * count
     copy(len(ids))
     return out
 
 
-def text_positions(length: int) -> Tensor:
-    return torch.arange(length)
+def mrope_positions(length: int, runs: Sequence[tuple[int, Run]], *, past_time: bool) -> Tensor:
+    """M-RoPE ids (3, T): text counts on all axes alike; a grid counts frames, rows and columns from where it begins.
+
+    Args:
+        past_time: text after a grid goes on after the largest position of any axis, as the authors' `rope2d.py` does; otherwise after
+            the larger side alone, as transformers does, which gives text after a long clip positions of the clip (PITFALLS D1).
+    """
+    out = torch.empty(3, length, dtype=torch.long)
+    read = now = 0
+
+    def words(count: int) -> None:
+        nonlocal read, now
+        out[:, read : read + count] = torch.arange(now, now + count)
+        read, now = read + count, now + count
+
+    for start, run in runs:
+        words(start - read)
+        for piece in run:
+            if piece.grid is None:
+                words(len(piece))
+                continue
+            frames, rows, columns = piece.grid
+            time = (torch.arange(frames) * piece.step).long()
+            axes = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
+            out[:, read : read + len(piece)] = torch.stack([axis.flatten() for axis in axes]) + now
+            read += len(piece)
+            now += max(int(time[-1]) + 1 if past_time else 0, rows, columns)
+    words(length - read)
+    return out

@@ -39,8 +39,7 @@ class RopeConfig:
 
         Sources: Hugging Face `modeling_rope_utils.py` (`llama3`, `yarn`, `linear`); YaRN (arXiv 2309.00071) section 3.
         """
-        # on the CPU whatever the default device: a model built on "meta" still needs its numbers
-        exponents = torch.arange(0, head, 2, dtype=torch.int64, device="cpu").float() / head
+        exponents = torch.arange(0, head, 2, dtype=torch.int64).float() / head
         plain = 1.0 / self.theta**exponents
         if self.kind == "linear":
             return plain / self.factor, 1.0
@@ -57,7 +56,7 @@ class RopeConfig:
                 return head * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
             first, last = max(math.floor(dimension(self.beta_fast)), 0), min(math.ceil(dimension(self.beta_slow)), head - 1)
-            ramp = ((torch.arange(head // 2, device="cpu").float() - first) / max(last - first, 0.001)).clamp(0, 1)
+            ramp = ((torch.arange(head // 2).float() - first) / max(last - first, 0.001)).clamp(0, 1)
             scale = self.attention_factor
             if scale is None:
                 scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -88,8 +87,9 @@ class Rope:
         if config.sections is not None and sum(config.sections) != head // 2:
             raise IntermodalError(f"rope sections {config.sections} sum to {sum(config.sections)}, not to half a head, {head // 2}")
         self.config, self.head = config, head
-        self.inverse, self.scale = config.frequencies(head)
-        self.axis = None if config.sections is None else axis_of_frequency(config.sections, config.interleaved)
+        with torch.device("cpu"):  # whatever the default device: a model built on "meta" still needs these numbers
+            self.inverse, self.scale = config.frequencies(head)
+            self.axis = None if config.sections is None else axis_of_frequency(config.sections, config.interleaved)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Position ids (T,) or, for M-RoPE, (3, T) -> cosines and sines (T, 1, K) in `dtype`, ready to broadcast over heads.

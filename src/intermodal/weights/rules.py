@@ -47,6 +47,10 @@ class Rename(Rule):
         super().__init__((theirs,), (ours,))
 
 
+class Alias(Rename):
+    """Another spelling of a key that files may carry: accepted when read, never written."""
+
+
 class Split(Rule):
     """Their one tensor is ours in equal parts along the first axis (a fused q/k/v projection)."""
 
@@ -142,7 +146,7 @@ def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], *, saving: bool 
 
 def _rule_for(key: str, rules: Sequence[Rule], saving: bool) -> tuple[Rule | None, dict[str, str] | None]:
     for rule in rules:
-        if saving and not rule.ours:
+        if saving and (not rule.ours or isinstance(rule, Alias)):
             continue
         patterns = rule.ours if saving else rule.theirs
         match = (rule.ours_match if saving else rule.theirs_match).fullmatch(key)

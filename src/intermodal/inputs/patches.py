@@ -1,0 +1,195 @@
+"""Native resolution: how Qwen-VL models size a picture or clip, cut it into patches, and write it into the prompt.
+
+Sources: `qwen_vl_utils/vision_process.py` (sizes, clip budget), Hugging Face `image_processing_pil_qwen2_vl.py` (patch order),
+`processing_qwen3_vl.py` (timestamps). Where these disagree see `QwenVLConfig.rules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..batch import Visual
+from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, open_image
+from .media import Clip, MediaError, Piece, Plan, Run, mrope_positions
+
+MOST_ASPECT = 200
+VIDEO_TOKENS = (128, 768)
+"""The authors' least and most tokens of one frame (pair)."""
+CLIP_TOKENS = 128_000 * 0.9
+"""The authors' budget of a whole clip."""
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """(height, width) in whole multiples of `factor`, near the picture's own size and within the pixel budget.
+
+    Python's rounding (half to even) and the factor beta from the original size are part of the rule.
+
+    Raises:
+        MediaError: one side is more than 200 times the other.
+    """
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        raise MediaError(f"a picture of {width} x {height} pixels is more than {MOST_ASPECT} times longer than wide; crop it")
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    if tall * wide > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        tall, wide = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif tall * wide < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        tall, wide = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return tall, wide
+
+
+def resize_clip(frames: int, height: int, width: int, factor: int, temporal: int, least: float, most: float) -> tuple[int, int]:
+    """transformers' rule for Qwen3-VL: as `smart_resize`, with a budget for frames x height x width of the whole clip."""
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        raise MediaError(f"a clip of {width} x {height} pixels is more than {MOST_ASPECT} times longer than wide; crop it")
+    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    count = round(frames / temporal) * temporal
+    if count * tall * wide > most:
+        beta = math.sqrt(frames * height * width / most)
+        tall, wide = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif count * tall * wide < least:
+        beta = math.sqrt(least / (frames * height * width))
+        tall, wide = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return tall, wide
+
+
+def block_patches(frames_FCHW: np.ndarray, patch: int, merge: int, temporal: int) -> np.ndarray:
+    """Frames, their number a multiple of `temporal`, -> (P, C * temporal * patch * patch) in block-major order.
+
+    The merge x merge patches of one token are neighbours; a raster order would load and scramble them.
+    """
+    frames, channels, height, width = frames_FCHW.shape
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    cut = frames_FCHW.reshape(frames // temporal, temporal, channels, rows, merge, patch, columns, merge, patch)
+    return cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * temporal * patch * patch)
+
+
+@dataclass
+class QwenPlanner:
+    """Tokens, pixels and positions of media for Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+
+    family: str
+    placeholders: dict[str, int]
+    vision_start: str
+    """Text of the token before media, and of the one after."""
+    vision_end: str
+    names: dict[str, str]
+    """Text of the placeholders."""
+    patch: int = 14
+    temporal: int = 2
+    merge: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    video_pixels: tuple[int, int] | None = None
+    """transformers' rule: least and most pixels, of a frame or (Qwen3-VL) of the clip; None is the class default."""
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    tokens_per_second: float = 1.0
+    authors: bool = True
+    _table: LookUp | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_hf(cls, config: Any, settings: dict[str, Any], tokenizer: Tokenizer, video: dict[str, Any] | None = None) -> QwenPlanner:
+        """From a model's config and its image (and video) processor's JSON."""
+        vision, third = config.vision, config.family == "qwen3_vl"
+        size = settings.get("size") or {}
+        least = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56
+        most = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
+        clip = (video or {}).get("size") or {}
+        name = tokenizer.id_to_token
+        placeholders = {"image": config.image_id, "video": config.video_id}
+        return cls(
+            family=config.family,
+            placeholders=placeholders,
+            vision_start=name(config.vision_start_id) or "<|vision_start|>",
+            vision_end=name(config.vision_end_id) or "<|vision_end|>",
+            names={kind: name(token) for kind, token in placeholders.items()},
+            patch=vision.patch_size,
+            temporal=vision.temporal_patch,
+            merge=vision.merge,
+            min_pixels=least,
+            max_pixels=most,
+            video_pixels=(clip["shortest_edge"], clip["longest_edge"]) if clip else None,
+            mean=tuple(settings.get("image_mean") or (HALF if third else CLIP_MEAN)),
+            std=tuple(settings.get("image_std") or (HALF if third else CLIP_STD)),
+            resample=int(settings.get("resample", 3)),
+            rescale_factor=settings.get("rescale_factor", 1 / 255),
+            tokens_per_second=config.tokens_per_second,
+            authors=config.rules == "authors",
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side of one token."""
+        return self.patch * self.merge
+
+    def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        if not isinstance(item, Clip):
+            width, height = item.size
+            size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+            grid = (1, size[0] // self.factor, size[1] // self.factor)
+            return Plan("image", self.placeholders["image"], ((Piece(grid=grid),),), detail=size)
+        size = self.clip_size(item)
+        count = -(-len(item.frames) // self.temporal)
+        rows, columns = size[0] // self.factor, size[1] // self.factor
+        placeholder = self.placeholders["video"]
+        if self.family != "qwen3_vl":
+            step = self.tokens_per_second * self.temporal / item.fps if self.family == "qwen2_5_vl" else 1.0
+            return Plan("video", placeholder, ((Piece(grid=(count, rows, columns), step=step),),), detail=size)
+        wrapped = f"{self.vision_start}{self.names['video']}{self.vision_end}"
+        text = "".join(f"<{time:.1f} seconds>{wrapped}" for time in self.timestamps(item))
+        runs: tuple[Run, ...] = ((Piece(grid=(1, rows, columns)),),) * count
+        return Plan("video", placeholder, runs, text, wrapped if self.authors else self.names["video"], size)
+
+    def timestamps(self, clip: Clip) -> list[float]:
+        """Seconds of each frame pair: the mean of its first and last frame, an odd last frame counted twice."""
+        times = [*clip.times, *[clip.times[-1]] * (-len(clip.times) % self.temporal)]
+        return [(times[at] + times[at + self.temporal - 1]) / 2 for at in range(0, len(times), self.temporal)]
+
+    def clip_size(self, clip: Clip) -> tuple[int, int]:
+        """(height, width) of every frame, by the authors' budget or by transformers'."""
+        width, height = clip.size
+        frames, unit = len(clip.frames), self.factor**2
+        if self.authors:
+            least = VIDEO_TOKENS[0] * unit
+            share = CLIP_TOKENS * unit / frames * self.temporal
+            return smart_resize(height, width, self.factor, least, max(min(VIDEO_TOKENS[1] * unit, share), int(least * 1.05)))
+        if self.family == "qwen3_vl":
+            least, most = self.video_pixels or (128 * 32 * 32, 32 * 32 * 768)
+            return resize_clip(frames, height, width, self.factor, self.temporal, least, most)
+        least, most = self.video_pixels or (128 * 28 * 28, 28 * 28 * 768)
+        return smart_resize(height, width, self.factor, least, most)
+
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Visual:
+        table = self._table = self._table or LookUp(self.rescale_factor, self.mean, self.std)
+        pieces, grids = [], []
+        for item, plan in zip(items, plans, strict=True):
+            height, width = plan.detail
+            pictures = [Image.fromarray(frame) for frame in item.frames] if isinstance(item, Clip) else [open_image(item)]
+            values = np.empty((len(pictures), 3, height, width), np.float32)
+            for out, picture in zip(values, pictures, strict=True):
+                table(np.asarray(picture.resize((width, height), Image.Resampling(self.resample))), out)
+            repeat = -len(values) % self.temporal
+            if repeat:  # a still is shown twice, an odd clip's last frame again
+                values = np.concatenate([values, np.repeat(values[-1:], repeat, axis=0)])
+            pieces.append(block_patches(values, self.patch, self.merge, self.temporal))
+            grids.append((len(values) // self.temporal, height // self.patch, width // self.patch))
+        return Visual(torch.from_numpy(np.concatenate(pieces)), tuple(grids))
+
+    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
+        return mrope_positions(length, runs, past_time=self.authors)

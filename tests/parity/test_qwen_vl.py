@@ -1,0 +1,288 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL against transformers on tiny random models: ids, pixels, positions, logits, generation, files."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_files
+from PIL import Image
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.inputs.media import Clip
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CLASSES = {
+    "qwen2_vl": (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+}
+
+
+def config(family, tied=False):
+    tokens = {name: 256 + QWEN_SPECIAL.index(text) for name, text in (
+        ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
+        ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"))}  # fmt: skip
+    text = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+                vocab_size=270, bos_token_id=None, eos_token_id=258, max_position_embeddings=4096)  # fmt: skip
+    rope = dict(rope_type="default", rope_theta=1e4)
+    if family == "qwen2_vl":
+        text["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+        vision = dict(depth=2, embed_dim=32, hidden_size=48, num_heads=2, mlp_ratio=2)
+    elif family == "qwen2_5_vl":
+        text["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+        vision = dict(depth=3, hidden_size=32, out_hidden_size=48, num_heads=2, intermediate_size=40, fullatt_block_indexes=[1],
+                      tokens_per_second=2)  # fmt: skip
+    else:
+        text.update(head_dim=16, rope_parameters={**rope, "mrope_section": [4, 2, 2]})
+        vision = dict(depth=4, hidden_size=32, out_hidden_size=48, num_heads=2, intermediate_size=40,
+                      deepstack_visual_indexes=[0, 2], num_position_embeddings=36)  # fmt: skip
+    return CLASSES[family][0](text_config=text, vision_config=vision, tie_word_embeddings=tied, **tokens)
+
+
+def processor_settings(family):
+    third = family == "qwen3_vl"
+    patch = 16 if third else 14
+    return dict(patch_size=patch, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 4 * (2 * patch) ** 2,
+                "longest_edge": 30 * (2 * patch) ** 2}, **({"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cache = {}
+
+    def make(family, tied=False):
+        if (family, tied) not in cache:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            model = CLASSES[family][1](config(family, tied)).eval()
+            for parameter in model.parameters():
+                parameter.data += torch.randn_like(parameter) * (0.12 if parameter.ndim > 1 else 0.05)
+            model.save_pretrained(folder)
+            write_chat_files(folder, byte_tokenizer(QWEN_SPECIAL), QWEN_TEMPLATE, eos="<|im_end|>", **processor_settings(family))
+            cache[family, tied] = folder, model
+        return cache[family, tied]
+
+    return make
+
+
+def picture(width, height, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def clip(frames, width, height, fps, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return Clip(pixels, tuple(index / fps for index in range(frames)), fps)
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else
+            {"type": "video", "video": p} if isinstance(p, Clip) else {"type": "image", "image": p} for p in parts]}  # fmt: skip
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+CASES = {
+    "no image": [user("How are you?"), said("Fine, thank you.")],
+    "one image": [user(picture(97, 61, 1), "What is it?"), said("Noise.")],
+    "three images of odd sizes": [user(picture(33, 150, 2), "and", picture(200, 40, 3), picture(57, 56, 4), "Compare."), said("No.")],
+    "video": [user(clip(7, 70, 50, 2.0, 5), "What happens?"), said("Flicker.")],
+    "long video": [user(clip(28, 40, 40, 1.0, 6), "And?"), said("More.")],
+    "image and video": [user(picture(90, 60, 7), clip(4, 64, 96, 3.0, 8), "Both?"), said("Yes.")],
+    "two turns": [user(picture(64, 64, 9), "Who?"), said("Ann."), user(picture(30, 90, 10), "And here?"), said("Bob.")],
+}
+
+
+def theirs(family, model, batch, clips, position_ids=None):
+    """transformers' logits and positions for our packed conversation of one."""
+    visual = batch.visual
+    kinds = (batch.ids == model.config.image_token_id).long() + 2 * (batch.ids == model.config.video_token_id).long()
+    arguments = dict(input_ids=batch.ids[None], attention_mask=torch.ones_like(batch.ids[None]), mm_token_type_ids=kinds[None].int())
+    if visual is not None:
+        order = [256 + QWEN_SPECIAL.index("<|video_pad|>") if grid[0] > 1 else 0 for grid in visual.grids]
+        sizes = [t * h * w for t, h, w in visual.grids]
+        pieces = visual.pixels.split(sizes)
+        for name, keep in (("image", [not o for o in order]), ("video", [bool(o) for o in order])):
+            if any(keep):
+                pixels = torch.cat([p for p, k in zip(pieces, keep, strict=True) if k])
+                arguments["pixel_values" if name == "image" else "pixel_values_videos"] = pixels
+                grids = torch.tensor([g for g, k in zip(visual.grids, keep, strict=True) if k])
+                arguments[f"{name}_grid_thw"] = grids
+    if family == "qwen2_5_vl" and clips:
+        arguments["second_per_grid_ts"] = torch.tensor([2 / c.fps for c in clips])
+    rope = {k: v for k, v in arguments.items() if k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw",
+            "second_per_grid_ts", "attention_mask")}  # fmt: skip
+    positions = model.model.get_rope_index(**rope)[0][:, 0]
+    with torch.no_grad():
+        out = model(**arguments, position_ids=(positions if position_ids is None else position_ids)[:, None]).logits[0]
+    return out, positions
+
+
+def clips_of(messages):
+    return [part["video"] for m in messages if isinstance(m["content"], list) for part in m["content"] if "video" in part]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_positions(made, family, case):
+    folder, model = made(family)
+    ours = intermodal.load(folder)
+    batch = ours.processor(CASES[case])
+    # authors' positions given to transformers: the networks must agree whatever the rule
+    expected, hf_positions = theirs(family, model, batch, clips_of(CASES[case]), batch.positions)
+    with torch.no_grad():
+        got = ours(batch)
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.logits(CASES[case]), expected, atol=1e-4, rtol=1e-4)
+    # transformers' rule, read from the checkpoint's own config
+    ours.processor.planner.authors = False
+    other = ours.processor(CASES[case])
+    if len(other.ids) == len(batch.ids):  # Qwen3-VL's wrapper differs otherwise
+        expected, hf_positions = theirs(family, model, other, clips_of(CASES[case]))
+    else:
+        hf_positions = theirs(family, model, other, clips_of(CASES[case]))[1]
+    assert torch.equal(other.positions, hf_positions)
+
+
+@pytest.mark.parametrize("family", ("qwen2_vl", "qwen2_5_vl"))
+def test_text_after_a_long_clip_follows_the_authors(made, family):
+    """PITFALLS D1: transformers gives it positions inside the clip."""
+    ours = intermodal.load(made(family)[0])
+    batch = ours.processor(CASES["long video"])
+    last = int(batch.visual_rows[-1])
+    assert (batch.positions[:, last + 1] == batch.positions[:, : last + 1].max() + 1).all()
+    ours.processor.planner.authors = False
+    other = ours.processor(CASES["long video"])
+    last = int(other.visual_rows[-1])
+    assert (other.positions[:, last + 1] <= other.positions[:, : last + 1].max()).all()
+
+
+def test_the_rule_is_part_of_the_checkpoint(made, tmp_path):
+    folder, _ = made("qwen2_vl")
+    ours = intermodal.load(folder)
+    intermodal.save(ours, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "intermodal": {"rules": "transformers"}}))
+    again = intermodal.load(tmp_path)
+    assert again.config.rules == "transformers" and not again.processor.planner.authors
+    intermodal.save(again, tmp_path / "more")
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["intermodal"] == {"rules": "transformers"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_equal_the_pil_processor(made, family):
+    ours = intermodal.load(made(family)[0])
+    theirs = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(**processor_settings(family))
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (13, 14), (42, 70), (200, 1), (3000, 20), *[tuple(rng.integers(5, 400, 2)) for _ in range(25)]]
+    for index, (width, height) in enumerate(sizes):
+        image = picture(int(width), int(height), index)
+        plan = ours.processor.planner.plan(image, 1)
+        mine = ours.processor.planner.pixels([image], [plan])
+        out = theirs(images=image, return_tensors="pt")
+        assert [list(g) for g in mine.grids] == out["image_grid_thw"].tolist()
+        assert plan.features * 4 == len(mine.pixels)
+        torch.testing.assert_close(mine.pixels, out["pixel_values"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_and_mask(made, family):
+    """One tokenisation of the fully written text by transformers' tokenizer gives the same ids."""
+    folder, _ = made(family)
+    ours = intermodal.load(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for messages in CASES.values():
+        conversation = ours.processor.conversation(messages)
+        ours.processor.audit(conversation)
+        text = tokenizer.apply_chat_template(ours_plain(messages), tokenize=False)
+        plans = iter(conversation.plans)
+
+        def written(match, plans=plans, messages=messages):
+            plan, pad = next(plans), match.group(1)
+            if plan.text is None:
+                return f"<|vision_start|>{pad * plan.features}<|vision_end|>"
+            # the authors' format: timestamps take the place of the whole wrapper
+            pads = pad * (plan.features // len(plan.runs))
+            times = [f"{t:.1f}" for t in ours.processor.planner.timestamps(clips_of(messages)[0])]
+            return "".join(f"<{time} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+
+        text = re.sub(r"<\|vision_start\|>(<\|(?:image|video)_pad\|>)<\|vision_end\|>", written, text)
+        assert conversation.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = "".join(tokenizer.decode([i]) for i, s in zip(conversation.ids, conversation.supervised, strict=True) if s)
+        assert learned == "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
+
+
+def ours_plain(messages):
+    return [{**m, "content": m["content"] if isinstance(m["content"], str) else
+             [{"type": p["type"], **({"text": p["text"]} if "text" in p else {})} for p in m["content"]]} for m in messages]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_separate(made, family):
+    """Losses and gradients in float64: text, pictures and clips of every case in one pack, and each alone."""
+    folder, _ = made(family)
+    ours = intermodal.load(folder, dtype="float64")
+    ours.requires_grad_(True)
+    batches = [ours.processor(messages) for messages in CASES.values()]
+
+    def loss(batch):
+        scores = ours(batch)
+        rows = [torch.arange(a, b - 1) for a, b in zip(batch.segments.offsets, batch.segments.offsets[1:], strict=False)]
+        rows = torch.cat(rows)
+        keep = rows[batch.supervised[rows + 1]]
+        return torch.nn.functional.cross_entropy(scores[keep], batch.ids[keep + 1], reduction="sum")
+
+    separate = sum(loss(batch) for batch in batches)
+    names = [name for name, _ in ours.named_parameters()]
+    alone = torch.autograd.grad(separate, list(ours.parameters()), allow_unused=True)
+    packed = loss(TokenBatch.pack(batches))
+    together = torch.autograd.grad(packed, list(ours.parameters()), allow_unused=True)
+    torch.testing.assert_close(packed, separate, rtol=1e-10, atol=0)
+    for name, a, b in zip(names, alone, together, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation(made, family):
+    folder, model = made(family)
+    ours = intermodal.load(folder)
+    ours.processor.end_ids = ()  # as long as asked
+    messages = CASES["three images of odd sizes"][:1]
+    prompt = ours.processor(messages, reply=True)
+    assert prompt.ids[-10:].tolist() == ours.processor.encode("assistant\n")[-10:]
+    mine = ours.generate(messages, max_new_tokens=64).ids
+    ids, rows = prompt.ids, prompt
+    expected = []
+    for _ in range(64):  # teacher: transformers without a cache, its own positions
+        logits, _ = theirs(family, model, rows, [])
+        expected.append(int(logits[-1].argmax()))
+        ids = torch.cat([ids, torch.tensor(expected[-1:])])
+        rows = TokenBatch(ids, rows.segments, rows.positions, rows.supervised, rows.visual, rows.visual_rows)
+    assert mine == expected
+    conversations = [messages, CASES["video"][:1], CASES["no image"][:1], CASES["two turns"][:3]]
+    one_by_one = [ours.generate(m, max_new_tokens=12).ids for m in conversations]
+    assert [r.ids for r in ours.generate_batch(conversations, max_new_tokens=12, slots=3)] == one_by_one
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(made, family, tied, tmp_path):
+    folder, model = made(family, tied)
+    intermodal.save(intermodal.load(folder), tmp_path)
+    again = CLASSES[family][1].from_pretrained(tmp_path).eval()
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
