@@ -90,7 +90,10 @@ def said(text):
 CASES = {
     "no image": [user("How are you?"), said("Fine, thank you.")],
     "one image": [user(picture(97, 61, 1), "What is it?"), said("Noise.")],
-    "three images of odd sizes": [user(picture(33, 150, 2), "and", picture(200, 40, 3), picture(57, 56, 4), "Compare."), said("No.")],
+    "three images of odd sizes": [
+        user(picture(33, 150, 2), "and", picture(200, 40, 3), picture(57, 56, 4), "Compare."),
+        said("No."),
+    ],
     "video": [user(clip(7, 70, 50, 2.0, 5), "What happens?"), said("Flicker.")],
     "long video": [user(clip(28, 40, 40, 1.0, 6), "And?"), said("More.")],
     "image and video": [user(picture(90, 60, 7), clip(4, 64, 96, 3.0, 8), "Both?"), said("Yes.")],
@@ -102,7 +105,9 @@ def theirs(family, model, batch, clips, position_ids=None):
     """transformers' logits and positions for our packed conversation of one."""
     visual = batch.visual
     kinds = (batch.ids == model.config.image_token_id).long() + 2 * (batch.ids == model.config.video_token_id).long()
-    arguments = dict(input_ids=batch.ids[None], attention_mask=torch.ones_like(batch.ids[None]), mm_token_type_ids=kinds[None].int())
+    arguments = dict(
+        input_ids=batch.ids[None], attention_mask=torch.ones_like(batch.ids[None]), mm_token_type_ids=kinds[None].int()
+    )
     if visual is not None:
         order = [256 + QWEN_SPECIAL.index("<|video_pad|>") if grid[0] > 1 else 0 for grid in visual.grids]
         sizes = [t * h * w for t, h, w in visual.grids]
@@ -150,7 +155,7 @@ def test_logits_and_positions(made, family, case):
     assert torch.equal(other.positions, hf_positions)
 
 
-@pytest.mark.parametrize("family", ("qwen2_vl", "qwen2_5_vl"))
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_text_after_a_long_clip_follows_the_authors(made, family):
     """PITFALLS D1: transformers gives it positions inside the clip."""
     ours = intermodal.load(made(family)[0])
@@ -170,7 +175,8 @@ def test_the_rule_is_part_of_the_checkpoint(made, tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "intermodal": {"rules": "transformers"}}))
     again = intermodal.load(tmp_path)
-    assert again.config.rules == "transformers" and not again.processor.planner.authors
+    assert again.config.rules == "transformers"
+    assert not again.processor.planner.authors
     intermodal.save(again, tmp_path / "more")
     assert json.loads((tmp_path / "more" / "config.json").read_text())["intermodal"] == {"rules": "transformers"}
 

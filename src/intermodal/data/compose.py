@@ -113,8 +113,9 @@ def _cells(region: tuple[float, float, float, float], count: int, rng: random.Ra
 
 
 def random_paint(rng: random.Random) -> np.ndarray:
-    """(4, 3) map of premultiplied (red, green, blue, alpha) to other colours: channels mixed, contrast and brightness changed, a quarter grey.
+    """(4, 3) map of premultiplied (red, green, blue, alpha) to other colours: channels mixed, contrast and brightness changed.
 
+    One in four turns grey.
     A drawing keeps its shape and its inner contrasts, as it does from one emoji style to the next.
     """
     mix = np.eye(3) + np.array([rng.gauss(0, 0.18) for _ in range(9)]).reshape(3, 3)

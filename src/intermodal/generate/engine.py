@@ -135,9 +135,7 @@ def _advance(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
         text, over, ended = text[: min(cuts)], True, True
     elif not over:
         text = text.rstrip("\ufffd")  # half a character: its other bytes are in the next token
-        held = [
-            length for stop in sampling.stop for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])
-        ]
+        held = [length for stop in sampling.stop for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])]
         text = text[: len(text) - max(held, default=0)]
     if over:
         run.finish = "stop" if ended else "length"

@@ -83,7 +83,9 @@ class ChatProcessor:
         """How videos given by path are sampled; None is the family's default."""
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict[str, Any], planner: Callable[[Tokenizer], Planner] | None = None) -> ChatProcessor:
+    def from_folder(
+        cls, folder: Path, config: dict[str, Any], planner: Callable[[Tokenizer], Planner] | None = None
+    ) -> ChatProcessor:
         """From a checkpoint directory's own files; see `from_files`."""
         files = {name: (folder / name).read_bytes() for name in CHAT_FILES if (folder / name).exists()}
         try:
@@ -149,7 +151,9 @@ class ChatProcessor:
             TemplateError, MediaError: the messages do not fit the template or the model.
         """
         if self.template is None:
-            raise TemplateError("this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)")
+            raise TemplateError(
+                "this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)"
+            )
         items = [item for part in _parts(messages) if (item := load_part(part, self.video)) is not None]
         plain = _without_media(messages, as_text=self.planner is None)
         if reply:
@@ -162,7 +166,7 @@ class ChatProcessor:
         if self.planner:
             kinds = ["video" if isinstance(item, Clip) else "image" for item in items]
             plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
-            names = {kind: self.tokenizer.id_to_token(token) for kind, token in self.planner.placeholders.items()}
+            names = {kind: str(self.tokenizer.id_to_token(token)) for kind, token in self.planner.placeholders.items()}
             text, spans = rewrite(text, spans, plans, names)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         expanded = expand(encoding.ids, plans)
@@ -226,7 +230,9 @@ class ChatProcessor:
         for words, turn in zip(said, turns, strict=True):
             if turn[-1] not in self.end_ids:
                 ends = [self.tokenizer.id_to_token(token) for token in self.end_ids]
-                raise NoSupervision(f"no end-of-turn token ({', '.join(map(str, ends))}) follows {words[-40:]!r}: replies would not end")
+                raise NoSupervision(
+                    f"no end-of-turn token ({', '.join(map(str, ends))}) follows {words[-40:]!r}: replies would not end"
+                )
             spelled = self.tokenizer.decode(turn[:-1], skip_special_tokens=False)
             if spelled.strip() != words.strip():
                 raise NoSupervision(f"the supervised tokens spell {spelled[:80]!r}, the assistant said {words[:80]!r}")

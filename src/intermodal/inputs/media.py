@@ -181,7 +181,9 @@ class Expanded:
     """Every run with the token it begins at."""
 
 
-def rewrite(text: str, spans: Sequence[tuple[int, int]], plans: Sequence[Plan], names: dict[str, str]) -> tuple[str, list[tuple[int, int]]]:
+def rewrite(
+    text: str, spans: Sequence[tuple[int, int]], plans: Sequence[Plan], names: dict[str, str]
+) -> tuple[str, list[tuple[int, int]]]:
     """Put the text of items that have one in the place of their placeholder, and move `spans` (characters) along.
 
     Args:

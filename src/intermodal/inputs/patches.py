@@ -104,7 +104,9 @@ class QwenPlanner:
     _table: LookUp | None = field(default=None, repr=False)
 
     @classmethod
-    def from_hf(cls, config: Any, settings: dict[str, Any], tokenizer: Tokenizer, video: dict[str, Any] | None = None) -> QwenPlanner:
+    def from_hf(
+        cls, config: Any, settings: dict[str, Any], tokenizer: Tokenizer, video: dict[str, Any] | None = None
+    ) -> QwenPlanner:
         """From a model's config and its image (and video) processor's JSON."""
         vision, third = config.vision, config.family == "qwen3_vl"
         size = settings.get("size") or {}
@@ -118,7 +120,7 @@ class QwenPlanner:
             placeholders=placeholders,
             vision_start=name(config.vision_start_id) or "<|vision_start|>",
             vision_end=name(config.vision_end_id) or "<|vision_end|>",
-            names={kind: name(token) for kind, token in placeholders.items()},
+            names={kind: str(name(token)) for kind, token in placeholders.items()},
             patch=vision.patch_size,
             temporal=vision.temporal_patch,
             merge=vision.merge,

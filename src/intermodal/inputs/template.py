@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import IntermodalError
 
@@ -25,12 +25,13 @@ class TemplateError(IntermodalError):
 def _environment():
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's part in some templates; it renders as what is inside."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -102,7 +103,7 @@ class ChatTemplate:
         marks = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything][:2]
         wanted = sum(message.get("role") == "assistant" for message in messages)
         for trim in (False, True):
-            marked = self.render(_with_marks(messages, *marks, trim), **variables)
+            marked = self.render(_with_marks(messages, marks, trim), **variables)
             if marked.replace(marks[0], "").replace(marks[1], "") != plain:
                 continue
             spans, at, start = [], 0, 0
@@ -121,9 +122,9 @@ class ChatTemplate:
         )
 
 
-def _with_marks(messages: Sequence[dict[str, Any]], begin: str, end: str, trim: bool) -> list[dict[str, Any]]:
+def _with_marks(messages: Sequence[dict[str, Any]], marks: Sequence[str], trim: bool) -> list[dict[str, Any]]:
     """The messages with each assistant's words between two marks, without the white space around them if `trim`."""
-    out = copy.deepcopy(list(messages))
+    (begin, end), out = marks, copy.deepcopy(list(messages))
     for message in out:
         if message.get("role") != "assistant":
             continue

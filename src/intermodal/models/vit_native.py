@@ -61,7 +61,9 @@ class NativeVisionConfig:
         if self.width % self.heads or self.width // self.heads % 4:
             raise IntermodalError(f"vision width {self.width} over {self.heads} heads: a head must be a multiple of 4 wide")
         if self.window is not None and self.window % (self.patch_size * self.merge):
-            raise IntermodalError(f"window {self.window} is not a multiple of a merged patch, {self.patch_size * self.merge} pixels")
+            raise IntermodalError(
+                f"window {self.window} is not a multiple of a merged patch, {self.patch_size * self.merge} pixels"
+            )
         if any(not 0 <= block < self.depth for block in (*self.deepstack, *self.full_blocks)):
             raise IntermodalError(f"deepstack {self.deepstack} or full blocks {self.full_blocks} lie outside {self.depth} blocks")
 
@@ -172,7 +174,8 @@ class NativeVisionTower(nn.Module):
     def learned_positions(self, grids: Sequence[Grid]) -> Tensor:
         """(P, D): the square table resampled to each grid, corners on corners, in block-major order, the same for every frame."""
         side, merge = self.config.table_side, self.config.merge
-        assert self.pos_embed is not None and side is not None
+        assert self.pos_embed is not None
+        assert side is not None
         square = self.pos_embed.unflatten(0, (side, side)).permute(2, 0, 1)[None]
         tables: dict[tuple[int, int], Tensor] = {}
         for _, rows, columns in grids:

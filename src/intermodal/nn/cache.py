@@ -81,7 +81,13 @@ class Cache:
             if start:
                 mask = torch.arange(total, device=q.device)[None] <= torch.arange(start, total, device=q.device)[:, None]
             out = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], seen_k[None], seen_v[None], attn_mask=mask, is_causal=not start, scale=scale, enable_gqa=gqa
+                q.transpose(0, 1)[None],
+                seen_k[None],
+                seen_v[None],
+                attn_mask=mask,
+                is_causal=not start,
+                scale=scale,
+                enable_gqa=gqa,
             )
             pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)

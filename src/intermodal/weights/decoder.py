@@ -30,7 +30,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
-    "qwen2": {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen2": {
+        **_SHARED,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+    },
     "qwen3": {
         **_SHARED,
         "vocab_size": 151936,
@@ -41,7 +47,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(_DEFAULTS)
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
@@ -108,7 +119,7 @@ def rope_from_hf(get: dict[str, Any]) -> RopeConfig:
     if float(get.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))) != 1.0:
         raise CheckpointError("partial_rotary_factor is not 1: rotating a part of each head is not built")
     sections = scaling.get("mrope_section")
-    rope = dict(
+    rope: dict[str, Any] = dict(
         theta=float(theta),
         sections=tuple(sections) if sections else None,
         interleaved=bool(scaling.get("mrope_interleaved", False)),

@@ -73,7 +73,9 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], dict[str, Tens
         try:
             values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"{path}: {tensor.name} of type {tensor.tensor_type.name} cannot be de-quantised: {error}") from error
+            raise CheckpointError(
+                f"{path}: {tensor.name} of type {tensor.tensor_type.name} cannot be de-quantised: {error}"
+            ) from error
         key = _ours(tensor.name)
         if key is None:
             raise CheckpointError(f"{path}: a tensor that the llama architecture does not have: {tensor.name}")

@@ -12,9 +12,7 @@ from ..errors import CheckpointError
 
 CONTROL, USER_DEFINED = 3, 4
 """llama.cpp's token types for special tokens and for added words."""
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -47,7 +45,10 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
         )
     tokens, kinds = get["tokens"], get["token_type"]
     merges = [tuple(merge.split(" ")) for merge in get["merges"]]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    try:
+        tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    except Exception as error:  # the Rust constructor raises plain Exception
+        raise CheckpointError(f"{path}: its tokenizer is damaged: {error}") from error
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, kinds, strict=True):

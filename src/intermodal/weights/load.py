@@ -59,9 +59,7 @@ def codec(family: str) -> Codec:
     return import_module(FAMILIES[family], __package__)  # pyright: ignore[reportReturnType]
 
 
-def load(
-    source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", image_size: int | None = None
-) -> Any:
+def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", image_size: int | None = None) -> Any:
     """A model with its processor from a directory, a GGUF file or a Hugging Face hub id. Its class follows from config.json.
 
     Args:

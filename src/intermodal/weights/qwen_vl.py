@@ -75,7 +75,7 @@ def from_hf(config: dict[str, Any]) -> QwenVLConfig:
 
 
 def _vision(family: str, get: dict[str, Any]) -> NativeVisionConfig:
-    shared = dict(
+    shared: dict[str, Any] = dict(
         depth=get["depth"],
         heads=get["num_heads"],
         patch_size=get["patch_size"],
@@ -101,7 +101,7 @@ def rules(family: str, config: QwenVLConfig) -> list[Rule]:
     kernel = (vision.width, vision.channels, vision.temporal_patch, vision.patch_size, vision.patch_size)
     head: list[Rule] = [Ignore("lm_head.weight")] if config.text.tied else [Rename("lm_head.weight", "lm_head.weight")]
     text, tower = ("model.language_model", "model.visual") if family == "qwen3_vl" else ("model", "visual")
-    shape = dict(their_shape=kernel, our_shape=(vision.width, -1))
+    shape: dict[str, Any] = dict(their_shape=kernel, our_shape=(vision.width, -1))
     table: list[Rule] = [*head, Reshape(f"{tower}.patch_embed.proj.weight", "visual.patch_embed.weight", **shape)]
     if family == "qwen3_vl":
         table += [
