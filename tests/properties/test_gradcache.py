@@ -56,6 +56,13 @@ def test_parts_equal_whole(kind, part):
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)  # embeddings are normalised in float32
 
 
+def test_the_softmax_loss_leaves_siglips_bias_alone():
+    model, batch = model_of("sigmoid", dropout=0.0), batch_of(10, "sigmoid")
+    backward_in_parts(model, batch, 3, loss_of("softmax"))
+    assert model.logit_bias.grad is None
+    assert model.logit_scale.grad is not None
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_dropout_is_replayed(kind):
     """The two passes of a part draw the same dropout: the result equals a forward of all parts that keeps every activation."""

@@ -101,7 +101,7 @@ class ChatTemplate:
         plain = self.render(messages, **variables)
         everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
         marks = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything][:2]
-        wanted = sum(message.get("role") == "assistant" for message in messages)
+        words = [_words(message) for message in messages if message.get("role") == "assistant"]
         for trim in (False, True):
             marked = self.render(_with_marks(messages, marks, trim), **variables)
             if marked.replace(marks[0], "").replace(marks[1], "") != plain:
@@ -114,12 +114,21 @@ class ChatTemplate:
                     spans.append((start, at))
                 else:
                     at += 1
-            if len(spans) == wanted:
+            found = [plain[start:stop] for start, stop in spans]
+            if found == [text.strip() if trim else text for text in words]:
                 return plain, spans
         raise TemplateError(
             "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
             "train with a template that writes assistant messages as they are"
         )
+
+
+def _words(message: dict[str, Any]) -> str:
+    """What a message says, its parts joined."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or [] if part.get("type") == "text")
 
 
 def _with_marks(messages: Sequence[dict[str, Any]], marks: Sequence[str], trim: bool) -> list[dict[str, Any]]:

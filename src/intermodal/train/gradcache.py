@@ -53,7 +53,7 @@ def backward_in_parts(
         leaf.requires_grad_()
     reported, objective = loss(Embeddings(*leaves, *([None] if len(leaves) == 3 else [])), batch)
     check(reported, batch)
-    image, text, *scalars = torch.autograd.grad(objective, leaves)
+    image, text, *scalars = torch.autograd.grad(objective, leaves, allow_unused=True)
     for start, state in zip(starts, states, strict=True):
         last, stop = start + part >= len(batch), min(start + part, len(batch))
         on_part(last)
@@ -61,8 +61,10 @@ def backward_in_parts(
         piece = forward(batch.slice(start, stop))
         outputs, gradients = [piece.image, piece.text], [image[start:stop], text[start:stop]]
         if last:  # scale and bias belong to the batch, not to a part
-            outputs += [p for p in (piece.log_scale, piece.bias) if p is not None]
-            gradients += scalars
+            for scalar, gradient in zip((piece.log_scale, piece.bias), scalars, strict=False):
+                if scalar is not None and gradient is not None:  # the softmax loss has no use for SigLIP's bias
+                    outputs.append(scalar)
+                    gradients.append(gradient)
         torch.autograd.backward(outputs, gradients)
     _restore(after)
     return reported.detach()

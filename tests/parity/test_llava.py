@@ -1,0 +1,302 @@
+"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision against transformers on tiny random models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from chat_files import byte_tokenizer, write_chat_files
+from PIL import Image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.errors import CheckpointError
+from intermodal.inputs.media import Clip, MediaError
+from intermodal.inputs.tiles import Tiled, unpadded, views_of
+
+FAMILIES = ("llava", "llava_next", "llava_onevision")
+NAMES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
+SPECIAL = ("</s>", "<image>", "<video>")
+TEMPLATE = """{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}\
+{% if m.content is string %}{{ m.content }}\
+{% else %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type }}>
+{% endif %}{% endfor %}{% endif %}{{ ' ' if m.role == 'user' else '</s>' }}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+SIDE, PATCH = 28, 7
+PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+
+
+def settings(family):
+    if family == "llava_onevision":
+        return dict(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS)
+    more = dict(image_grid_pinpoints=PINPOINTS) if family == "llava_next" else {}
+    return dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, **more)
+
+
+def config(family, tied):
+    text = dict(model_type="llama", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
+                num_key_value_heads=1, vocab_size=260, bos_token_id=None, eos_token_id=256, max_position_embeddings=4096)  # fmt: skip
+    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                  image_size=SIDE, patch_size=PATCH, projection_dim=16)  # fmt: skip
+    more = {}
+    if family == "llava_onevision":
+        text["model_type"] = "qwen2"
+        vision.update(model_type="siglip_vision_model", vision_use_head=False)
+        more = dict(video_token_index=258, vision_aspect_ratio="anyres_max_2")
+    if family != "llava":
+        more["image_grid_pinpoints"] = PINPOINTS
+    return getattr(transformers, f"{NAMES[family]}Config")(
+        text_config=text, vision_config=vision, image_token_index=257, tie_word_embeddings=tied, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cache = {}
+
+    def make(family, tied=False):
+        if (family, tied) not in cache:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            model = getattr(transformers, f"{NAMES[family]}ForConditionalGeneration")(config(family, tied)).eval()
+            for parameter in model.parameters():
+                parameter.data += torch.randn_like(parameter) * (0.12 if parameter.ndim > 1 else 0.05)
+            model.save_pretrained(folder)
+            write_chat_files(folder, byte_tokenizer(SPECIAL), TEMPLATE, eos="</s>", **settings(family))
+            cache[family, tied] = folder, model
+        return cache[family, tied]
+
+    return make
+
+
+def picture(width, height, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def clip(frames, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, 30, 50, 3), dtype=np.uint8)
+    return Clip(pixels, tuple(index / 2 for index in range(frames)), 2.0)
+
+
+def user(*parts):
+    kinds = {str: "text", Clip: "video"}
+    named = [(kinds.get(type(part), "image"), part) for part in parts]
+    return {"role": "user", "content": [{"type": kind, kind: part} for kind, part in named]}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+CASES = {
+    "no image": [user("How are you?"), said("Fine, thank you.")],
+    "one image": [user(picture(97, 61, 1), "What is it?"), said("Noise.")],
+    "one large image": [user(picture(260, 250, 1), "What is it?"), said("Noise.")],
+    "three images of odd sizes": [
+        user(picture(33, 150, 2), "and", picture(200, 40, 3), picture(57, 56, 4), "Compare."),
+        said("No."),
+    ],
+    "two turns": [user(picture(64, 64, 9), "Who?"), said("Ann."), user(picture(30, 90, 10), "And here?"), said("Bob.")],
+    "video": [user(clip(5, 5), "What happens?"), said("Flicker.")],
+    "image and video": [user(picture(90, 60, 7), clip(4, 8), "Both?"), said("Yes.")],
+}
+
+
+def cases(family):
+    return {name: messages for name, messages in CASES.items() if family == "llava_onevision" or "video" not in name}
+
+
+PAIRS = [(family, case) for family in FAMILIES for case in cases(family)]
+
+
+def media(messages):
+    return [p[p["type"]] for m in messages if isinstance(m["content"], list) for p in m["content"] if p["type"] != "text"]
+
+
+def theirs(family, model, batch, messages):
+    arguments = dict(input_ids=batch.ids[None])
+    if batch.visual is not None:
+        items = media(messages)
+        views = batch.visual.pixels.split([views_of(entry) for entry in batch.visual.layout])
+        images = [(item, view) for item, view in zip(items, views, strict=True) if not isinstance(item, Clip)]
+        clips = [view for item, view in zip(items, views, strict=True) if isinstance(item, Clip)]
+        if images and family == "llava":
+            arguments["pixel_values"] = torch.cat([view for _, view in images])
+        elif images:
+            most = max(len(view) for _, view in images)
+            pad = [torch.nn.functional.pad(view, (0, 0, 0, 0, 0, 0, 0, most - len(view))) for _, view in images]
+            arguments["pixel_values"] = torch.stack(pad)
+            arguments["image_sizes"] = torch.tensor([(image.height, image.width) for image, _ in images])
+            if family == "llava_onevision":
+                arguments["batch_num_images"] = torch.tensor([len(images)])
+        if clips:
+            arguments["pixel_values_videos"] = torch.stack(clips)
+    with torch.no_grad():
+        return model(**arguments).logits[0]
+
+
+@pytest.mark.parametrize(("family", "case"), PAIRS)
+def test_logits(made, family, case):
+    folder, model = made(family)
+    ours = intermodal.load(folder)
+    batch = ours.processor(CASES[case])
+    expected = theirs(family, model, batch, CASES[case])
+    with torch.no_grad():
+        got = ours(batch)
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    ours.processor.audit(ours.processor.conversation(CASES[case]))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_pixels_and_counts_equal_the_pil_processors(made, family):
+    ours = intermodal.load(made(family)[0])
+    kind = LlavaNextImageProcessorPil if family == "llava_next" else LlavaOnevisionImageProcessorPil
+    processor = kind(**settings(family))
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate([(1, 1), (28, 28), (300, 20), *[tuple(rng.integers(3, 300, 2)) for _ in range(30)]]):
+        image = picture(int(width), int(height), index)
+        plan = ours.processor.planner.plan(image, 1)
+        mine = ours.processor.planner.pixels([image], [plan])
+        out = processor(images=image, return_tensors="pt")
+        torch.testing.assert_close(mine.pixels, out["pixel_values"][0], atol=1e-6, rtol=0)
+    if family == "llava_onevision":
+        images = [picture(40, 90, 1), picture(90, 31, 2)]
+        plans = [ours.processor.planner.plan(image, 2) for image in images]
+        out = processor(images=[images], return_tensors="pt")
+        torch.testing.assert_close(
+            ours.processor.planner.pixels(images, plans).pixels, out["pixel_values"][:, 0], atol=1e-6, rtol=0
+        )
+
+
+def test_llava_pads_to_the_mean_colour(made, tmp_path):
+    """The authors' `expand2square`, int(mean * 255); transformers crops unless the files say `do_pad`."""
+    folder, _ = made("llava")
+    ours = intermodal.load(folder)
+    image = picture(50, 31, 3)
+    planner = ours.processor.planner
+    square = np.array(planner.views(image, planner.plan(image, 1))[0])
+    assert square.shape == (50, 50, 3)
+    assert (square[:9] == (122, 116, 104)).all()
+    assert (square[9:40] == np.array(image)).all()
+    assert (square[40:] == (122, 116, 104)).all()
+    for pad in (False, True):
+        target = tmp_path / str(pad)
+        intermodal.save(ours, target)
+        raw = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**raw, "intermodal": {"rules": "transformers"}}))
+        file = target / "preprocessor_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "do_pad": pad}))
+        other = intermodal.load(target).processor.planner
+        expected = LlavaImageProcessorPil(**settings("llava"), do_pad=pad)(images=image, return_tensors="pt")["pixel_values"]
+        got = other.pixels([image], [other.plan(image, 1)]).pixels
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_planned_equals_produced(made, family):
+    """Every size from 1 to 300 in odd steps: the count of tokens known before pixels is what the tower's features become."""
+    ours = intermodal.load(made(family)[0])
+    planner = ours.processor.planner
+    newline = ours.image_newline.detach()
+    from intermodal.inputs.tiles import assemble
+
+    differ = 0
+    for width in range(1, 301, 13):
+        for height in range(1, 301, 7):
+            image = Image.new("RGB", (width, height))
+            for planner.authors in (False, True):
+                plan = planner.plan(image, 1)
+                features = torch.zeros(views_of(plan.detail), 16, 48)
+                assert len(assemble(features, [plan.detail], 4, newline)) == plan.features
+            assert isinstance(plan.detail, Tiled)
+    for size in ((h, w) for h in range(100, 1600, 4) for w in range(100, 1600, 60)):
+        differ += unpadded(size, (81, 54), rounding=True) != unpadded(size, (81, 54), rounding=False)
+    assert differ < 30  # PITFALLS D7: rare, and each is self-consistent
+
+
+def test_anyres_max_scales_down(made):
+    ours = intermodal.load(made("llava_onevision")[0])
+    planner = ours.processor.planner
+    plan = planner.plan(Image.new("RGB", (260, 250)), 1)
+    assert plan.detail.grid == (3, 3)
+    tall, wide = plan.detail.rows[1] - plan.detail.rows[0], plan.detail.columns[1] - plan.detail.columns[0]
+    times = math.sqrt(tall * wide / (2 * 16))
+    assert plan.detail.scaled == (int(tall // times), int(wide // times))
+    assert planner.plan(Image.new("RGB", (28, 28)), 1).detail.scaled is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_separate(made, family):
+    ours = intermodal.load(made(family)[0], dtype="float64")
+    batches = [ours.processor(messages) for messages in cases(family).values()]
+
+    def loss(batch):
+        scores = ours(batch)
+        rows = torch.cat([torch.arange(a, b - 1) for a, b in zip(batch.segments.offsets, batch.segments.offsets[1:], strict=False)])
+        keep = rows[batch.supervised[rows + 1]]
+        return torch.nn.functional.cross_entropy(scores[keep], batch.ids[keep + 1], reduction="sum")
+
+    separate = sum(loss(batch) for batch in batches)
+    parameters = list(ours.parameters())
+    alone = torch.autograd.grad(separate, parameters, allow_unused=True)
+    packed = loss(TokenBatch.pack(batches))
+    together = torch.autograd.grad(packed, parameters, allow_unused=True)
+    torch.testing.assert_close(packed, separate, rtol=1e-10, atol=0)
+    for (name, _), a, b in zip(ours.named_parameters(), alone, together, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation(made, family):
+    folder, model = made(family)
+    ours = intermodal.load(folder)
+    ours.processor.end_ids = ()
+    messages = CASES["one image"][:1]
+    prompt = ours.processor(messages, reply=True)
+    mine = ours.generate(messages, max_new_tokens=64).ids
+    expected, rows = [], prompt
+    for _ in range(64):
+        expected.append(int(theirs(family, model, rows, messages)[-1].argmax()))
+        ids = torch.cat([rows.ids, torch.tensor(expected[-1:])])
+        rows = TokenBatch(ids, rows.segments, rows.positions, rows.supervised, rows.visual, rows.visual_rows)
+    assert mine == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(made, family, tied, tmp_path):
+    folder, model = made(family, tied)
+    intermodal.save(intermodal.load(folder), tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert intermodal.load(tmp_path).config == intermodal.load(folder).config  # the hub's layout, which we write, reads back
+
+
+def test_refusals(made, tmp_path):
+    folder, _ = made("llava")
+    ours = intermodal.load(folder)
+    with pytest.raises(MediaError, match="placeholder token itself"):
+        ours.processor([user("What does <image> mean?"), said("A tag.")])
+    with pytest.raises(MediaError, match="takes no videos"):
+        ours.processor([user(clip(4, 1), "?"), said("!")])
+    raw = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        (dict(vision_feature_layer=[-2, -5]), "several layers"),
+        (dict(vision_config={"model_type": "dino"}), "dino"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            intermodal.load(tmp_path)

@@ -1,0 +1,221 @@
+"""Chat templates, loss masks, sampling and videos."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from intermodal.errors import IntermodalError
+from intermodal.generate.sample import Sampling, choose, filtered, penalised
+from intermodal.inputs.chat import ChatProcessor, NoSupervision
+from intermodal.inputs.media import Clip, MediaError, load_part
+from intermodal.inputs.template import ChatTemplate, TemplateError
+from intermodal.inputs.video import Sampling as Frames
+from intermodal.inputs.video import decode
+
+VICUNA = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] | trim }} {% else %}\
+ASSISTANT: {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+LLAMA3 = """{% for m in messages %}<|start|>{{ m.role }}<|mid|>
+
+{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|mid|>
+
+{% endif %}"""
+CHATML = """{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- '<|start|>assistant\\n' }}{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}{{ '\\n' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '\\n' + message.content + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{% endif %}"""
+TEMPLATES = {"vicuna": VICUNA, "llama3": LLAMA3, "chatml": CHATML}
+TALK = [
+    {"role": "user", "content": "Assistant: say assistant\n twice"},
+    {"role": "assistant", "content": "assistant\nassistant, naïve 日本"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Done."},
+]
+
+
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    out = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = decoders.ByteLevel()
+    special = ("<s>", "</s>", "<|start|>", "<|mid|>", "<|end|>")
+    out.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return out
+
+
+def processor(template):
+    named = {"bos_token": "<s>", "eos_token": "</s>" if template is VICUNA else "<|end|>"}
+    tok = tokenizer()
+    return ChatProcessor(tok, ChatTemplate(template, named), end_ids=[tok.token_to_id(named["eos_token"])])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_equal_transformers(name):
+    ours = processor(TEMPLATES[name])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), bos_token="<s>", eos_token=ours.template.special["eos_token"])
+    theirs.chat_template = TEMPLATES[name]
+    for messages, reply in ((TALK, False), (TALK[:1], True), (TALK[:3], True)):
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        assert ours.template.render(messages, reply=reply) == text
+        got = ours.conversation(messages, reply=reply)
+        assert got.ids == theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=True)["input_ids"]
+        assert reply == (not any(got.supervised))
+    extra = dict(tools=[{"name": "ä"}])
+    assert ours.template.render(TALK, **extra) == theirs.apply_chat_template(TALK, tokenize=False, **extra)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_is_the_assistants_words_and_the_end(name):
+    ours = processor(TEMPLATES[name])
+    conversation = ours.conversation(TALK)
+    ours.audit(conversation)
+    end = ours.template.special["eos_token"]
+    learned = [i for i, s in zip(conversation.ids, conversation.supervised, strict=True) if s]
+    assert ours.decode(learned, special=True) == f"assistant\nassistant, naïve 日本{end}Done.{end}"
+
+
+def test_white_space_that_a_template_trims():
+    talk = copy.deepcopy(TALK)
+    talk[1]["content"] = "  yes\n"
+    ours = processor(LLAMA3)
+    conversation = ours.conversation(talk)
+    ours.audit(conversation)
+    assert [conversation.text[a:b] for a, b in conversation.spans] == ["yes", "Done."]
+
+
+def test_a_template_that_hides_the_words_is_refused():
+    for source in ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "{{ messages[0].content }}"):
+        with pytest.raises(TemplateError, match="as they are"):
+            processor(source).conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    with pytest.raises(TemplateError, match="does not compile"):
+        processor("{% for %}").conversation(TALK)
+    with pytest.raises(TemplateError, match="only users"):
+        processor("{{ raise_exception('only users') }}").conversation(TALK)
+    with pytest.raises(TemplateError, match="text-only"):
+        processor(LLAMA3).conversation([{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4))}]}])
+
+
+def test_audit():
+    ours = processor(LLAMA3)
+    with pytest.raises(NoSupervision, match="no words"):
+        ours.audit(ours.conversation(TALK[:1]))
+    ours.end_ids = (ours.tokenizer.token_to_id("</s>"),)
+    with pytest.raises(NoSupervision, match="no end-of-turn"):
+        ours.audit(ours.conversation(TALK))
+    ours = processor(LLAMA3)
+    conversation = ours.conversation(TALK)
+    first = conversation.supervised.index(True)
+    conversation.supervised[first + 1] = False  # a gap: two runs for one message
+    with pytest.raises(NoSupervision):
+        ours.audit(conversation)
+    conversation = ours.conversation(TALK)
+    conversation.supervised[first] = False
+    with pytest.raises(NoSupervision, match="spell"):
+        ours.audit(conversation)
+
+
+def test_sampling_equals_transformers_warpers():
+    from transformers.generation import logits_process as theirs
+
+    scores = torch.randn(97, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.tensor([[3, 5, 5, 9]])
+    for settings, warpers in (
+        (dict(temperature=0.7), [theirs.TemperatureLogitsWarper(0.7)]),
+        (dict(temperature=1.3, top_k=7), [theirs.TemperatureLogitsWarper(1.3), theirs.TopKLogitsWarper(7)]),
+        (dict(temperature=1.0, top_p=0.8), [theirs.TopPLogitsWarper(0.8)]),
+        (dict(temperature=1.0, min_p=0.1), [theirs.MinPLogitsWarper(0.1)]),
+        (
+            dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02),
+            [
+                theirs.TemperatureLogitsWarper(0.9),
+                theirs.TopKLogitsWarper(20),
+                theirs.TopPLogitsWarper(0.9),
+                theirs.MinPLogitsWarper(0.02),
+            ],
+        ),
+    ):
+        expected = scores[None]
+        for warper in warpers:
+            expected = warper(ids, expected)
+        assert torch.equal(filtered(scores, Sampling(**settings)).isinf(), expected[0].isinf()), settings
+        torch.testing.assert_close(filtered(scores, Sampling(**settings)), expected[0])
+    expected = theirs.RepetitionPenaltyLogitsProcessor(1.4)(ids, scores[None])[0]
+    torch.testing.assert_close(penalised(scores, ids[0], 1.4), expected)
+    draws = [choose(torch.zeros(97), [], Sampling(temperature=1.0), torch.Generator().manual_seed(s)) for s in (1, 1, 2, 3, 4, 5)]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) > 1
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0), dict(stop=("",)), dict(min_p=2)])
+def test_sampling_out_of_range(bad):
+    with pytest.raises(IntermodalError, match=next(iter(bad))):
+        Sampling(**bad).check()
+
+
+def test_media_parts(tmp_path):
+    image = Image.new("RGB", (6, 4), (255, 0, 0))
+    file = tmp_path / "a.png"
+    image.save(file)
+    import base64
+
+    uri = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    for part in (
+        {"type": "image", "image": image},
+        {"type": "image", "image": str(file)},
+        {"type": "image", "image": f"file://{file}"},
+        {"type": "image_url", "image_url": {"url": uri}},
+    ):
+        assert load_part(part).size == (6, 4)
+    assert load_part({"type": "text", "text": "x"}) is None
+    clip = load_part({"type": "video", "video": [image] * 3, "fps": 4})
+    assert clip.times == (0.0, 0.25, 0.5)
+    for part, message in (
+        ({"type": "sound", "sound": 1}, "sound"),
+        ({"type": "image_url", "image_url": {"url": "https://a/b.png"}}, "not fetched"),
+        ({"type": "image", "image": "data:image/png;base64,%%"}, "base64"),
+        ({"type": "image"}, "no picture"),
+        ({"type": "video", "video": []}, "no frames"),
+        ({"type": "video", "video": [image], "fps": 0}, "positive"),
+        ({"type": "video", "video": [image, Image.new("RGB", (5, 5))]}, "one size"),
+        ({"type": "video", "video": str(file) + ".mp4"}, "readable video"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            load_part(part)
+
+
+def test_video_frames_and_times(tmp_path):
+    """Thirty frames at ten a second, each of its own grey, written and read back."""
+    import av
+
+    file = tmp_path / "grey.mp4"
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * index, np.uint8), format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    clip = decode(file, Frames(fps=2.0))
+    assert clip.frames.shape == (6, 48, 64, 3)
+    assert clip.times == pytest.approx([0.0, 0.6, 1.2, 1.7, 2.3, 2.9])
+    assert np.allclose(clip.frames.mean((1, 2, 3)), [8 * round(10 * t) for t in clip.times], atol=6)
+    assert clip.fps == pytest.approx(2.0)
+    assert isinstance(load_part({"type": "video", "video": str(file)}), Clip)
+    assert len(decode(file, Frames(frames=8)).frames) == 8
+    assert Frames(fps=1.0).indices(300, 30.0)[-1] == 299
+    assert len(Frames(fps=1.0).indices(300, 30.0)) == 10
+    assert len(Frames(fps=8.0).indices(5, 30.0)) == 4
+    with pytest.raises(MediaError, match="at least 2"):
+        Frames().indices(1, 30.0)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(MediaError, match="readable video"):
+        decode(file, Frames())
