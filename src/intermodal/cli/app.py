@@ -10,14 +10,18 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from . import chat
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Train, evaluate, run and exchange multimodal encoders: CLIP, SigLIP, SigLIP 2.",
+    help="Train, evaluate, run and exchange multimodal models: CLIP, SigLIP, LLaVA, Qwen-VL.",
 )
 data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at data, fetch it, and print its baselines.")
 app.add_typer(data, name="data")
+for verb in (chat.chat, chat.generate, chat.inspect):
+    app.command()(verb)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]

@@ -21,7 +21,7 @@ from ..data.stream import StreamSource
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
 from ..models.clip import DualEncoder
-from ..weights.load import load
+from ..weights.load import load_encoder
 
 PART = 2048
 """Items of one part file."""
@@ -41,7 +41,7 @@ def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64
     """
     if out.suffix not in (".parquet", ".npy"):
         raise IntermodalError(f"{out}: embeddings are written to .parquet or .npy")
-    encoder = load(model) if isinstance(model, str) else model
+    encoder = load_encoder(model) if isinstance(model, str) else model
     length, item, encode = _items(encoder, spec)
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _matrix(table: pa.Table) -> np.ndarray:
 
 def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> list[tuple[str, float]]:
     """The `top` pictures nearest to a sentence: (key, cosine). `where` is a folder, or parquet written by `embed`."""
-    encoder = load(model) if isinstance(model, str) else model
+    encoder = load_encoder(model) if isinstance(model, str) else model
     if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
         table = pq.read_table(where)
         keys, image = table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy())

@@ -15,7 +15,7 @@ from ..data.stream import StreamSource
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
 from ..models.clip import DualEncoder
-from ..weights.load import load
+from ..weights.load import load_encoder
 from .retrieval import recall
 from .zeroshot import TEMPLATES, accuracy, class_embeddings
 
@@ -53,7 +53,7 @@ def evaluate_source(
     """
     if task not in ("retrieval", "zeroshot"):
         raise IntermodalError(f"unknown task {task!r}: retrieval or zeroshot")
-    encoder = load(model) if isinstance(model, str) else model
+    encoder = load_encoder(model) if isinstance(model, str) else model
     source = _held_out(spec, encoder.config.vision.image_size)
     images, captions, rejected = [], [], 0
     chunk: list[Any] = []

@@ -30,7 +30,7 @@ from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, ini
 from ..nn.layers import Encoder
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm, reduce_gradients, start, sync_scalars, wrap
-from ..weights.load import load as load_model
+from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
 from .gradcache import backward_in_parts
 from .metrics import Display, Metrics

@@ -101,6 +101,20 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     return model.eval()
 
 
+def load_encoder(source: str | Path, **settings: Any) -> Any:
+    """`load` for what has image and text embeddings.
+
+    Raises:
+        CheckpointError: the model is of another kind.
+    """
+    from ..models.clip import DualEncoder
+
+    model = load(source, **settings)
+    if not isinstance(model, DualEncoder):
+        raise CheckpointError(f"{source} is a {type(model).__name__}: it has no embeddings to compare; CLIP and SigLIP models do")
+    return model
+
+
 def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
     """Give a model built on the meta device its weights, floating-point ones in `dtype`."""
     placed = {

@@ -1,0 +1,199 @@
+"""The verbs that talk: `chat`, `generate`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file or a hub id.")]
+Images = Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture to show; may be given several times.")]
+Videos = Annotated[list[str] | None, typer.Option("--video", help="A video to show; may be given several times.")]
+New = Annotated[int, typer.Option("--max-new-tokens", help="Longest reply.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+_VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="What to say; leave it out with --jsonl.")] = None,
+    image: Images = None,
+    video: Videos = None,
+    jsonl: Annotated[Path | None, typer.Option(help='Conversations, one `{"messages": [...]}` a line.')] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --jsonl: where replies go, a line each; resumable.")] = None,
+    max_new_tokens: New = 256,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set with this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    slots: Annotated[int, typer.Option(help="Conversations under way at once.")] = 16,
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Reply once, or to a whole file of conversations.
+
+    Examples:
+
+    `intermodal generate Qwen2-VL-2B-Instruct "What is in the picture?" --image cat.png`
+
+    `intermodal generate model.gguf --jsonl questions.jsonl --out replies.jsonl`
+    """
+    from ..errors import IntermodalError
+
+    if (prompt is None) == (jsonl is None):
+        raise IntermodalError("give either a prompt or --jsonl FILE")
+    if jsonl is not None and out is None:
+        raise IntermodalError("--jsonl needs --out FILE for the replies")
+    settings: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    loaded = _load(model, dtype)
+    if jsonl is not None and out is not None:
+        from ..generate.batch import reply_to_file
+
+        counts = reply_to_file(loaded, jsonl, out, slots=slots, progress=not as_json, **settings)
+        result = {"out": str(out), "written": counts.written, "reused": counts.reused, "rejected": counts.rejected}
+        text = f"{out}: {counts.written} replies ({counts.reused} from an earlier run), {counts.rejected} rejected"
+        typer.echo(json.dumps(result) if as_json else text)
+        return
+    messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
+    if as_json:
+        reply = loaded.generate(messages, **settings)
+        typer.echo(json.dumps({"reply": reply.text, "finish": reply.finish, "usage": reply.usage}, ensure_ascii=False))
+        return
+    _say(loaded, messages, settings)
+
+
+def chat(
+    model: Model,
+    media: Annotated[list[str] | None, typer.Argument(help="Pictures or videos for the first question.")] = None,
+    max_new_tokens: New = 512,
+    temperature: Temperature = 0.0,
+    dtype: Dtype = "float32",
+) -> None:
+    """Talk to a model; `/image PATH` and `/video PATH` show something with the next question, `/new` starts over, an empty line ends.
+
+    Example: `intermodal chat Qwen2-VL-2B-Instruct photo.jpg`
+    """
+    from rich.console import Console
+
+    from ..errors import IntermodalError
+
+    console = Console()
+    loaded = _load(model, dtype)
+    images, videos = _sorted(media or [])
+    messages: list[dict[str, Any]] = []
+    while True:
+        try:
+            said = console.input("[bold cyan]you[/bold cyan] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        word, _, rest = said.partition(" ")
+        if not said:
+            break
+        if word == "/new":
+            messages, images, videos = [], [], []
+        elif word in ("/image", "/video") and rest:
+            (images if word == "/image" else videos).append(rest)
+        else:
+            messages.append({"role": "user", "content": _content(said, images, videos)})
+            try:
+                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature))
+                messages.append({"role": "assistant", "content": reply})
+            except IntermodalError as error:
+                console.print(f"[red]{error}[/red]")
+                messages.pop()
+            images, videos = [], []
+
+
+def inspect(
+    model: Model,
+    sample: Annotated[Path, typer.Argument(help='Conversations, one `{"messages": [...]}` a line.')],
+    count: Annotated[int, typer.Option(help="How many lines to show.")] = 3,
+) -> None:
+    """Print what a model would be trained on: green is learned, grey is read, media are shown by their size in tokens.
+
+    Example: `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl`
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..errors import IntermodalError
+    from ..generate.batch import read_sample
+
+    console = Console()
+    processor = _load(model, "float32").processor
+    assert processor is not None  # _load has checked it
+    lines = [line for line in sample.read_text().splitlines() if line.strip()][:count]
+    for number, line in enumerate(lines, 1):
+        try:
+            conversation = processor.conversation(read_sample(line, sample.parent)["messages"])
+            processor.audit(conversation)
+            verdict = "[green]the mask is exactly the assistant's words and end-of-turn[/green]"
+        except IntermodalError as error:
+            console.print(f"[bold]line {number}[/bold] [red]{error}[/red]")
+            continue
+        ids, media = conversation.ids, dict(conversation.expanded.runs)
+        out, index = Text(), 0
+        while index < len(ids):
+            if index in media:
+                grids = [piece.grid for piece in media[index] if piece.grid]
+                out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
+                index += sum(len(piece) for piece in media[index])
+                continue
+            style = "green" if conversation.supervised[index] else "bright_black"
+            out.append(processor.decode([ids[index]], special=True), style=style)
+            index += 1
+        learned, visual = sum(conversation.supervised), sum(conversation.expanded.visual)
+        console.print(f"[bold]line {number}[/bold]: {len(ids)} tokens, {learned} learned, {visual} visual; {verdict}")
+        console.print(out)
+
+
+def _load(model: str, dtype: str):
+    from ..errors import IntermodalError
+    from ..models.generative import Generative
+    from ..weights.load import load
+
+    loaded = load(model, dtype=dtype)
+    if not isinstance(loaded, Generative):
+        raise IntermodalError(
+            f"{model} is a {type(loaded).__name__}, which has no decoder: use `intermodal embed`, `search` or `eval`"
+        )
+    if loaded.processor is None:
+        raise IntermodalError(f"{model} has no tokenizer files, so it cannot chat")
+    return loaded
+
+
+def _content(text: str, images: list[str], videos: list[str]) -> Any:
+    """Plain text, or parts with what is shown first (the order the models were trained in)."""
+    shown = [{"type": "image", "image": path} for path in images] + [{"type": "video", "video": path} for path in videos]
+    return [*shown, {"type": "text", "text": text}] if shown else text
+
+
+def _sorted(media: list[str]) -> tuple[list[str], list[str]]:
+    videos = [path for path in media if path.lower().endswith(_VIDEO)]
+    return [path for path in media if path not in videos], videos
+
+
+def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Print a reply as it comes; returns it."""
+    text = ""
+    for event in model.stream(messages, **settings):
+        if isinstance(event, str):
+            typer.echo(event, nl=False)
+            text += event
+    typer.echo("")
+    return text

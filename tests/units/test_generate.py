@@ -1,0 +1,153 @@
+"""Generation: batches equal single calls, streams equal replies, files resume; the verbs that talk."""
+
+import json
+
+import pytest
+import torch
+from test_chat import LLAMA3, tokenizer
+from typer.testing import CliRunner
+
+import intermodal
+from intermodal.cli.app import app
+from intermodal.errors import IntermodalError
+from intermodal.generate.batch import reply_to_file
+from intermodal.generate.engine import Reply, TooLong
+from intermodal.models.clip import CLIP, DualConfig, initialise
+from intermodal.models.decoder import DecoderConfig
+from intermodal.models.generative import LanguageModel
+from intermodal.models.text import TextConfig
+from intermodal.models.vit import VisionConfig
+
+CONFIG = DecoderConfig(width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, vocab_size=261, context=200)
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random decoder with files, as a person would have it."""
+    made = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    model = LanguageModel(CONFIG)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3) if parameter.ndim > 1 else parameter.data.fill_(1)
+    intermodal.save(model, made)
+    tokenizer().save(str(made / "tokenizer.json"))
+    (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|end|>", "chat_template": LLAMA3}))
+    return made
+
+
+@pytest.fixture
+def model(folder):
+    return intermodal.load(folder)
+
+
+QUESTIONS = [ask("a"), ask("what is it, and why?"), ask("x" * 60), ask("no"), ask("b b b")]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, top_k=20, top_p=0.9, seed=3), dict(repetition_penalty=1.5)])
+def test_many_at_once_equal_one_by_one(model, settings):
+    alone = [model.generate(question, max_new_tokens=20, **settings) for question in QUESTIONS]
+    for slots in (2, 5):
+        assert model.generate_batch(QUESTIONS, slots=slots, max_new_tokens=20, **settings) == alone
+    assert model.generate_batch([]) == []
+    assert len({tuple(reply.ids) for reply in alone}) > 1
+
+
+def test_a_seed_is_a_reply(model):
+    draws = [model.generate(ask("a"), max_new_tokens=8, temperature=2.0, seed=seed).ids for seed in (1, 1, 2, 3)]
+    assert draws[0] == draws[1]
+    assert draws[2] != draws[0] or draws[3] != draws[0]
+
+
+def test_a_stream_is_the_reply(model):
+    for settings in ({}, dict(temperature=1.5, seed=2), dict(temperature=1.5, seed=5, stop=("e",))):
+        *pieces, last = model.stream(ask("tell"), max_new_tokens=40, **settings)
+        assert isinstance(last, Reply)
+        assert "".join(pieces) == last.text
+        assert last == model.generate(ask("tell"), max_new_tokens=40, **settings)
+
+
+def test_stop_texts_and_ends(model):
+    free = model.generate(ask("tell"), max_new_tokens=40)
+    assert (free.finish, free.usage["completion_tokens"]) == ("length", 40) or free.finish == "stop"
+    word = free.text[3:5]
+    stopped = model.generate(ask("tell"), max_new_tokens=40, stop=word)
+    assert stopped.text == free.text[: free.text.index(word)]
+    assert stopped.finish == "stop"
+    model.processor.end_ids = (free.ids[2],)
+    ended = model.generate(ask("tell"), max_new_tokens=40)
+    assert ended.finish == "stop"
+    assert ended.ids == free.ids[: free.ids.index(free.ids[2]) + 1]
+    assert ended.segments == [("text", ended.text)]
+
+
+def test_too_long_says_what_is_long(model):
+    with pytest.raises(TooLong, match=r"text: \d+.*context 200"):
+        model.generate(ask("x" * 300))
+    with pytest.raises(IntermodalError, match="did you mean 'temperature'"):
+        model.generate(ask("x"), temprature=1)
+
+
+def test_a_file_of_conversations_resumes(model, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [json.dumps({"id": f"q{i}", "messages": question}) for i, question in enumerate(QUESTIONS)]
+    bad = [
+        "not json",
+        json.dumps({"messages": []}),
+        json.dumps({"messages": [{"role": "user"}]}),
+        json.dumps({"messages": ask("x" * 300)}),
+    ]
+    source.write_text("\n".join([*rows[:2], "", *bad[:3], *rows[2:]]) + "\n")
+    counts = reply_to_file(model, source, out, max_new_tokens=6, progress=False)
+    assert (counts.written, counts.reused, counts.rejected) == (5, 0, 3)
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["line"] for row in whole} == {1, 2, 4, 5, 6, 7, 8, 9}
+    replies = {row["id"]: row["reply"] for row in whole if "id" in row}
+    assert replies["q2"] == model.generate(QUESTIONS[2], max_new_tokens=6).text
+    out.write_text("\n".join(json.dumps(row) for row in whole[:4]) + "\n" + json.dumps(whole[4])[:9])  # killed while writing
+    counts = reply_to_file(model, source, out, max_new_tokens=6, progress=False)
+    assert (counts.written + counts.rejected, counts.reused) == (4, 4)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(again, key=lambda row: row["line"]) == sorted(whole, key=lambda row: row["line"])
+    (tmp_path / "notes.txt").write_text("shopping\n")
+    with pytest.raises(IntermodalError, match="not a file of replies"):
+        reply_to_file(model, source, tmp_path / "notes.txt", progress=False)
+    with pytest.raises(IntermodalError, match="does not exist"):
+        reply_to_file(model, tmp_path / "none.jsonl", out, progress=False)
+
+
+def test_the_verbs(folder, tmp_path):
+    run = CliRunner().invoke
+    said = run(app, ["generate", str(folder), "hi", "--max-new-tokens", "5", "--json"])
+    assert json.loads(said.stdout)["usage"]["completion_tokens"] <= 5
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        json.dumps({"messages": [*ask("hi"), {"role": "assistant", "content": "yes"}]}) + "\n" + json.dumps({"messages": ask("hi")})
+    )
+    done = run(
+        app,
+        ["generate", str(folder), "--jsonl", str(source), "--out", str(tmp_path / "o.jsonl"), "--max-new-tokens", "3", "--json"],
+    )
+    assert json.loads(done.stdout)["written"] == 2
+    shown = run(app, ["inspect", str(folder), str(source)]).stdout
+    assert "exactly the assistant's words" in " ".join(shown.split())
+    assert "no token is supervised" in " ".join(shown.split())
+    talk = run(app, ["chat", str(folder), "--max-new-tokens", "4"], input="hi\nand?\n/new\n\n")
+    assert talk.exit_code == 0
+    for arguments, message in (
+        (["generate", str(folder)], "either a prompt or"),
+        (["generate", str(folder), "--jsonl", str(source)], "needs --out"),
+    ):
+        assert message in str(run(app, arguments).exception)
+
+
+def test_a_model_of_the_other_kind_is_told_apart(folder, tmp_path):
+    vision = VisionConfig(width=16, depth=1, heads=2, mlp_width=16, image_size=16, patch_size=8)
+    text = TextConfig(width=16, depth=1, heads=2, mlp_width=16, vocab_size=20, context=6, eos_id=19)
+    intermodal.save(initialise(CLIP(DualConfig(vision, text, 8))), tmp_path)
+    run = CliRunner().invoke
+    assert "has no decoder" in str(run(app, ["generate", str(tmp_path), "hi"]).exception)
+    assert "no embeddings" in str(run(app, ["eval", str(folder), "sprites:core"]).exception)
