@@ -1,6 +1,6 @@
 """Memory of the loss on each rank against the number of ranks, at a constant batch a rank.
 
-    python benchmarks/loss_ranks.py [--batch 2048] [--width 512] [--ranks 1 2 4 8]
+    python benchmarks/loss_ranks.py [--batch 1024] [--width 512] [--ranks 1 2 4 8]
 
 Counts the bytes of tensors that are alive at the worst moment of forward and backward beyond the inputs (a TorchDispatchMode that
 follows every storage), so that neither the allocator's nor gloo's own buffers blur it. The ring's buffers are torch tensors and are
@@ -83,7 +83,7 @@ def main() -> None:
     from ranks import on_ranks
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     arguments = parser.parse_args()
