@@ -65,7 +65,9 @@ def text_only(module, case: str, folder: Path) -> tuple[float, float]:
     ids = torch.randint(0, 270, (150,))
     with torch.no_grad():
         expected = model(ids[None]).logits[0]
-        return (module.run(intermodal.load(folder), ids, Segments([150])) - expected).abs().max().item(), expected.abs().max().item()
+        return (
+            module.run(intermodal.load(folder), ids, Segments([150])) - expected
+        ).abs().max().item(), expected.abs().max().item()
 
 
 def main() -> None:

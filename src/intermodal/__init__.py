@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .models.clip import CLIP, SigLIP
+    from .models.generative import LanguageModel
+    from .models.llava import Llava
+    from .models.qwen2_vl import QwenVL
     from .weights.load import load, save
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "SigLIP", "load", "save"]
+__all__ = ["CLIP", "LanguageModel", "Llava", "QwenVL", "SigLIP", "load", "save"]
 
-_WHERE = {"CLIP": ".models.clip", "SigLIP": ".models.clip", "load": ".weights.load", "save": ".weights.load"}
+_WHERE = {
+    "CLIP": ".models.clip",
+    "LanguageModel": ".models.generative",
+    "Llava": ".models.llava",
+    "QwenVL": ".models.qwen2_vl",
+    "SigLIP": ".models.clip",
+    "load": ".weights.load",
+    "save": ".weights.load",
+}
 
 
 def __getattr__(name: str):
