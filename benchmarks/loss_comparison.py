@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from intermodal.evaluate.scenes import SceneTask, sprite_names
-from intermodal.train.loop import train
+from intermodal.train.contrastive import train
 from intermodal.train.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "siglip.py"

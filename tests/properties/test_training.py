@@ -13,7 +13,8 @@ from ranks import on_ranks
 
 import intermodal
 from intermodal.errors import IntermodalError
-from intermodal.train.loop import NotFinite, Stopped, train
+from intermodal.train.contrastive import train
+from intermodal.train.loop import NotFinite, Stopped
 from intermodal.train.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from intermodal.data.loader import DataError, Mixture, PairLoader, Rejects
+from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.stream import StreamSource
 from intermodal.errors import SampleError
@@ -48,12 +48,13 @@ def processor():
 def loader_of(specs, processor, tmp_path, batch=4, weights=None, rank=0, ranks=1, share=0.5, **more):
     mixture = Mixture([open_source(str(spec), side=8) for spec in specs], weights, seed=3)
     rejects = Rejects(tmp_path / "rejects.jsonl", share)
-    return PairLoader(mixture, processor, batch=batch, rank=rank, ranks=ranks, rejects=rejects, **more)
+    fetcher = Fetcher(mixture.sources, processor, mixture.seed)
+    return Loader(mixture, fetcher, batch=batch, rank=rank, ranks=ranks, rejects=rejects, **more)
 
 
 def take(loader, count):
     batches = iter(loader)
-    return [next(batches) for _ in range(count)]
+    return [next(batches).batch for _ in range(count)]
 
 
 def test_tar_shards_by_pattern(tmp_path):

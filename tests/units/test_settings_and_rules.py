@@ -57,7 +57,7 @@ def test_wrong_overrides_name_the_field(assignment, words):
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
 def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
-    from intermodal.train.loop import train
+    from intermodal.train.contrastive import train
 
     recipe = load_recipe(ROOT / "recipes" / file, tiny=True)
     recipe = replace(recipe, train=replace(recipe.train, threads=1))

@@ -60,7 +60,7 @@ def train(
         settings = paths(made)
         _print(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
         return
-    from ..train.loop import train as run_training
+    from ..train.contrastive import train as run_training
 
     run_training(made, out, resume=resume, quiet=as_json)
     if int(os.environ.get("RANK", "0")) == 0:

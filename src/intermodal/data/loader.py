@@ -140,12 +140,12 @@ class Mixture:
             return count
         epoch, at = divmod(count, length)
         if self._orders.get(which, (-1, None))[0] != epoch:
-            generator = torch.Generator().manual_seed(_number(f"{self.seed}/{which}/{epoch}"))
+            generator = torch.Generator().manual_seed(number_of(f"{self.seed}/{which}/{epoch}"))
             self._orders[which] = (epoch, torch.randperm(length, generator=generator))
         return int(self._orders[which][1][at])
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
@@ -155,6 +155,10 @@ class Fetched:
 
     batch: PairBatch
     rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        return len(self.batch)
 
 
 class Fetcher(Dataset):
@@ -172,7 +176,7 @@ class Fetcher(Dataset):
             images.append(image)
             texts.append(rng.choice(sample.texts))
             keys.append(sample.key)
-        groups = torch.tensor([_number(text) for text in texts])
+        groups = torch.tensor([number_of(text) for text in texts])
         return Fetched(PairBatch(self.processor.images(images), self.processor.texts(texts), keys, groups), rejects)
 
     def _usable(self, which: int, at: int | Sample, rng: random.Random, rejects: list[Reject]):
@@ -188,7 +192,7 @@ class Fetcher(Dataset):
                 return sample, self._picture(sample, rng)
             except SampleError as error:
                 rejects.append(Reject(f"{source.name}/{index}", str(error)))
-                index = _number(f"{source.name}/{at}/{attempt}") % len(source)
+                index = number_of(f"{source.name}/{at}/{attempt}") % len(source)
         raise DataError(
             f"{ATTEMPTS} samples of {source.name} in a row were unusable; the last: {rejects[-1].key}: {rejects[-1].reason}"
         )
@@ -213,32 +217,34 @@ def random_crop(picture, scale: tuple[float, float], rng: random.Random):
     return picture
 
 
-class PairLoader:
-    """Endless packed batches for one rank. `state()` is that of the last batch handed out, whatever the workers have read ahead."""
+class Loader:
+    """Endless steps of data for one rank. `state()` is that of the last one handed out, whatever the workers have read ahead.
+
+    The fetcher makes from references what has `read` (how many samples are in it) and `rejects`: `Fetched`, or `packing.Packs`.
+    """
 
     def __init__(
         self,
         mixture: Mixture,
-        processor: PairProcessor,
+        fetcher: Dataset,
         *,
         batch: int,
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
         prefetch: int = 4,
-        crop_scale: tuple[float, float] | None = None,
         rejects: Rejects | None = None,
     ):
         if batch % ranks:
             raise DataError(f"data.batch={batch} does not divide over {ranks} ranks; take a multiple")
         self.mixture, self.batch, self.rank, self.share = mixture, batch, rank, batch // ranks
         self.rejects = rejects or Rejects(None, 1.0)
-        self.fetcher = Fetcher(mixture.sources, processor, mixture.seed, crop_scale)
+        self.fetcher = fetcher
         self.workers, self.prefetch = workers, prefetch
         self._states: deque[dict[str, Any]] = deque()
         self._state = mixture.state()
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
             self.fetcher,
             batch_size=None,
@@ -249,9 +255,9 @@ class PairLoader:
         )
         for fetched in loader:
             skipped = [Reject(*reject) for s in self.mixture.sources if isinstance(s, StreamSource) for reject in s.take_rejects()]
-            self.rejects.add(len(fetched.batch), fetched.rejects + skipped)
+            self.rejects.add(fetched.read, fetched.rejects + skipped)
             self._state = self._states.popleft()
-            yield fetched.batch
+            yield fetched
 
     def state(self) -> dict[str, Any]:
         return self._state

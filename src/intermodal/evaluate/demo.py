@@ -17,7 +17,7 @@ from rich.table import Table
 from ..data import sprites
 from ..errors import IntermodalError
 from ..models.clip import DualEncoder
-from ..train.loop import train
+from ..train.contrastive import train
 from ..train.recipe import Recipe, load_recipe
 from . import report
 from .scenes import SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
@@ -68,9 +68,9 @@ def fitting_steps(recipe: Recipe, folder: Path, seconds: float, console: Console
     train(trial, folder, quiet=True)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(folder)
-    fits = int(seconds * last["images_per_second"] / recipe.data.batch)
+    fits = int(seconds * last["samples_per_second"] / recipe.data.batch)
     steps = max(LEAST_STEPS, min(fits, recipe.train.steps))
-    console.print(f"{last['images_per_second']:.0f} images/s here: {steps} steps of {recipe.data.batch} fit into {seconds:.0f} s")
+    console.print(f"{last['samples_per_second']:.0f} images/s here: {steps} steps of {recipe.data.batch} fit into {seconds:.0f} s")
     return steps
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..errors import CheckpointError
-from ..models.clip import DualEncoder
 from .setup import World
 
 META = "meta.json"
@@ -28,7 +28,7 @@ def save(
     run: Path,
     step: int,
     world: World,
-    model: DualEncoder,
+    model: nn.Module,
     optimizer,
     average: dict[str, torch.Tensor] | None,
     meta: dict[str, Any],
@@ -66,7 +66,7 @@ def latest(run: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def restore(folder: Path, world: World, model: DualEncoder, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+def restore(folder: Path, world: World, model: nn.Module, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data.
 
     Raises:

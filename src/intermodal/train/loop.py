@@ -7,35 +7,20 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..batch import PairBatch
 from ..config import to_dict
-from ..data.loader import Mixture, PairLoader, Rejects
-from ..data.readers import open_source
-from ..data.source import Sample, Source
-from ..data.stream import StreamSource
-from ..errors import IntermodalError, SampleError
-from ..inputs import text as texts
-from ..inputs.image import CLIP_DEFAULTS, ImageProcessor, NaflexProcessor
-from ..inputs.processor import PairProcessor
-from ..losses import sigmoid_loss, softmax_loss
-from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, initialise
-from ..nn.layers import Encoder
+from ..data.loader import Loader
+from ..errors import IntermodalError
 from ..parallel import checkpoint
-from ..parallel.setup import World, gradient_norm, reduce_gradients, start, sync_scalars, wrap
-from ..weights.load import load_encoder as load_model
-from ..weights.load import save as save_model
-from .gradcache import backward_in_parts
+from ..parallel.setup import World, gradient_norm
 from .metrics import Display, Metrics
-from .optim import adamw, learning_rate, update_average
-from .recipe import ModelConfig, Recipe
+from .optim import learning_rate, update_average
 
 
 class Stopped(IntermodalError):
@@ -46,93 +31,25 @@ class NotFinite(IntermodalError):
     """The loss became NaN or infinite."""
 
 
-def train(
-    recipe: Recipe, run: str | Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
-) -> DualEncoder:
-    """Train a recipe into the folder `run`; returns the trained model (whole, on its device, in eval mode).
-
-    The folder holds `recipe.json`, `metrics.jsonl`, `rejects.jsonl`, `checkpoints/` and, at the end, `model/`: a Hugging Face directory.
-
-    Args:
-        resume: go on from the newest checkpoint in `run`, bit for bit where the number of ranks is the same.
-
-    Raises:
-        IntermodalError: the folder holds another run and `resume` is off, the data cannot be read, the loss is not finite, or the
-            run was interrupted (after saving).
-    """
-    world = start()
-    trainer = Trainer(recipe, Path(run), world, resume, console or Console(), quiet or not world.main)
-    return trainer.run()
-
-
-def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualEncoder:
-    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer of its own or counted from `captions()`."""
-    if config.start is not None:
-        return load_model(config.start)
-    vision, text = config.vision, config.text
-    family = "clip" if config.family == "clip" else "siglip"
-    if config.tokenizer is not None:
-        folder = Path(config.tokenizer).expanduser()
-        tokenizer = texts.from_folder(folder, config.family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
-        if tokenizer is None:
-            raise IntermodalError(
-                f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
-            )
-    else:
-        tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
-    size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
-    text = replace(text, vocab_size=size, eos_id=eos, pad_id=tokenizer.pad_id, bos_id=min(text.bos_id, size - 1))
-    if family == "clip":
-        dual = DualConfig(vision, text, config.embed_width, init_scale=config.init_scale or 1 / 0.07)
-        model: DualEncoder = CLIP(dual)
-        pictures: ImageProcessor | NaflexProcessor = ImageProcessor.from_hf(
-            {"size": {"shortest_edge": vision.image_size}, "crop_size": vision.image_size}, CLIP_DEFAULTS
-        )
-    else:
-        dual = DualConfig(vision, text, vision.width, naflex=config.family == "siglip2", init_scale=config.init_scale or 10.0)
-        dual = replace(dual, init_bias=config.init_bias)
-        model = SigLIP(dual)
-        pictures = ImageProcessor((vision.image_size, vision.image_size))
-        if config.family == "siglip2":
-            pictures = NaflexProcessor(vision.patch_size, config.max_patches)
-    model.processor = PairProcessor(pictures, tokenizer, config.family)
-    return model
-
-
-def sample_captions(source: Source | StreamSource, count: int, seed: int) -> list[str]:
-    """Captions of `count` samples in the order training will see them; unusable samples are counted when the loader meets them."""
-    order, out = Mixture([source], seed=seed), []
-    for _ in range(count):
-        drawn = order.next()
-        assert drawn is not None
-        try:
-            sample = drawn[1] if isinstance(drawn[1], Sample) else source[drawn[1]]  # pyright: ignore[reportIndexIssue]
-            out += sample.texts
-        except SampleError:
-            continue
-    return out
-
-
 class Trainer:
-    """One run. `run()` is the loop; everything else is set-up and its parts, in the order they are used."""
+    """One run of one objective. `run()` is the loop; a subclass says what is trained, on what, and what a step is.
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World, resume: bool, console: Console, quiet: bool):
+    A subclass's `_set_up` makes `model` (wrapped for its ranks), `optimizer` and `loader`; the recipe has `name`, `data.batch`, `optim`
+    and `train`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+
+    def __init__(self, recipe: Any, folder: Path, world: World, resume: bool, console: Console, quiet: bool):
         self.recipe, self.folder, self.world, self.console, self.quiet = recipe, folder, world, console, quiet
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.resumed_from = checkpoint.latest(folder) if resume else None
         self._claim_folder(resume)
         torch.manual_seed(recipe.train.seed * 1009 + world.rank)
-        self.loader = self._loader_and_model()
-        for tower, settings in ((self.model.vision, recipe.model.vision), (self.model.text, recipe.model.text)):
-            encoder = tower.get_submodule("encoder")
-            assert isinstance(encoder, Encoder)
-            encoder.checkpoint_activations = recipe.train.checkpoint_activations
-            for block in encoder.layers:  # a loaded model has none: dropout is the run's setting, not the checkpoint's
-                block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
-        self.model.to(world.device).train()
-        wrap(self.model, world, recipe.train.parallel)
-        self.optimizer = adamw(self.model, recipe.optim)
+        self._set_up()
         self.average: dict[str, Tensor] | None = None
         if recipe.optim.ema is not None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -144,7 +61,22 @@ class Trainer:
         self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
 
-    def run(self) -> DualEncoder:
+    def _set_up(self) -> None:
+        raise NotImplementedError
+
+    def _train_step(self, fetched: Any, logging: bool) -> dict[str, Any]:
+        """Forward, backward, `_update`; the values to log, or nothing when not logging."""
+        raise NotImplementedError
+
+    def _note(self, values: dict[str, Any]) -> str:
+        """What the progress line says of the logged values."""
+        raise NotImplementedError
+
+    def _finish(self) -> Any:
+        """The trained model, whole, in eval mode, saved by the first rank."""
+        raise NotImplementedError
+
+    def run(self) -> Any:
         recipe, steps = self.recipe, self.recipe.train.steps
         metrics = Metrics(self.folder, resumed_at=self.step) if self.world.main else None
         display = Display(self.console, recipe.name, self.step, steps, recipe.data.batch, quiet=self.quiet)
@@ -152,18 +84,18 @@ class Trainer:
             try:
                 clock, since = time.perf_counter(), self.step
                 batches = iter(self.loader) if self.step < steps else iter(())
-                for batch in batches:
+                for fetched in batches:
                     logging = (self.step + 1) % recipe.train.log_every == 0 or self.step + 1 == steps
-                    values = self._train_step(batch.to(self.world.device), logging)
+                    values = self._train_step(fetched, logging)
                     self.step += 1
                     if logging:
                         seconds = time.perf_counter() - clock
-                        values["images_per_second"] = (self.step - since) * recipe.data.batch / seconds
+                        values["samples_per_second"] = (self.step - since) * recipe.data.batch / seconds
                         values["rejects"] = self.loader.rejects.rejected
                         clock, since = time.perf_counter(), self.step
                         if metrics is not None:
                             metrics.write(self.step, values)
-                        display.step(self.step, {**values, "kind": recipe.train.loss})
+                        display.step(self.step, self._note(values), values["samples_per_second"])
                     stop = self.world.any(self.asked_to_stop is not None)
                     every = recipe.train.save_every
                     if stop or self.step == steps or (every and self.step % every == 0):
@@ -181,70 +113,25 @@ class Trainer:
                     metrics.close()
         return self._finish()
 
-    def _train_step(self, batch: PairBatch, logging: bool) -> dict[str, Any]:
-        """Forward, backward, update. The loss of a step is the sum over all ranks divided by the pairs of all ranks."""
-        recipe = self.recipe
-        rate = learning_rate(recipe.optim, self.step, recipe.train.steps)
+    def _update(self) -> tuple[float, Tensor]:
+        """Clip, step, average: (the rate, the gradients' norm before clipping)."""
+        config = self.recipe.optim
+        rate = learning_rate(config, self.step, self.recipe.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        accuracy = torch.zeros(())
-
-        def loss(embeddings: Embeddings, whole: PairBatch) -> tuple[Tensor, Tensor]:
-            nonlocal accuracy
-            total = self._loss(embeddings, whole)
-            if logging:
-                accuracy = batch_accuracy(embeddings, whole)
-            # gradients are averaged over ranks, so a rank's share is multiplied by their number
-            return total.detach(), total / recipe.data.batch * self.world.size
-
-        part = recipe.train.micro_batch
-        if part is None or part >= len(batch):
-            embeddings = self._forward(batch)
-            value, objective = loss(embeddings, batch)
-            self._check_finite(value, batch)
-            objective.backward()
-        else:
-            value = backward_in_parts(
-                self._forward, batch, part, loss, on_part=lambda last: reduce_gradients(self.model, last), check=self._check_finite
-            )
-        sync_scalars(self.model, self.world)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
-        if recipe.optim.clip_norm is not None:
-            shrink = (recipe.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        if config.clip_norm is not None:
+            shrink = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for parameter in parameters:
                 parameter.grad.mul_(shrink.to(parameter.grad.device))  # pyright: ignore[reportOptionalMemberAccess]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.clamp_scale()
-        if self.average is not None and recipe.optim.ema is not None:
-            update_average(self.average, self.model, recipe.optim.ema)
-        if not logging:
-            return {}
-        values = {
-            "loss": (self.world.sum(value.float()) / recipe.data.batch).item(),
-            "accuracy": (self.world.sum(accuracy.to(self.world.device)) / self.world.size).item(),
-            "lr": rate,
-            "gradient_norm": norm.item(),
-            "scale": self.model.logit_scale.exp().item(),
-        }
-        if self.model.logit_bias is not None:
-            values["bias"] = self.model.logit_bias.item()
-        return values
+        if self.average is not None:
+            update_average(self.average, self.model, config.ema)
+        return rate, norm
 
-    def _forward(self, batch: PairBatch) -> Embeddings:
-        with self.autocast():
-            return self.model(batch)
-
-    def _loss(self, e: Embeddings, batch: PairBatch) -> Tensor:
-        options: dict[str, Any] = {"groups": batch.groups, "duplicates": self.recipe.train.duplicates, "ring": self.world.ring}
-        if self.recipe.train.loss == "softmax":
-            return softmax_loss(e.image, e.text, e.log_scale, **options)[0]
-        if e.bias is None:
-            raise IntermodalError("the sigmoid loss needs a bias, which a CLIP model does not have; set train.loss=softmax")
-        return sigmoid_loss(e.image, e.text, e.log_scale, e.bias, **options)[0]
-
-    def _check_finite(self, value: Tensor, batch: PairBatch) -> None:
+    def _check_finite(self, value: Tensor, batch: Any) -> None:
         if self.world.any(not bool(torch.isfinite(value))):
             keys = ", ".join(batch.keys[:8])
             raise NotFinite(
@@ -252,41 +139,6 @@ class Trainer:
                 f"{f' and {len(batch.keys) - 8} more' if len(batch.keys) > 8 else ''}. The weights before it are in the newest "
                 f"checkpoint; look at the samples, lower optim.lr, or set train.precision=fp32"
             )
-
-    def _loader_and_model(self) -> PairLoader:
-        recipe, data = self.recipe, self.recipe.data
-        side = recipe.model.vision.image_size
-        sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
-
-        def captions() -> list[str]:
-            return sample_captions(sources[0], recipe.model.tokenizer_samples, data.seed)
-
-        if self.resumed_from is not None and recipe.model.start is None:
-            self.model = load_model(self.folder / "initial")
-        else:
-            self.model = build_model(recipe.model, captions)
-            if recipe.model.start is None:
-                initialise(self.model, recipe.train.seed)
-                if self.world.main:
-                    save_model(self.model, self.folder / "initial")
-        assert self.model.processor is not None
-        rejects = Rejects(self.folder / "rejects.jsonl" if self.world.main else None, data.max_reject_share)
-        for source in sources:
-            for key, reason in getattr(source, "problems", []):
-                rejects.note(key, reason)
-                if self.world.main:
-                    self.console.print(f"[yellow]{key}: {reason}[/yellow]")
-        return PairLoader(
-            Mixture(sources, data.weights, data.seed),
-            self.model.processor,
-            batch=data.batch,
-            rank=self.world.rank,
-            ranks=self.world.size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            crop_scale=data.crop_scale,
-            rejects=rejects,
-        )
 
     def _claim_folder(self, resume: bool) -> None:
         """Refuse to overwrite a run by accident; write the recipe."""
@@ -306,19 +158,6 @@ class Trainer:
     def _save(self) -> None:
         meta = {"data": self.loader.state(), "recipe": to_dict(self.recipe)}
         checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.recipe.train.keep)
-
-    def _finish(self) -> DualEncoder:
-        """The whole trained model on every rank, saved by the first."""
-        from torch.distributed.tensor import DTensor
-
-        state = {**self.model.state_dict(), **(self.average or {})}
-        state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
-        whole = _rebuilt(self.model)
-        whole.load_state_dict(state)
-        whole.to(self.world.device).eval()
-        if self.world.main:
-            save_model(whole, self.folder / "model")
-        return whole
 
     @contextmanager
     def _stop_signals(self):
@@ -341,13 +180,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _rebuilt(model: DualEncoder) -> DualEncoder:
-    """A plain model of the same config: FSDP changes the class of the one it wraps."""
-    fresh = (CLIP if isinstance(model, CLIP) else SigLIP)(model.config)
-    fresh.processor, fresh.source = model.processor, model.source
-    return fresh
-
-
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """bf16 autocast or nothing. "auto" asks the processor: without bf16 instructions, bf16 products are several times slower."""
     if precision == "auto":
@@ -356,12 +188,3 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
-
-
-@torch.no_grad()
-def batch_accuracy(e: Embeddings, batch: PairBatch, most: int = 512) -> Tensor:
-    """Share of (up to `most`) pictures whose nearest text of the rank's batch says what its own says."""
-    best = (e.image[:most] @ e.text.T).argmax(1)
-    if batch.groups is None:
-        return (best == torch.arange(len(best), device=best.device)).float().mean()
-    return (batch.groups[best] == batch.groups[:most]).float().mean()

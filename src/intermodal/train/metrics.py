@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -60,18 +59,12 @@ class Display:
             self.task = self.progress.add_task(name, total=steps, completed=done, note="starting")
             self.progress.start()
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
-        chance = math.log(self.batch)
-        note = f"{values['images_per_second']:.0f} img/s  loss {values['loss']:.3f}"
-        if values.get("kind") == "softmax":
-            note += f" (chance {chance:.2f})"
-        else:
-            note += f"  right {values['accuracy']:.0%} (chance {1 / self.batch:.1%})"
+    def step(self, step: int, note: str, samples_per_second: float) -> None:
         if self.live:
             self.progress.update(self.task, completed=step, note=note)
         elif not self.quiet and (time.monotonic() - self.spoke > 5 or step == self.steps):
             self.spoke = time.monotonic()
-            left = (self.steps - step) * self.batch / max(values["images_per_second"], 1e-9)
+            left = (self.steps - step) * self.batch / max(samples_per_second, 1e-9)
             self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} s left")
 
     def close(self) -> None:

@@ -1,0 +1,107 @@
+"""Conversations to packs: every step takes a fixed number of conversations and lays them end to end, longest first, into few packs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch.utils.data import Dataset
+
+from ..batch import TokenBatch
+from ..errors import IntermodalError
+from ..inputs.chat import ChatProcessor, NoSupervision
+from .loader import ATTEMPTS, DataError, Reject, number_of
+from .talks import TalkSource
+
+
+@dataclass
+class Packs:
+    """One rank's part of a step: packs of at most the budget, and how many conversations they hold."""
+
+    batches: list[TokenBatch]
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in bins of at most `budget` tokens each: first fit, longest first.
+
+    Raises:
+        ValueError: one length alone is over the budget.
+    """
+    out: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[index] > budget:
+            raise ValueError(f"{lengths[index]} tokens do not fit into {budget}")
+        place = next((at for at, free in enumerate(room) if free >= lengths[index]), None)
+        if place is None:
+            out.append([])
+            room.append(budget)
+            place = len(out) - 1
+        out[place].append(index)
+        room[place] -= lengths[index]
+    return out
+
+
+class TalkFetcher(Dataset):
+    """References to packs; runs in the workers. A conversation that cannot be used is replaced as `loader.Fetcher` does."""
+
+    def __init__(self, sources: Sequence[TalkSource], processor: ChatProcessor, seed: int, budget: int, longest: int):
+        self.sources, self.processor, self.seed = list(sources), processor, seed
+        self.budget, self.longest = budget, min(longest, budget)
+
+    def __getitem__(self, references: tuple[int, list[tuple[int, int]]]) -> Packs:
+        _, wanted = references
+        rejects: list[Reject] = []
+        singles = [self._usable(which, at, rejects) for which, at in wanted]
+        packed = bins([len(single.ids) for single in singles], self.budget)
+        return Packs([TokenBatch.pack([singles[i] for i in sorted(chosen)]) for chosen in packed], rejects)
+
+    def read(self, which: int, index: int) -> TokenBatch:
+        """Conversation `index` of a source as a batch of one, its loss mask audited.
+
+        Raises:
+            IntermodalError: it cannot be used, and why.
+        """
+        talk = self.sources[which][index]
+        conversation = self.processor.conversation(talk.messages)
+        self.processor.audit(conversation)
+        if len(conversation.ids) > self.longest:
+            raise NoSupervision(f"{len(conversation.ids)} tokens, more than the {self.longest} that fit (data.tokens, the context)")
+        return self.processor.batch(conversation, talk.key)
+
+    def _usable(self, which: int, at: int, rejects: list[Reject]) -> TokenBatch:
+        source, index = self.sources[which], at
+        for attempt in range(ATTEMPTS):
+            try:
+                return self.read(which, index)
+            except IntermodalError as error:
+                rejects.append(Reject(f"{source.name}/{index}", str(error)))
+                index = number_of(f"{source.name}/{at}/{attempt}") % len(source)
+        last = rejects[-1]
+        raise DataError(f"{ATTEMPTS} conversations of {source.name} in a row were unusable; the last: {last.key}: {last.reason}")
+
+    def audit(self, looks: int = 8) -> None:
+        """Look at a few conversations of each source before a run starts.
+
+        Raises:
+            DataError: none of them can be trained on, with the reason of the last.
+        """
+        for which, source in enumerate(self.sources):
+            rng = random.Random(f"{self.seed}/audit/{which}")
+            reasons = []
+            for index in {rng.randrange(len(source)) for _ in range(looks)}:
+                try:
+                    self.read(which, index)
+                    break
+                except IntermodalError as error:
+                    reasons.append(f"{source.name}/{index}: {error}")
+            else:
+                raise DataError(
+                    f"nothing in {source.name} can be trained on; of {len(reasons)} conversations the last: {reasons[-1]}"
+                )

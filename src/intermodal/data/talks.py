@@ -1,0 +1,225 @@
+"""Conversations to train on: from files, from captioned pictures, and about scenes."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import SampleError, nearest
+from .questions import questions
+from .readers import SourceError, open_source
+from .scenes import Scenes
+from .source import Source
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+FILES = (".jsonl", ".json")
+
+
+@dataclass
+class Talk:
+    """One conversation: OpenAI-style messages, pictures and clips inside."""
+
+    key: str
+    messages: list[dict[str, Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class TalkSource(Protocol):
+    """Conversations by number; must survive pickling into a worker."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Talk:
+        """Conversation number `index`. Raises SampleError when that one cannot be used."""
+        ...
+
+
+def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
+    """Conversations from their name on the command line.
+
+    Args:
+        spec: `captions:SOURCE` shows a picture and says its caption, for any source of `readers.open_source`;
+            `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture);
+            or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`.
+        side: pixels of a side for sources that draw their pictures.
+
+    Raises:
+        SourceError: nothing there, or nothing readable.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "captions":
+        source = open_source(rest, side=side, seed=seed)
+        if not isinstance(source, Source):
+            raise SourceError(f"{spec!r}: streams cannot be read as conversations yet; write them to .jsonl or .parquet")
+        return CaptionTalks(source)
+    if kind in ("questions", "blind"):
+        source = open_source(rest, side=side, seed=seed)
+        if not isinstance(source, Scenes):
+            raise SourceError(f"{spec!r}: questions are made from the facts of scenes: {kind}:scenes:core or {kind}:scenes:all")
+        return SceneTalks(source, blind=kind == "blind")
+    if Path(spec).suffix in FILES:
+        return FileTalks(Path(spec).expanduser())
+    raise SourceError(
+        f"{spec!r} holds no conversations: captions:SOURCE, questions:scenes:core, a .jsonl or a .json file"
+        f"{nearest(kind, ('captions', 'questions'))}"
+    )
+
+
+@dataclass
+class CaptionTalks:
+    """A picture, and the assistant says its caption (stage 1 of LLaVA, in its plain form)."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return f"captions-{self.source.name}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Talk:
+        sample = self.source[index]
+        texts = [text for text in sample.texts if text.strip()]
+        if not texts:
+            raise SampleError("no caption")
+        caption = random.Random(f"{self.name}/{index}").choice(texts)
+        return Talk(sample.key, [user(sample.image), {"role": "assistant", "content": caption}], sample.meta)
+
+
+@dataclass
+class SceneTalks:
+    """All questions about one scene, in random order, as one conversation; the picture is in the first."""
+
+    scenes: Scenes
+    blind: bool = False
+    """Leave the picture out: what can be answered from the questions alone."""
+
+    @property
+    def name(self) -> str:
+        return f"{'blind' if self.blind else 'questions'}-{self.scenes.name}"
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Talk:
+        scene = self.scenes.scene(index)
+        asked = questions(scene.facts)
+        random.Random(f"{self.scenes.name}/questions/{index}").shuffle(asked)
+        messages: list[dict[str, Any]] = []
+        for number, question in enumerate(asked):
+            picture = None if number or self.blind else scene.image
+            messages += [user(picture, question.text), {"role": "assistant", "content": question.answer}]
+        return Talk(f"{self.name}/{index}", messages, scene.truth())
+
+
+class FileTalks:
+    """A .jsonl or .json file. A record is `{"messages": [...]}`, or LLaVA's `{"image": path, "conversations": [{"from", "value"}]}`.
+
+    Picture and video paths are relative to the file's folder.
+    """
+
+    def __init__(self, file: Path):
+        self.name, self.folder = str(file), file.parent
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SourceError(f"cannot read {file}: {error}") from error
+        if file.suffix == ".jsonl":
+            self.records: list[Any] = [
+                line for line in text.splitlines() if line.strip()
+            ]  # parsed one by one: a bad line is a reject
+        else:
+            try:
+                self.records = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise SourceError(f"{file} is not JSON: {error}") from error
+            if not isinstance(self.records, list):
+                raise SourceError(f"{file} holds one object; a list of conversations is wanted")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Talk:
+        record = self.records[index]
+        if isinstance(record, str):
+            try:
+                record = json.loads(record)
+            except json.JSONDecodeError as error:
+                raise SampleError(f"line {index + 1} is not JSON: {error}") from error
+        key = f"{self.name}/{record.get('id', index) if isinstance(record, dict) else index}"
+        return Talk(key, [_placed(message, self.folder) for message in messages_of(record)])
+
+
+def user(picture: Any = None, text: str | None = None) -> dict[str, Any]:
+    """A user's message with an optional picture before its text."""
+    parts: list[dict[str, Any]] = [] if picture is None else [{"type": "image", "image": picture}]
+    return {"role": "user", "content": [*parts, *([] if text is None else [{"type": "text", "text": text}])]}
+
+
+def messages_of(record: Any) -> list[dict[str, Any]]:
+    """A record's messages; LLaVA's `conversations` become messages, each `<image>` and `<video>` a part.
+
+    Raises:
+        SampleError: neither form, an unknown speaker, or other counts of `<image>` and of pictures.
+    """
+    if isinstance(record, list):
+        return record
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        return record["messages"]
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise SampleError("a record needs `messages`, or LLaVA's `conversations`")
+    media = {kind: record.get(kind, record.get(f"{kind}s")) for kind in ("image", "video")}
+    left = {kind: [] if value is None else list(value) if isinstance(value, list) else [value] for kind, value in media.items()}
+    out = []
+    for turn in record["conversations"]:
+        if not isinstance(turn, dict) or turn.get("from") not in ROLES:
+            raise SampleError(
+                f"a turn is from {turn.get('from') if isinstance(turn, dict) else turn!r}; known are {', '.join(ROLES)}"
+            )
+        out.append({"role": ROLES[turn["from"]], "content": _parts(str(turn.get("value", "")), left)})
+    unused = [kind for kind, values in left.items() if values]
+    if unused:
+        raise SampleError(f"the record names more {unused[0]}s than its text has <{unused[0]}>")
+    return out
+
+
+def _parts(text: str, left: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
+    """Text with `<image>` and `<video>` as parts; plain text stays a string. A line break beside a placeholder goes with it."""
+    parts: list[dict[str, Any]] = []
+    while True:
+        found = min(((text.find(f"<{kind}>"), kind) for kind in left if f"<{kind}>" in text), default=None)
+        if found is None:
+            break
+        at, kind = found
+        if not left[kind]:
+            raise SampleError(f"the text has more <{kind}> than the record names {kind}s")
+        before, text = text[:at].removesuffix("\n"), text[at + len(kind) + 2 :].removeprefix("\n")
+        parts += [{"type": "text", "text": before}] if before else []
+        parts.append({"type": kind, kind: left[kind].pop(0)})
+    if not parts:
+        return text
+    return [*parts, {"type": "text", "text": text}] if text else parts
+
+
+def _placed(message: Any, folder: Path) -> dict[str, Any]:
+    """Relative paths of pictures and clips, from the file's folder."""
+    if not isinstance(message, dict) or "role" not in message:
+        raise SampleError(f"a message needs a role and content, got {str(message)[:80]!r}")
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        for kind in ("image", "video"):
+            value = part.get(kind) if isinstance(part, dict) else None
+            if isinstance(value, str) and not value.startswith(("data:", "http://", "https://")):
+                part = {**part, kind: str(folder / value)}
+        parts.append(part)
+    return {**message, "content": parts}

@@ -1,0 +1,242 @@
+"""Training CLIP and SigLIP: pairs in, one loss over all pairs of the step on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..batch import PairBatch
+from ..data.loader import Fetched, Fetcher, Loader, Mixture, Rejects
+from ..data.readers import open_source
+from ..data.source import Sample, Source
+from ..data.stream import StreamSource
+from ..errors import IntermodalError, SampleError
+from ..inputs import text as texts
+from ..inputs.image import CLIP_DEFAULTS, ImageProcessor, NaflexProcessor
+from ..inputs.processor import PairProcessor
+from ..losses import sigmoid_loss, softmax_loss
+from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, initialise
+from ..nn.layers import Encoder
+from ..parallel.setup import reduce_gradients, start, sync_scalars, wrap
+from ..weights.load import load_encoder as load_model
+from ..weights.load import save as save_model
+from .gradcache import backward_in_parts
+from .loop import Trainer
+from .optim import adamw
+from .recipe import ModelConfig, Recipe
+
+
+def train(
+    recipe: Recipe, run: str | Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
+) -> DualEncoder:
+    """Train a recipe into the folder `run`; returns the trained model (whole, on its device, in eval mode).
+
+    The folder holds `recipe.json`, `metrics.jsonl`, `rejects.jsonl`, `checkpoints/` and, at the end, `model/`: a Hugging Face directory.
+
+    Args:
+        resume: go on from the newest checkpoint in `run`, bit for bit where the number of ranks is the same.
+
+    Raises:
+        IntermodalError: the folder holds another run and `resume` is off, the data cannot be read, the loss is not finite, or the
+            run was interrupted (after saving).
+    """
+    world = start()
+    trainer = PairTrainer(recipe, Path(run), world, resume, console or Console(), quiet or not world.main)
+    return trainer.run()
+
+
+def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualEncoder:
+    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer of its own or counted from `captions()`."""
+    if config.start is not None:
+        return load_model(config.start)
+    vision, text = config.vision, config.text
+    family = "clip" if config.family == "clip" else "siglip"
+    if config.tokenizer is not None:
+        folder = Path(config.tokenizer).expanduser()
+        tokenizer = texts.from_folder(folder, config.family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
+        if tokenizer is None:
+            raise IntermodalError(
+                f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
+            )
+    else:
+        tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
+    size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
+    text = replace(text, vocab_size=size, eos_id=eos, pad_id=tokenizer.pad_id, bos_id=min(text.bos_id, size - 1))
+    if family == "clip":
+        dual = DualConfig(vision, text, config.embed_width, init_scale=config.init_scale or 1 / 0.07)
+        model: DualEncoder = CLIP(dual)
+        pictures: ImageProcessor | NaflexProcessor = ImageProcessor.from_hf(
+            {"size": {"shortest_edge": vision.image_size}, "crop_size": vision.image_size}, CLIP_DEFAULTS
+        )
+    else:
+        dual = DualConfig(vision, text, vision.width, naflex=config.family == "siglip2", init_scale=config.init_scale or 10.0)
+        dual = replace(dual, init_bias=config.init_bias)
+        model = SigLIP(dual)
+        pictures = ImageProcessor((vision.image_size, vision.image_size))
+        if config.family == "siglip2":
+            pictures = NaflexProcessor(vision.patch_size, config.max_patches)
+    model.processor = PairProcessor(pictures, tokenizer, config.family)
+    return model
+
+
+def sample_captions(source: Source | StreamSource, count: int, seed: int) -> list[str]:
+    """Captions of `count` samples in the order training will see them; unusable samples are counted when the loader meets them."""
+    order, out = Mixture([source], seed=seed), []
+    for _ in range(count):
+        drawn = order.next()
+        assert drawn is not None
+        try:
+            sample = drawn[1] if isinstance(drawn[1], Sample) else source[drawn[1]]  # pyright: ignore[reportIndexIssue]
+            out += sample.texts
+        except SampleError:
+            continue
+    return out
+
+
+class PairTrainer(Trainer):
+    """One contrastive run."""
+
+    model: DualEncoder
+    recipe: Recipe
+
+    def _set_up(self) -> None:
+        self.loader = self._loader_and_model()
+        recipe = self.recipe
+        for tower, settings in ((self.model.vision, recipe.model.vision), (self.model.text, recipe.model.text)):
+            encoder = tower.get_submodule("encoder")
+            assert isinstance(encoder, Encoder)
+            encoder.checkpoint_activations = recipe.train.checkpoint_activations
+            for block in encoder.layers:  # a loaded model has none: dropout is the run's setting, not the checkpoint's
+                block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
+        self.model.to(self.world.device).train()
+        wrap(self.model, self.world, recipe.train.parallel)
+        self.optimizer = adamw(self.model, recipe.optim)
+
+    def _loader_and_model(self) -> Loader:
+        recipe, data = self.recipe, self.recipe.data
+        side = recipe.model.vision.image_size
+        sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
+
+        def captions() -> list[str]:
+            return sample_captions(sources[0], recipe.model.tokenizer_samples, data.seed)
+
+        if self.resumed_from is not None and recipe.model.start is None:
+            self.model = load_model(self.folder / "initial")
+        else:
+            self.model = build_model(recipe.model, captions)
+            if recipe.model.start is None:
+                initialise(self.model, recipe.train.seed)
+                if self.world.main:
+                    save_model(self.model, self.folder / "initial")
+        assert self.model.processor is not None
+        rejects = Rejects(self.folder / "rejects.jsonl" if self.world.main else None, data.max_reject_share)
+        for source in sources:
+            for key, reason in getattr(source, "problems", []):
+                rejects.note(key, reason)
+                if self.world.main:
+                    self.console.print(f"[yellow]{key}: {reason}[/yellow]")
+        mixture = Mixture(sources, data.weights, data.seed)
+        return Loader(
+            mixture,
+            Fetcher(sources, self.model.processor, data.seed, data.crop_scale),
+            batch=data.batch,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            rejects=rejects,
+        )
+
+    def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:
+        """Forward, backward, update. The loss of a step is the sum over all ranks divided by the pairs of all ranks."""
+        recipe, batch = self.recipe, fetched.batch.to(self.world.device)
+        accuracy = torch.zeros(())
+
+        def loss(embeddings: Embeddings, whole: PairBatch) -> tuple[Tensor, Tensor]:
+            nonlocal accuracy
+            total = self._loss(embeddings, whole)
+            if logging:
+                accuracy = batch_accuracy(embeddings, whole)
+            # gradients are averaged over ranks, so a rank's share is multiplied by their number
+            return total.detach(), total / recipe.data.batch * self.world.size
+
+        part = recipe.train.micro_batch
+        if part is None or part >= len(batch):
+            embeddings = self._forward(batch)
+            value, objective = loss(embeddings, batch)
+            self._check_finite(value, batch)
+            objective.backward()
+        else:
+            value = backward_in_parts(
+                self._forward, batch, part, loss, on_part=lambda last: reduce_gradients(self.model, last), check=self._check_finite
+            )
+        sync_scalars(self.model, self.world)
+        rate, norm = self._update()
+        self.model.clamp_scale()
+        if not logging:
+            return {}
+        values = {
+            "loss": (self.world.sum(value.float()) / recipe.data.batch).item(),
+            "accuracy": (self.world.sum(accuracy.to(self.world.device)) / self.world.size).item(),
+            "lr": rate,
+            "gradient_norm": norm.item(),
+            "scale": self.model.logit_scale.exp().item(),
+        }
+        if self.model.logit_bias is not None:
+            values["bias"] = self.model.logit_bias.item()
+        return values
+
+    def _forward(self, batch: PairBatch) -> Embeddings:
+        with self.autocast():
+            return self.model(batch)
+
+    def _loss(self, e: Embeddings, batch: PairBatch) -> Tensor:
+        options: dict[str, Any] = {"groups": batch.groups, "duplicates": self.recipe.train.duplicates, "ring": self.world.ring}
+        if self.recipe.train.loss == "softmax":
+            return softmax_loss(e.image, e.text, e.log_scale, **options)[0]
+        if e.bias is None:
+            raise IntermodalError("the sigmoid loss needs a bias, which a CLIP model does not have; set train.loss=softmax")
+        return sigmoid_loss(e.image, e.text, e.log_scale, e.bias, **options)[0]
+
+    def _note(self, values: dict[str, Any]) -> str:
+        batch = self.recipe.data.batch
+        note = f"{values['samples_per_second']:.0f} img/s  loss {values['loss']:.3f}"
+        if self.recipe.train.loss == "softmax":
+            return f"{note} (chance {math.log(batch):.2f})"
+        return f"{note}  right {values['accuracy']:.0%} (chance {1 / batch:.1%})"
+
+    def _finish(self) -> DualEncoder:
+        """The whole trained model on every rank, saved by the first."""
+        from torch.distributed.tensor import DTensor
+
+        state = {**self.model.state_dict(), **(self.average or {})}
+        state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+        whole = _rebuilt(self.model)
+        whole.load_state_dict(state)
+        whole.to(self.world.device).eval()
+        if self.world.main:
+            save_model(whole, self.folder / "model")
+        return whole
+
+
+def _rebuilt(model: DualEncoder) -> DualEncoder:
+    """A plain model of the same config: FSDP changes the class of the one it wraps."""
+    fresh = (CLIP if isinstance(model, CLIP) else SigLIP)(model.config)
+    fresh.processor, fresh.source = model.processor, model.source
+    return fresh
+
+
+@torch.no_grad()
+def batch_accuracy(e: Embeddings, batch: PairBatch, most: int = 512) -> Tensor:
+    """Share of (up to `most`) pictures whose nearest text of the rank's batch says what its own says."""
+    best = (e.image[:most] @ e.text.T).argmax(1)
+    if batch.groups is None:
+        return (best == torch.arange(len(best), device=best.device)).float().mean()
+    return (batch.groups[best] == batch.groups[:most]).float().mean()
