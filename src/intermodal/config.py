@@ -29,6 +29,9 @@ def paths(config: Any, prefix: str = "") -> dict[str, Any]:
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             out.update(paths(value, f"{name}."))
+        elif _named(value):
+            for part in value:
+                out.update(paths(part, f"{name}.{part.name}."))
         else:
             out[name] = value
     return out
@@ -62,11 +65,27 @@ def _replaced(config: Any, steps: list[str], value: Any, path: str) -> Any:
         raise SettingError(f"there is no setting {path!r}{hint}; `{done or '.'}` has: {', '.join(names)}")
     current = getattr(config, name)
     if len(steps) > 1:
+        if _named(current):
+            return dataclasses.replace(config, **{name: _one_replaced(current, steps[1:], value, path)})
         if not dataclasses.is_dataclass(current):
             raise SettingError(f"{path!r}: {name} is a single value, it has no parts")
         return dataclasses.replace(config, **{name: _replaced(current, steps[1:], value, path)})
     hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: checked(value, hint, path)})
+
+
+def _named(value: Any) -> bool:
+    """Whether a field is a list of settings that have names (stages): its parts are reached by theirs."""
+    return (
+        isinstance(value, tuple) and bool(value) and all(hasattr(part, "name") and dataclasses.is_dataclass(part) for part in value)
+    )
+
+
+def _one_replaced(parts: tuple[Any, ...], steps: list[str], value: Any, path: str) -> tuple[Any, ...]:
+    names = [part.name for part in parts]
+    if steps[0] not in names or len(steps) == 1:
+        raise SettingError(f"{path!r}: write NAME.FIELD, NAME being one of {', '.join(names)}{nearest(steps[0], names)}")
+    return tuple(_replaced(part, steps[1:], value, path) if part.name == steps[0] else part for part in parts)
 
 
 def checked(value: Any, hint: Any, path: str) -> Any:

@@ -53,18 +53,25 @@ def train(
     `torchrun --nproc-per-node 2 -m intermodal train recipes/siglip.py train.parallel=fsdp train.threads=1 --out runs/c`
     """
     from ..config import override, paths
-    from ..train.recipe import load_recipe
+    from ..train.recipe import StagedRecipe, load_recipe
 
     made = override(load_recipe(recipe, tiny=tiny), overrides or [])
     if show:
         settings = paths(made)
         _print(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
         return
-    from ..train.contrastive import train as run_training
+    if isinstance(made, StagedRecipe):
+        from ..train.stages import train_stages
 
-    run_training(made, out, resume=resume, quiet=as_json)
+        train_stages(made, out, resume=resume, quiet=as_json)
+        last_folder = out / f"{len(made.stages)}-{made.stages[-1].name}"
+    else:
+        from ..train.contrastive import train as run_training
+
+        run_training(made, out, resume=resume, quiet=as_json)
+        last_folder = out
     if int(os.environ.get("RANK", "0")) == 0:
-        lines = (out / "metrics.jsonl").read_text().splitlines()
+        lines = (last_folder / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
         _print({"model": str(out / "model"), **last}, as_json, f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f})")
 

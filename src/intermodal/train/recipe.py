@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import IntermodalError
+from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
 
@@ -77,18 +78,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class LoopConfig:
+    """What every objective's loop asks for."""
+
     steps: int = 300
-    loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    duplicates: Literal["negative", "positive", "ignore"] = "negative"
-    """What two different samples with the same caption are to each other."""
-    micro_batch: int | None = None
-    """Pairs of one forward on one rank (gradient caching); None takes the rank's whole share at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32 always."""
     checkpoint_activations: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Across ranks: whole weights on each, or sharded weights and optimizer state."""
     threads: int | None = None
     seed: int = 0
     log_every: int = 10
@@ -96,6 +92,17 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many checkpoints stay on disk."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    duplicates: Literal["negative", "positive", "ignore"] = "negative"
+    """What two different samples with the same caption are to each other."""
+    micro_batch: int | None = None
+    """Pairs of one forward on one rank (gradient caching); None takes the rank's whole share at once."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Across ranks: whole weights on each, or sharded weights and optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,71 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def load_recipe(path: str | Path, *, tiny: bool = False) -> Recipe:
-    """Run a recipe file's `recipe(tiny=...)`.
+@dataclass(frozen=True)
+class StitchConfig:
+    """A stitched model to go on from, or the parts of a new one."""
+
+    start: str | None = None
+    """A directory or hub id of a stitched model; the fields below are then not read."""
+    vision: str = "runs/demo/model"
+    """The CLIP or SigLIP model that gives its tower."""
+    language: str | None = None
+    """The decoder's directory or GGUF file; None makes a fresh one of the shape below."""
+    layer: int | None = None
+    """Which hidden state of the tower is read; None takes LLaVA's choice for the tower's kind."""
+    decoder: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(
+            width=128, depth=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=512
+        )
+    )
+    """Shape of a fresh decoder; its vocabulary is counted from the data."""
+    vocabulary: int = 512
+    tokenizer_samples: int = 2048
+    """How many conversations a fresh tokenizer is counted from, over all sources of all stages."""
+
+
+@dataclass(frozen=True)
+class TalksConfig:
+    train: tuple[str, ...] = ("captions:scenes:core",)
+    """Sources of conversations, as `data.talks.open_talks` reads them."""
+    weights: tuple[float, ...] | None = None
+    """How often each source is drawn; by size when left out."""
+    batch: int = 64
+    """Conversations a step over all ranks."""
+    tokens: int = 4096
+    """Most tokens of one forward: a step's conversations are packed into as few packs of this size as they fit in."""
+    workers: int = 1
+    prefetch: int = 4
+    seed: int = 0
+    side: int | None = None
+    """Pixels of a side for sources that draw their pictures; None takes the tower's size, or 64 where it takes any."""
+    max_reject_share: float = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which parameters learn, at which rate, on what."""
+
+    name: str
+    learn: tuple[tuple[str, float], ...]
+    """(pattern of parameter names, multiple of `optim.lr`): `("projector.*", 1.0)`. The last pattern that fits a parameter counts; what
+    none fits, or a rate of 0 names, is frozen."""
+    data: TalksConfig = field(default_factory=TalksConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0))
+    train: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class StagedRecipe:
+    """A stitched model, trained stage after stage."""
+
+    name: str
+    model: StitchConfig
+    stages: tuple[Stage, ...]
+
+
+def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
+    """Run a recipe file's `recipe(tiny=...)`: a `Recipe`, or a `StagedRecipe`.
 
     Raises:
         IntermodalError: no such file, no such function, or it returned something else.
@@ -125,8 +195,8 @@ def load_recipe(path: str | Path, *, tiny: bool = False) -> Recipe:
     if function is None:
         raise IntermodalError(f"{file} defines no function `recipe(tiny=False)`")
     made = function(tiny=tiny)
-    if not isinstance(made, Recipe):
-        raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe")
+    if not isinstance(made, Recipe | StagedRecipe):
+        raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe or StagedRecipe")
     return made
 
 

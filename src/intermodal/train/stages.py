@@ -1,0 +1,210 @@
+"""Training stitched models and decoders in stages: which parts learn, on which conversations, one stage after another."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from ..data.loader import ENDLESS, Loader, Mixture, Rejects
+from ..data.packing import Packs, TalkFetcher
+from ..data.talks import TalkSource, open_talks
+from ..errors import IntermodalError, SampleError
+from ..losses_tokens import next_token_loss, targets
+from ..models.generative import Generative
+from ..parallel import checkpoint
+from ..parallel.setup import World, start
+from ..weights.load import load, load_encoder, save
+from ..weights.stitch import fresh_decoder, stitch
+from .loop import Trainer
+from .optim import adamw_by_pattern
+from .recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+
+
+def train_stages(
+    recipe: StagedRecipe, run: str | Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
+) -> Generative:
+    """Train every stage, each in a folder of its own under `run`; returns the last stage's model, which is also in `run/model`.
+
+    Args:
+        resume: stages that are done are skipped; the one that was interrupted goes on from its newest checkpoint, bit for bit.
+
+    Raises:
+        IntermodalError: the folder holds another run and `resume` is off, a source cannot be trained on, a pattern names no
+            parameter, the loss is not finite, or the run was interrupted (after saving).
+    """
+    if not recipe.stages:
+        raise IntermodalError("the recipe has no stages")
+    world, out, console = start(), Path(run), console or Console()
+    folders = [out / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
+    if not resume and (out / "model").exists():
+        raise IntermodalError(f"{out} already holds a run; go on with --resume, or give another --out")
+    before: Path | None = None
+    for stage, folder in zip(recipe.stages, folders, strict=True):
+        if not (resume and (folder / "model" / "config.json").exists()):
+            going_on = resume and checkpoint.latest(folder) is not None
+            if world.main and not quiet:
+                console.print(f"stage {stage.name}: {', '.join(f'{pattern} x{factor:g}' for pattern, factor in stage.learn)}")
+            StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main).run()
+        before = folder / "model"
+    assert before is not None
+    if world.main:
+        shutil.copytree(before, out / "model", dirs_exist_ok=True)
+    return load(before)
+
+
+def build_stitched(config: StitchConfig, sources: Sequence[TalkSource]) -> Generative:
+    """The model a recipe starts from: loaded, or stitched from its parts."""
+    if config.start is not None:
+        model = load(config.start)
+        if not isinstance(model, Generative):
+            raise IntermodalError(f"{config.start} is a {type(model).__name__}: it cannot be trained on conversations")
+        return model
+    vision = load_encoder(config.vision)
+    if config.language is None:
+        language = fresh_decoder(config.decoder, spoken(sources, config.tokenizer_samples), config.vocabulary)
+    else:
+        language = load(config.language)
+    return stitch(vision, language, layer=config.layer)
+
+
+def spoken(sources: Sequence[TalkSource], count: int) -> list[str]:
+    """Every text in about `count` conversations, an equal part from each source, from its beginning."""
+    out: list[str] = []
+    for source in sources:
+        for index in range(min(len(source), -(-count // len(sources)))):
+            try:
+                messages = source[index].messages
+            except SampleError:
+                continue
+            for message in messages:
+                content = message["content"]
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                out += [part["text"] for part in parts if part.get("type") == "text"]
+    return out
+
+
+@dataclass(frozen=True)
+class _StageRun:
+    """One stage as the loop sees it."""
+
+    name: str
+    data: TalksConfig
+    optim: OptimConfig
+    train: LoopConfig
+    learn: tuple[tuple[str, float], ...]
+
+
+class StageTrainer(Trainer):
+    """One stage. Over several ranks weights are whole on each; gradients are summed once a step, so ranks may hold any mix of media."""
+
+    model: Generative
+
+    def __init__(
+        self,
+        whole: StagedRecipe,
+        stage: Stage,
+        before: Path | None,
+        folder: Path,
+        world: World,
+        resume: bool,
+        console: Console,
+        quiet: bool,
+    ):
+        self.whole, self.before = whole, before
+        run = _StageRun(f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn)
+        super().__init__(run, folder, world, resume, console, quiet)
+
+    def _set_up(self) -> None:
+        data: TalksConfig = self.recipe.data
+        initial = self.folder / "initial"
+        if self.before is not None:
+            self.model = load(self.before)
+        elif self.resumed_from is not None and initial.exists():
+            self.model = load(initial)
+        else:
+            every = [open_talks(spec, seed=stage.data.seed) for stage in self.whole.stages for spec in stage.data.train]
+            self.model = build_stitched(self.whole.model, every)
+            if self.world.main:
+                save(self.model, initial)
+        if self.model.processor is None:
+            raise IntermodalError("the model came without a tokenizer: there is nothing to read conversations with")
+        self.model.to(self.world.device).train()
+        self.model.model.checkpoint_activations = self.recipe.train.checkpoint_activations
+        self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
+        side = data.side or getattr(getattr(self.model.config, "vision", None), "image_size", 64)
+        sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
+        fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, self.model.config_text.context)
+        fetcher.audit()
+        if data.weights is None and len(sources) > 1 and any(len(source) >= ENDLESS for source in sources):
+            raise IntermodalError("data.weights is needed when one of several sources is endless (scenes are)")
+        rejects = Rejects(self.folder / "rejects.jsonl" if self.world.main else None, data.max_reject_share)
+        self.loader = Loader(
+            Mixture(sources, data.weights, data.seed),  # pyright: ignore[reportArgumentType]
+            fetcher,
+            batch=data.batch,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            rejects=rejects,
+        )
+
+    def _train_step(self, fetched: Packs, logging: bool) -> dict[str, Any]:
+        """The loss of a step is the sum over all packs of all ranks, divided once by their supervised tokens."""
+        device = self.world.device
+        tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
+        count = self.world.sum(torch.tensor(float(tokens), device=device))
+        total, bad = torch.zeros((), device=device), None
+        for batch in fetched.batches:
+            moved = batch.to(device)
+            with self.autocast():
+                loss, _ = next_token_loss(self.model.hidden(moved), self.model.head_weight, moved)
+            (loss / count).backward()
+            total += loss.detach()
+            bad = bad or (None if bool(torch.isfinite(loss.detach())) else batch)
+        self._check_finite(total, bad or fetched.batches[0])
+        sum_gradients(self.model, self.world)
+        rate, norm = self._update()
+        if not logging:
+            return {}
+        length = sum(len(batch.ids) for batch in fetched.batches)
+        return {
+            "loss": (self.world.sum(total) / count).item(),
+            "lr": rate,
+            "gradient_norm": norm.item(),
+            "supervised_tokens": int(count),
+            "tokens": int(self.world.sum(torch.tensor(float(length), device=device))),
+            "packs": len(fetched.batches),
+        }
+
+    def _note(self, values: dict[str, Any]) -> str:
+        speed = values["samples_per_second"] * values["tokens"] / self.recipe.data.batch
+        return f"{speed:,.0f} tokens/s  loss {values['loss']:.3f}"
+
+    def _finish(self) -> Generative:
+        if self.average is not None:
+            self.model.load_state_dict({**self.model.state_dict(), **self.average})
+        self.model.eval()
+        if self.world.main:
+            save(self.model, self.folder / "model")
+        if self.world.size > 1:
+            dist.barrier()
+        return self.model
+
+
+def sum_gradients(model: torch.nn.Module, world: World) -> None:
+    """Add the gradients of all ranks in one exchange. A part that a rank did not use (no picture in its packs) counts as zero."""
+    if world.size == 1:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning])
+    dist.all_reduce(flat)
+    for parameter, summed in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+        parameter.grad = summed.view_as(parameter).clone()

@@ -1,0 +1,182 @@
+"""A new model from a vision tower and a decoder: LLaVA's shape, saved as a `llava` directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor, nn
+
+from ..errors import IntermodalError
+from ..inputs.chat import ChatProcessor
+from ..inputs.image import ImageProcessor
+from ..inputs.text import train_tokenizer
+from ..inputs.tiles import LlavaPlanner
+from ..models.clip import CLIP, DualEncoder
+from ..models.decoder import DecoderConfig
+from ..models.generative import LanguageModel
+from ..models.llava import Llava, LlavaConfig
+from ..models.vit import ClipVisionTower, SiglipVisionTower
+from .decoder import text_to_hf
+
+IMAGE_TOKEN = "<image>"
+FLATTEN = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
+    "{%- set said = namespace(text='') -%}{%- for part in message['content'] -%}"
+    "{%- set said.text = said.text + (part['text'] if part['type'] == 'text' else '<image>\\n') -%}{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=said.text)] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+"""Put before a text-only template: pictures become placeholders in the text, and the template sees strings."""
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def stitch(vision: DualEncoder, language: LanguageModel, *, layer: int | None = None, seed: int = 0) -> Llava:
+    """A vision tower and a decoder with a fresh two-layer projector between them.
+
+    The tower's and decoder's weights are copied; an image token is added to the tokenizer, and the vocabulary grows by a row where it
+    has no spare one. Multi-modal training starts from here: an untrained projector says nothing.
+
+    Args:
+        vision: a CLIP or fixed-size SigLIP model; its image processor comes along.
+        language: a decoder with a chat template.
+        layer: which hidden state of the tower is read, the embeddings being 0. None takes the last but one for CLIP (LLaVA 1.5) and the
+            last for SigLIP (OneVision).
+        seed: of the projector's weights.
+
+    Raises:
+        IntermodalError: a NaFlex tower, or a decoder that came without tokenizer or chat template.
+    """
+    tower = vision.vision
+    if type(tower) not in (ClipVisionTower, SiglipVisionTower) or vision.processor is None:
+        raise IntermodalError(
+            f"a {type(tower).__name__} cannot be stitched: fixed-size towers of CLIP and SigLIP that came with their processor can"
+        )
+    if language.processor is None or language.processor.template is None:
+        raise IntermodalError(
+            "the decoder came without a tokenizer or chat template, which a model that is asked about pictures needs"
+        )
+    clip = isinstance(vision, CLIP)
+    files, image_id = _files_with_image_token(language.processor)
+    rows = max(language.config.vocab_size, image_id + 1)
+    config = LlavaConfig(
+        "llava",
+        vision.config.vision,
+        replace(language.config, vocab_size=rows),
+        tower="clip" if clip else "siglip",
+        layer=layer if layer is not None else -2 if clip else -1,
+        drop_first=clip,
+        image_id=image_id,
+    )
+    with torch.device("meta"):
+        model = Llava(config)
+    model.load_state_dict(_weights(vision, language, config, seed), assign=True)
+    model.source = {
+        "config": {
+            "model_type": "llava",
+            "eos_token_id": list(language.processor.end_ids),
+            "text_config": text_to_hf(config.text, language.family, dict(language.source.get("config", {}))),
+        }
+    }
+    pictures = vision.processor.images
+    assert isinstance(pictures, ImageProcessor)
+    model.processor = _processor(files, model.source["config"], config, pictures)
+    return model.eval()
+
+
+def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed: int = 0) -> LanguageModel:
+    """A decoder from scratch (Llama's shape) with a tokenizer counted from `texts` and a ChatML template.
+
+    Args:
+        config: its `vocab_size` is replaced by the tokenizer's.
+        vocabulary: size of the tokenizer once it has all letters of the texts.
+    """
+    tokenizer = train_tokenizer([*texts, "user assistant system"], vocabulary)
+    tokenizer.add_special_tokens([IMAGE_TOKEN, "<|im_start|>", "<|im_end|>"])
+    model = LanguageModel(replace(config, vocab_size=tokenizer.get_vocab_size()), "llama")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std *= (2 * config.depth) ** -0.5
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": config.context,
+        "chat_template": CHATML,
+    }
+    files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+    model.processor = ChatProcessor.from_files(files, {})
+    return model.eval()
+
+
+def _weights(vision: DualEncoder, language: LanguageModel, config: LlavaConfig, seed: int) -> dict[str, Tensor]:
+    state = {f"vision.{key}": value.clone() for key, value in vision.vision.state_dict().items() if not key.startswith("head.")}
+    text = {key: value.clone() for key, value in language.state_dict().items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        if key in text and (missing := config.text.vocab_size - len(text[key])) > 0:
+            # new rows start at the mean of the others, which no prompt can tell from an average word
+            text[key] = torch.cat([text[key], text[key].float().mean(0, keepdim=True).expand(missing, -1).to(text[key].dtype)])
+    generator = torch.Generator().manual_seed(seed)
+    width, out = config.vision.width, config.text.width
+    dtype = language.head_weight.dtype
+    for name, columns in (("linear_1", width), ("linear_2", out)):
+        drawn = torch.empty(out, columns).normal_(0, columns**-0.5, generator=generator)
+        state[f"projector.{name}.weight"], state[f"projector.{name}.bias"] = drawn.to(dtype), torch.zeros(out, dtype=dtype)
+    return {key: nn.Parameter(value) for key, value in {**state, **text}.items()}
+
+
+def _files_with_image_token(processor: ChatProcessor) -> tuple[dict[str, bytes], int]:
+    """The tokenizer's files with `<image>` in them and a template that takes pictures; and the token's id."""
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    settings = json.loads(processor.files.get("tokenizer_config.json", b"{}"))
+    settings.pop("chat_template", None)
+    settings.pop("added_tokens_decoder", None)  # the tokenizer.json says it, with the new token
+    assert processor.template is not None
+    for name, token in processor.template.special.items():
+        settings.setdefault(name, token)
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    source = processor.template.source
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        "chat_template.jinja": (source if IMAGE_TOKEN in source else FLATTEN + source).encode(),
+    }
+    generation = processor.files.get("generation_config.json")
+    image_id = tokenizer.token_to_id(IMAGE_TOKEN)
+    assert image_id is not None
+    return {**files, **({"generation_config.json": generation} if generation else {})}, image_id
+
+
+def _processor(files: dict[str, bytes], raw: dict[str, Any], config: LlavaConfig, pictures: ImageProcessor) -> ChatProcessor:
+    side = config.vision.image_size
+    settings = {**pictures.to_hf(config.tower), "processor_class": "LlavaProcessor"}
+    joint = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "default" if config.drop_first else "full",
+        "num_additional_image_tokens": 1 if config.tower == "clip" else 0,
+        "image_token": IMAGE_TOKEN,
+    }
+    files = {
+        **files,
+        "preprocessor_config.json": json.dumps(settings, indent=2).encode(),
+        "processor_config.json": json.dumps(joint, indent=2).encode(),
+    }
+    planner = LlavaPlanner("llava", {"image": config.image_id}, side=side, grid=config.vision.grid, processor=pictures)
+    return ChatProcessor.from_files(files, raw, lambda tokenizer: planner)
