@@ -167,6 +167,33 @@ def convert(
 
 
 @app.command()
+def stitch(
+    vision: Annotated[str, typer.Option(help="A CLIP or SigLIP model: its tower and image processor are taken.")],
+    language: Annotated[str, typer.Option(help="A decoder's directory, hub id or GGUF file, with a chat template.")],
+    out: Out = Path("stitched"),
+    layer: Annotated[int | None, typer.Option(help="Hidden state of the tower that is read; LLaVA's choice when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+) -> None:
+    """Make a LLaVA from any tower and any decoder: a fresh two-layer projector between them, to be trained in stages.
+
+    Example: `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
+    """
+    from ..errors import IntermodalError
+    from ..models.generative import LanguageModel
+    from ..weights.load import load, load_encoder, save
+    from ..weights.stitch import stitch as join
+
+    decoder = load(language, dtype=dtype)
+    if not isinstance(decoder, LanguageModel):
+        raise IntermodalError(f"{language} is a {type(decoder).__name__}; --language wants a text-only decoder")
+    model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, seed=seed)
+    save(model, out)
+    count = sum(p.numel() for p in model.parameters())
+    typer.echo(f"{out}: a {model.family} of {count:,} parameters; its projector knows nothing yet: train it with model.start={out}")
+
+
+@app.command()
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long to train; the steps are set to fit.")] = 165.0,

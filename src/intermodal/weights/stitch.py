@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor, nn
 
 from ..errors import IntermodalError
@@ -100,6 +100,9 @@ def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed
     """
     tokenizer = train_tokenizer([*texts, "user assistant system"], vocabulary)
     tokenizer.add_special_tokens([IMAGE_TOKEN, "<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B"
+    )  # the template ends turns, not the tokenizer
     model = LanguageModel(replace(config, vocab_size=tokenizer.get_vocab_size()), "llama")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

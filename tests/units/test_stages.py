@@ -1,0 +1,339 @@
+"""Conversations as data, stitched models made, trained in stages and read back."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from typer.testing import CliRunner
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.cli.app import app
+from intermodal.config import SettingError, override
+from intermodal.data.loader import DataError
+from intermodal.data.packing import TalkFetcher, bins
+from intermodal.data.questions import questions
+from intermodal.data.readers import SourceError
+from intermodal.data.scenes import SceneConfig, Scenes
+from intermodal.data.talks import FileTalks, messages_of, open_talks
+from intermodal.errors import IntermodalError, SampleError
+from intermodal.losses_tokens import next_token_loss, targets
+from intermodal.models.generative import LanguageModel
+from intermodal.train.contrastive import train
+from intermodal.train.loop import NotFinite
+from intermodal.train.recipe import load_recipe
+from intermodal.train.stages import train_stages
+from intermodal.weights.stitch import fresh_decoder, stitch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
+from ranks import on_ranks
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tower")
+    train(load_recipe(RECIPES / "siglip.py", tiny=True), out, quiet=True)
+    return str(out / "model")
+
+
+@pytest.fixture(scope="module")
+def recipe(tower):
+    made = load_recipe(RECIPES / "llava.py", tiny=True)
+    stages = tuple(replace(stage, train=replace(stage.train, threads=1, precision="fp32", save_every=2)) for stage in made.stages)
+    return replace(made, model=replace(made.model, vision=tower), stages=stages)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stages")
+    train_stages(recipe, out, quiet=True)
+    return out
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+# --- conversations
+
+
+def test_questions_are_answered_by_the_facts_and_do_not_give_them_away():
+    scenes = Scenes(SceneConfig(word_share=0.5))
+    seen = {}
+    for index in range(200):
+        facts = scenes.scene(index).facts
+        for question in questions(facts):
+            seen.setdefault(question.kind, set()).add(question.answer)
+            assert question.answer not in question.text
+            if question.kind == "sign":
+                assert question.answer == facts.word
+    assert set(seen) == {"count", "where", "colour", "sign"}
+    assert {"one", "two", "three", "four"} <= seen["count"]
+
+
+def test_llava_records_become_messages():
+    record = {
+        "image": ["a.png", "b.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?\n<image>"},
+            {"from": "gpt", "value": "A cat and a dog."},
+            {"from": "human", "value": "Sure?"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    }
+    first, *rest = messages_of(record)
+    assert first["content"] == [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "What is this?"},
+        {"type": "image", "image": "b.png"},
+    ]
+    assert [message["role"] for message in rest] == ["assistant", "user", "assistant"]
+    assert rest[1]["content"] == "Sure?"
+    for broken, words in (
+        ({**record, "image": "a.png"}, "more <image> than"),
+        ({**record, "image": ["a", "b", "c"]}, "names more images"),
+        ({"conversations": [{"from": "robot", "value": ""}]}, "robot"),
+        ({"text": "x"}, "needs `messages`"),
+    ):
+        with pytest.raises(SampleError, match=words):
+            messages_of(broken)
+
+
+def test_a_file_of_conversations_rejects_bad_lines_by_number(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    good = {
+        "id": "g",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>hi"}, {"from": "gpt", "value": "one"}],
+    }
+    (tmp_path / "t.jsonl").write_text("\n".join(["{broken", json.dumps(good), json.dumps(["x"])]))
+    source = FileTalks(tmp_path / "t.jsonl")
+    assert source[1].messages[0]["content"][0]["image"] == str(tmp_path / "a.png")
+    with pytest.raises(SampleError, match="line 1 is not JSON"):
+        source[0]
+    with pytest.raises(SampleError, match="role"):
+        source[2]
+    with pytest.raises(SourceError, match="holds no conversations.*did you mean 'questions'"):
+        open_talks("question:scenes:core")
+    with pytest.raises(SourceError, match="facts of scenes"):
+        open_talks("questions:sprites:core")
+
+
+def test_bins_hold_everything_once_within_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 60, (40,), generator=generator).tolist()
+        packed = bins(lengths, 64)
+        assert sorted(i for chosen in packed for i in chosen) == list(range(40))
+        sums = [sum(lengths[i] for i in chosen) for chosen in packed]
+        assert max(sums) <= 64
+        assert len(packed) <= 1.3 * sum(lengths) / 64 + 1
+    with pytest.raises(ValueError, match="65 tokens"):
+        bins([65], 64)
+
+
+# --- the loss
+
+
+def test_the_loss_is_the_plain_cross_entropy_of_each_conversation_alone():
+    torch.manual_seed(0)
+    parts = []
+    for length in (5, 1, 9, 2):
+        mask = torch.rand(length) < 0.6
+        mask[0] = True  # a first token has nothing before it: never a target
+        parts.append(TokenBatch(torch.randint(0, 11, (length,)), _segments(length), torch.arange(length), mask))
+    hidden = [torch.randn(len(part.ids), 6, dtype=torch.float64, requires_grad=True) for part in parts]
+    head = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    plain, count = torch.zeros((), dtype=torch.float64), 0
+    for part, rows in zip(parts, hidden, strict=True):
+        wanted = part.supervised[1:]
+        logits = (rows @ head.T)[:-1][wanted]
+        plain = plain + F.cross_entropy(logits, part.ids[1:][wanted], reduction="sum")
+        count += int(wanted.sum())
+    expected = torch.autograd.grad(plain, [*hidden, head])
+    pack = TokenBatch.pack(parts)
+    for chunk in (1, 3, 1000):
+        total, found = next_token_loss(torch.cat(hidden), head, pack, chunk)
+        assert found == count == len(targets(pack)[0])
+        torch.testing.assert_close(total.double(), plain, rtol=1e-6, atol=1e-6)  # the sum is made in float32
+        for ours, theirs in zip(torch.autograd.grad(total, [*hidden, head]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def _segments(length):
+    from intermodal.nn.attention import Segments
+
+    return Segments([length])
+
+
+# --- stages
+
+
+def test_only_named_parts_move(recipe, trained, tmp_path):
+    stages = (replace(recipe.stages[0], name="projector", learn=(("projector.*", 1.0), ("projector.linear_1.*", 0.0))),)
+    run = train_stages(replace(recipe, stages=stages), tmp_path / "run", quiet=True)
+    before, after = weights(tmp_path / "run" / "1-projector" / "initial"), weights(tmp_path / "run" / "model")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
+    assert run.family == "llava"
+    whole_before, whole_after = weights(trained / "1-align" / "initial"), weights(trained / "model")
+    still = {key for key in whole_before if torch.equal(whole_before[key], whole_after[key])}
+    assert still == {key for key in whole_before if key.startswith("vision_tower")}
+
+
+def test_a_frozen_tower_keeps_nothing_for_the_backward(recipe, trained):
+    from intermodal.train.optim import adamw_by_pattern
+
+    model = intermodal.load(trained / "model").train()
+    adamw_by_pattern(model, (("projector.*", 1.0),), recipe.stages[0].optim)
+    talk = open_talks("captions:scenes:core", side=32)[0]
+    batch = model.processor(talk.messages)
+    assert not model.features(batch.visual.pixels).requires_grad
+    next_token_loss(model.hidden(batch), model.head_weight, batch)[0].backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"projector"}
+    with pytest.raises(IntermodalError, match=r"no parameter fits 'connector.\*'"):
+        adamw_by_pattern(model, (("connector.*", 1.0),), recipe.stages[0].optim)
+    with pytest.raises(IntermodalError, match="no parameter learns"):
+        adamw_by_pattern(model, (("projector.*", 0.0),), recipe.stages[0].optim)
+
+
+def test_an_interrupted_stage_resumes_bit_for_bit(recipe, trained, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "2-instruct" / "model")
+    shutil.rmtree(run / "2-instruct" / "checkpoints" / "step-00000003")
+    lines = (trained / "2-instruct" / "metrics.jsonl").read_text().splitlines()
+    with pytest.raises(IntermodalError, match="already holds a run"):
+        train_stages(recipe, trained, quiet=True)
+    train_stages(recipe, run, resume=True, quiet=True)
+    again, once = weights(run / "model"), weights(trained / "model")
+    assert all(torch.equal(again[key], once[key]) for key in once)
+    values = [json.loads(line)["loss"] for line in (run / "2-instruct" / "metrics.jsonl").read_text().splitlines()]
+    assert values == [json.loads(line)["loss"] for line in lines]
+
+
+def test_smaller_packs_do_not_change_a_step(recipe, trained, tmp_path):
+    stages = tuple(replace(stage, data=replace(stage.data, tokens=64)) for stage in recipe.stages)
+    train_stages(replace(recipe, stages=stages), tmp_path / "run", quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "2-instruct" / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["packs"] for line in lines) > 1
+    few, many = weights(trained / "model"), weights(tmp_path / "run" / "model")
+    for key in few:
+        torch.testing.assert_close(many[key], few[key], rtol=1e-3, atol=2e-4)
+
+
+def _on_rank(rank, size, recipe, out):
+    train_stages(recipe, out, quiet=True)
+
+
+def test_two_ranks_equal_one_with_pictures_on_one_of_them(recipe, trained, tmp_path):
+    """Rank 0 takes the first half of each step. Text-only conversations there leave it without a picture: nobody waits for it."""
+    rows = []
+    for number in range(6):
+        Image.fromarray(np.full((16, 16, 3), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    for number in range(6):
+        picture = {"image": f"{number}.png"} if number >= 3 else {}
+        ask = "<image>how many dogs are there ?" if picture else "how many dogs are there ?"
+        turns = [{"from": "human", "value": ask}, {"from": "gpt", "value": "one" if number % 2 else "two"}]
+        rows.append({**picture, "conversations": turns})
+    (tmp_path / "mix.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    for name in ("mix", "text"):
+        data = replace(recipe.stages[0].data, train=(str(tmp_path / f"{name}.jsonl"),), batch=2)
+        stages = (replace(recipe.stages[0], data=data, train=replace(recipe.stages[0].train, save_every=None)),)
+        one = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=stages)
+        train_stages(one, tmp_path / f"{name}-one", quiet=True)
+        on_ranks(2, _on_rank, one, tmp_path / f"{name}-two")
+        alone, together = weights(tmp_path / f"{name}-one" / "model"), weights(tmp_path / f"{name}-two" / "model")
+        for key in alone:
+            torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-5)
+
+
+def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):
+    silent = [{"messages": [{"role": "user", "content": "hello"}]} for _ in range(3)]
+    (tmp_path / "silent.jsonl").write_text("\n".join(json.dumps(row) for row in silent))
+    data = replace(recipe.stages[0].data, train=(str(tmp_path / "silent.jsonl"),))
+    run = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(replace(recipe.stages[0], data=data),))
+    with pytest.raises(DataError, match=r"silent\.jsonl can be trained on.*no token is supervised"):
+        train_stages(run, tmp_path / "run", quiet=True)
+    model = intermodal.load(trained / "model")
+    model.processor.end_ids = (0,)
+    fetcher = TalkFetcher([open_talks("captions:scenes:core", side=32)], model.processor, 0, 256, 512)
+    with pytest.raises(DataError, match="no end-of-turn token"):
+        fetcher.audit()
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(recipe, trained, tmp_path):
+    model = intermodal.load(trained / "model")
+    model.projector.linear_2.bias.data.fill_(float("inf"))
+    model.processor.save(tmp_path)
+    broken = tmp_path / "broken"
+    intermodal.save(model, broken)
+    run = replace(recipe, model=replace(recipe.model, start=str(broken)), stages=recipe.stages[:1])
+    with pytest.raises((NotFinite, IntermodalError), match=r"scenes-core-train|not finite|NaN|inf"):
+        train_stages(run, tmp_path / "run", quiet=True)
+
+
+def test_overrides_reach_a_stage_by_its_name(recipe):
+    made = override(recipe, ["stages.align.train.steps=9", "stages.instruct.optim.lr=0.5", "model.vocabulary=99"])
+    assert (made.stages[0].train.steps, made.stages[1].optim.lr, made.model.vocabulary) == (9, 0.5, 99)
+    with pytest.raises(SettingError, match="did you mean 'align'"):
+        override(recipe, ["stages.aling.train.steps=9"])
+    with pytest.raises(SettingError, match="did you mean"):
+        override(recipe, ["stages.align.train.step=9"])
+
+
+# --- stitching
+
+
+def test_a_stitched_folder_is_transformers_llava(trained):
+    import transformers
+
+    ours = intermodal.load(trained / "model")
+    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(trained / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    processor = transformers.AutoProcessor.from_pretrained(trained / "model")
+    messages = open_talks("questions:scenes:core", side=32)[3].messages
+    picture = messages[0]["content"][0]["image"]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
+    wanted = processor(text=text, images=[picture], return_tensors="pt")
+    batch = ours.processor(messages)
+    assert wanted["input_ids"][0].tolist() == batch.ids.tolist()
+    torch.testing.assert_close(batch.visual.pixels, wanted["pixel_values"], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), theirs.eval()(**wanted).logits[0], rtol=0, atol=1e-4)
+
+
+def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
+    from intermodal.models.decoder import DecoderConfig
+
+    shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=128, tied=True)
+    decoder = fresh_decoder(shape, ["how many dogs are there ?", "one"], 64)
+    intermodal.save(decoder, tmp_path / "decoder")
+    done = CliRunner().invoke(
+        app, ["stitch", "--vision", tower, "--language", str(tmp_path / "decoder"), "--out", str(tmp_path / "made")]
+    )
+    assert done.exit_code == 0, done.output
+    made = intermodal.load(tmp_path / "made")
+    parent = intermodal.load(tower)
+    for key, value in parent.vision.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(made.vision.state_dict()[key], value), key
+    question = [{"role": "user", "content": "how many dogs are there ?"}]
+    rows = decoder.config.vocab_size
+    assert torch.equal(made.logits(question)[:, :rows], decoder.logits(question))
+    with pytest.raises(IntermodalError, match="without a tokenizer or chat template"):
+        stitch(parent, LanguageModel(replace(shape, vocab_size=9)))
