@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any, ClassVar
 
 from ..errors import IntermodalError
@@ -100,7 +101,7 @@ class ChatTemplate:
         """
         plain = self.render(messages, **variables)
         everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
-        marks = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything][:2]
+        marks = list(islice((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything), 2))
         words = [_words(message) for message in messages if message.get("role") == "assistant"]
         for trim in (False, True):
             marked = self.render(_with_marks(messages, marks, trim), **variables)
