@@ -196,16 +196,23 @@ def stitch(
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    seconds: Annotated[float, typer.Option(help="How long to train; the steps are set to fit.")] = 165.0,
-    steps: Annotated[int | None, typer.Option(help="Train exactly this many steps instead.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 165.0,
+    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 210.0,
+    steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
 ) -> None:
-    """Train SigLIP on composed scenes for three minutes and draw `report.html`: what it learned, beside what needs no learning.
+    """Train SigLIP on composed scenes for three minutes, then a LLaVA on its tower for four, and draw `report.html`.
+
+    The page shows what each learned, beside what needs no learning.
 
     Example: `intermodal demo --out runs/demo`
     """
     from ..evaluate.demo import run_demo
 
     report = run_demo(out, seconds, steps)
+    if llava_seconds > 0:
+        from ..evaluate.demo_llava import run_llava_demo
+
+        run_llava_demo(out, out / "model", llava_seconds, steps)
     typer.echo(f"report: {report}")
 
 

@@ -69,11 +69,17 @@ class Scenes:
 
     def scene(self, index: int) -> Scene:
         """Scene number `index` with its facts and boxes."""
-        config = self.config
-        rng = random.Random(f"{config.seed}/{config.split}/{index}")
+        config, rng = self.config, self._rng(index)
         facts = self._facts(rng)
         style = rng.choice(config.styles)
         return draw(facts, style, config.side, rng, seed=index, fonts=config.fonts, recolour=config.recolour)
+
+    def facts(self, index: int) -> Facts:
+        """What scene number `index` says, without drawing it."""
+        return self._facts(self._rng(index))
+
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"{self.config.seed}/{self.config.split}/{index}")
 
     def _facts(self, rng: random.Random) -> Facts:
         """Facts of this split, by rejection: the test side is about one combination in ten, so this ends soon."""

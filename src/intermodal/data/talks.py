@@ -109,14 +109,14 @@ class SceneTalks:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> Talk:
-        scene = self.scenes.scene(index)
-        asked = questions(scene.facts)
+        scene = None if self.blind else self.scenes.scene(index)
+        asked = questions(scene.facts if scene else self.scenes.facts(index))
         random.Random(f"{self.scenes.name}/questions/{index}").shuffle(asked)
         messages: list[dict[str, Any]] = []
         for number, question in enumerate(asked):
-            picture = None if number or self.blind else scene.image
+            picture = None if number or scene is None else scene.image
             messages += [user(picture, question.text), {"role": "assistant", "content": question.answer}]
-        return Talk(f"{self.name}/{index}", messages, scene.truth())
+        return Talk(f"{self.name}/{index}", messages, scene.truth() if scene else {})
 
 
 class FileTalks:

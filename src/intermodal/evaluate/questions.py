@@ -67,6 +67,6 @@ def majority(config: SceneConfig, asked: Sequence[Asked], looks: int = 500) -> l
     source = Scenes(replace(config, word_share=max(config.word_share, 0.3)))
     seen: dict[str, Counter[str]] = {}
     for index in range(looks):
-        for question in questions(source.scene(index).facts):
+        for question in questions(source.facts(index)):
             seen.setdefault(question.kind, Counter())[question.answer] += 1
     return [seen[one.question.kind].most_common(1)[0][0] for one in asked]

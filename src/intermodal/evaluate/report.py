@@ -41,7 +41,7 @@ def write(out: Path, model: DualEncoder, recipe: Recipe, results: dict[str, Any]
         _scene_tables(results),
         _sprite_table(results),
         "<h2>Training</h2>",
-        f'<img src="{_inline(curves(out))}" alt="loss and accuracy over the steps">',
+        f'<img src="{inline(curves(out))}" alt="loss and accuracy over the steps">',
         "<h2>Confusions on the unseen style, core sixty</h2>",
         _confusions(results["confusions"], recipe.model.vision.image_size),
         "<h2>Held-out scenes and the captions the model prefers</h2>",
@@ -116,7 +116,7 @@ def _confusions(pairs: list[list[str]], side: int, most: int = 18) -> str:
         both = Image.new("RGB", (2 * side, side))
         both.paste(one, (0, 0))
         both.paste(other, (side, 0))
-        cards.append(f'<div class=card><img src="{_inline(both)}"><br>{html.escape(true)} taken for {html.escape(guess)}</div>')
+        cards.append(f'<div class=card><img src="{inline(both)}"><br>{html.escape(true)} taken for {html.escape(guess)}</div>')
     return f"<p>{len(pairs)} of {len(by_noun)} are wrong.</p><div class=grid>{''.join(cards)}</div>"
 
 
@@ -140,11 +140,11 @@ def _pictures(model: DualEncoder, recipe: Recipe, count: int = 18) -> str:
             f"<div class=bar style='width:{100 * (score - low) / max(1e-6, ranked[0][0] - low):.0f}%'></div></div>"
             for score, text in ranked
         )
-        cards.append(f'<div class=card><img src="{_inline(scene.image)}">{lines}</div>')
+        cards.append(f'<div class=card><img src="{inline(scene.image)}">{lines}</div>')
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def _inline(picture: Image.Image | bytes) -> str:
+def inline(picture: Image.Image | bytes) -> str:
     if isinstance(picture, Image.Image):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")

@@ -1,0 +1,154 @@
+"""The demo's second part: the SigLIP tower becomes the eyes of a LLaVA, which answers questions about scenes it has never seen."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..data.questions import KINDS
+from ..data.talks import SceneTalks, open_talks
+from ..errors import IntermodalError
+from ..train.recipe import StagedRecipe, load_recipe
+from ..train.stages import train_stages
+from .demo import RECIPE as SIGLIP_RECIPE
+from .questions import Asked, accuracy, ask, held_out_questions, majority
+from .report import inline
+
+RECIPE = SIGLIP_RECIPE.with_name("llava.py")
+TRIAL_STEPS = 12
+ALIGN_SHARE, BLIND_COST = 0.2, 0.4
+"""The first stage's share of the steps; what a step of the blind model costs beside one that sees (measured: shorter, nothing drawn)."""
+SHOWN_EACH = 6
+
+
+def run_llava_demo(
+    out: Path, tower: Path, seconds: float, steps: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Train LLaVA in two stages and a blind twin, ask both, and add the result to `out`/report.html.
+
+    Args:
+        out: the demo's folder; what is trained goes under `out`/llava.
+        seconds: time for all training; the steps are set to fit by a short trial.
+        steps: of both stages together, instead.
+    """
+    console = console or Console()
+    if not RECIPE.exists():
+        raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
+    recipe = load_recipe(RECIPE)
+    recipe = replace(recipe, model=replace(recipe.model, vision=str(tower)))
+    folder = out / "llava"
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    if steps is None:
+        steps = _fitting(recipe, folder / "trial", seconds, console)
+    align = max(2, round(steps * ALIGN_SHARE))
+    recipe = _with_steps(recipe, (align, max(2, steps - align)))
+    model = train_stages(recipe, folder, console=console)
+    console.print("the same decoder without pictures, for comparison:")
+    blind = train_stages(_blind(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
+    took = time.perf_counter() - began
+    talks = open_talks(recipe.stages[-1].data.train[0], side=model.config.vision.image_size)
+    assert isinstance(talks, SceneTalks)
+    config = talks.scenes.config
+    asked = held_out_questions(config)
+    answers = ask(model, asked)
+    results = {
+        "training": {
+            "seconds": round(took, 1),
+            "steps": [stage.train.steps for stage in recipe.stages],
+            "conversations a step": recipe.stages[-1].data.batch,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "questions": len(asked),
+        "accuracy": {
+            "model": accuracy(asked, answers),
+            "blind model": accuracy(asked, ask(blind, asked, blind=True)),
+            "most common answer": accuracy(asked, majority(config, asked)),
+        },
+    }
+    (out / "llava.json").write_text(json.dumps(results, indent=2) + "\n")
+    _add_to_page(out / "report.html", results, asked, answers)
+    console.print(summary(results))
+    return results
+
+
+def summary(results: dict[str, Any]) -> Table:
+    table = Table(title="questions about scenes it has never seen: exactly right", box=box.SIMPLE)
+    columns = list(results["accuracy"])
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    for kind in (*KINDS, "all"):
+        table.add_row(kind, *(f"{results['accuracy'][column][kind]:.1%}" for column in columns))
+    return table
+
+
+def _fitting(recipe: StagedRecipe, folder: Path, seconds: float, console: Console) -> int:
+    """Steps of both stages that fit, with the blind model's, by a trial of the second stage."""
+    last = recipe.stages[-1]
+    short = replace(last, train=replace(last.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2))
+    train_stages(replace(recipe, stages=(short,)), folder, quiet=True)
+    line = json.loads((folder / f"1-{last.name}" / "metrics.jsonl").read_text().splitlines()[-1])
+    shutil.rmtree(folder)
+    a_step = last.data.batch / line["samples_per_second"]
+    steps = max(10, int(seconds / (a_step * (1 + BLIND_COST * (1 - ALIGN_SHARE)))))
+    steps = min(steps, sum(stage.train.steps for stage in recipe.stages))
+    console.print(f"{line['samples_per_second']:.0f} conversations/s here: {steps} steps in two stages fit into {seconds:.0f} s")
+    return steps
+
+
+def _with_steps(recipe: StagedRecipe, steps: Sequence[int]) -> StagedRecipe:
+    stages = tuple(
+        replace(stage, train=replace(stage.train, steps=count)) for stage, count in zip(recipe.stages, steps, strict=True)
+    )
+    return replace(recipe, stages=stages)
+
+
+def _blind(recipe: StagedRecipe, start: Path) -> StagedRecipe:
+    """The last stage on the same conversations without their pictures, from the same weights."""
+    last = recipe.stages[-1]
+    sources = tuple(spec.replace("questions:", "blind:", 1) for spec in last.data.train)
+    learn = tuple((pattern, rate) for pattern, rate in last.learn if not pattern.startswith(("vision", "projector")))
+    stage = replace(last, name="blind", learn=learn, data=replace(last.data, train=sources))
+    return replace(recipe, name="blind", model=replace(recipe.model, start=str(start)), stages=(stage,))
+
+
+def _add_to_page(page: Path, results: dict[str, Any], asked: Sequence[Asked], answers: Sequence[str]) -> None:
+    columns = list(results["accuracy"])
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    rows = []
+    for kind in (*KINDS, "all"):
+        values = [results["accuracy"][column][kind] for column in columns]
+        tone = "win" if values[0] > max(values[1:]) else "lose"
+        cells = "".join(f"<td{f' class={tone}' if not at else ''}>{value:.1%}</td>" for at, value in enumerate(values))
+        rows.append(f"<tr><td>{kind}</td>{cells}</tr>")
+    cards = []
+    for kind in KINDS:
+        chosen = [(one, answer) for one, answer in zip(asked, answers, strict=True) if one.question.kind == kind][:SHOWN_EACH]
+        for one, answer in chosen:
+            right = answer == one.question.answer
+            truth = "" if right else f"<br>truth: {html.escape(one.question.answer)}"
+            cards.append(
+                f'<div class=card><img src="{inline(one.scene.image)}"><br>{html.escape(one.question.text)}<br>'
+                f"<span class={'right' if right else 'lose'}>{html.escape(answer) or '(nothing)'}</span>{truth}</div>"
+            )
+    training = results["training"]
+    section = (
+        "<h1>LLaVA on the same tower</h1>"
+        f"<p>{training['parameters']:,} parameters, {sum(training['steps'])} steps in two stages, with the blind twin "
+        f"{training['seconds']:.0f} s. {results['questions']} questions about held-out combinations, the signs in a font never "
+        "trained on; an answer counts when it is exactly right. The blind model is the same decoder, trained as long on the same "
+        f"conversations without their pictures.</p><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        f"<div class=grid>{''.join(cards)}</div>\n"
+    )
+    before = page.read_text(encoding="utf-8") if page.exists() else "<!doctype html><meta charset='utf-8'>"
+    page.write_text(before + section, encoding="utf-8")
