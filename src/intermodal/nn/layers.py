@@ -78,9 +78,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        # one product for the three: the weights are small beside the tokens, and backward then adds no input gradients up
-        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        q, k, v = F.linear(x_TD, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if all(type(p) is nn.Linear for p in projections):
+            # one product for the three: the weights are small beside the tokens, and backward then adds no input gradients up
+            weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+            q, k, v = F.linear(x_TD, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        else:  # adapters do their work in the layer's own forward
+            q, k, v = (p(x_TD).unflatten(-1, (self.heads, -1)) for p in projections)
         return self.out_proj(attention(q, k, v, segments, causal=self.causal).flatten(1))
 
 

@@ -81,11 +81,19 @@ def restore(folder: Path, world: World, model: nn.Module, optimizer, average: di
     if average is not None:
         state["average"] = average
     try:
+        # what had no gradient yet (a projector that met no picture) has no moments in the file, and must have none afterwards
+        saved = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        waiting: dict[str, Any] = moments["state"]  # pyright: ignore[reportAssignmentType]
+        unused = [name for name in waiting if f"optimizer.state.{name}.exp_avg" not in saved]
+        state["optimizer"] = {**moments, "state": {name: value for name, value in waiting.items() if name not in unused}}
         with _no_single_process_warning():
             dcp.load(state, checkpoint_id=str(folder), no_dist=world.size == 1)
     except Exception as error:  # DCP wraps every cause in its own exception
         raise CheckpointError(f"{folder} does not fit this run (other model settings?): {error}") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(strict=True))
+    parameters = dict(model.named_parameters())
+    for name in unused:
+        optimizer.state.pop(parameters[name], None)
     if meta["ranks"] == world.size:
         _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
     return meta

@@ -156,6 +156,18 @@ class TalksConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers (arXiv 2106.09685), through peft."""
+
+    targets: tuple[str, ...] = ("model.layers.*_proj",)
+    """Patterns of layer names. The adapters' own parameters are then `*lora_*` in a stage's `learn`."""
+    rank: int = 16
+    alpha: float = 32.0
+    """The adapter counts alpha / rank."""
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Stage:
     """Which parameters learn, at which rate, on what."""
 
@@ -166,6 +178,8 @@ class Stage:
     data: TalksConfig = field(default_factory=TalksConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0))
     train: LoopConfig = field(default_factory=LoopConfig)
+    lora: LoraConfig | None = None
+    """Train adapters on these layers. At the end they are in `adapter/`, and merged into the stage's `model/`."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from ..parallel import checkpoint
 from ..parallel.setup import World, start
 from ..weights.load import load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
+from . import lora
 from .loop import Trainer
 from .optim import adamw_by_pattern
-from .recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from .recipe import LoopConfig, LoraConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
 
 
 def train_stages(
@@ -99,6 +100,7 @@ class _StageRun:
     optim: OptimConfig
     train: LoopConfig
     learn: tuple[tuple[str, float], ...]
+    lora: LoraConfig | None
 
 
 class StageTrainer(Trainer):
@@ -118,7 +120,7 @@ class StageTrainer(Trainer):
         quiet: bool,
     ):
         self.whole, self.before = whole, before
-        run = _StageRun(f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn)
+        run = _StageRun(f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn, stage.lora)
         super().__init__(run, folder, world, resume, console, quiet)
 
     def _set_up(self) -> None:
@@ -135,6 +137,8 @@ class StageTrainer(Trainer):
                 save(self.model, initial)
         if self.model.processor is None:
             raise IntermodalError("the model came without a tokenizer: there is nothing to read conversations with")
+        if self.recipe.lora is not None:
+            lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
         self.model.to(self.world.device).train()
         self.model.model.checkpoint_activations = self.recipe.train.checkpoint_activations
         self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
@@ -192,6 +196,10 @@ class StageTrainer(Trainer):
         if self.average is not None:
             self.model.load_state_dict({**self.model.state_dict(), **self.average})
         self.model.eval()
+        if self.recipe.lora is not None:
+            if self.world.main:
+                lora.save(self.model, self.recipe.lora, self.folder / "adapter")
+            lora.merge(self.model)
         if self.world.main:
             save(self.model, self.folder / "model")
         if self.world.size > 1:
@@ -200,11 +208,17 @@ class StageTrainer(Trainer):
 
 
 def sum_gradients(model: torch.nn.Module, world: World) -> None:
-    """Add the gradients of all ranks in one exchange. A part that a rank did not use (no picture in its packs) counts as zero."""
+    """Add the gradients of all ranks in one exchange.
+
+    A part that one rank did not use (no picture in its packs) counts as zero there; a part that no rank used keeps no gradient, so that
+    the optimizer leaves it alone as it does on one rank.
+    """
     if world.size == 1:
         return
     learning = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning])
+    used = torch.tensor([float(p.grad is not None) for p in learning], device=world.device)
+    flat = torch.cat([used, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning)])
     dist.all_reduce(flat)
-    for parameter, summed in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
-        parameter.grad = summed.view_as(parameter).clone()
+    used, *sums = flat.split([len(learning), *(p.numel() for p in learning)])
+    for parameter, count, summed in zip(learning, used.tolist(), sums, strict=True):
+        parameter.grad = summed.view_as(parameter).clone() if count else None
