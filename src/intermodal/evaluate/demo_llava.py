@@ -25,7 +25,7 @@ from .questions import Asked, accuracy, ask, held_out_questions, majority
 from .report import inline
 
 RECIPE = SIGLIP_RECIPE.with_name("llava.py")
-TRIAL_STEPS = 12
+TRIAL_STEPS = 24
 ALIGN_SHARE, BLIND_COST = 0.2, 0.4
 """The first stage's share of the steps; what a step of the blind model costs beside one that sees (measured: shorter, nothing drawn)."""
 SHOWN_EACH = 6
