@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,3 +293,40 @@ def test_round_trip(made, family, tied, tmp_path):
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planned_equals_produced_over_thousands_of_sizes(made, family):
+    """The count of tokens known before pixels is what the merged patches become; the tower itself says so for some of them."""
+    ours = intermodal.load(made(family)[0])
+    planner = replace(ours.processor.planner, min_pixels=planner_side(ours) ** 2, max_pixels=16 * planner_side(ours) ** 2)
+    sizes = [
+        (width, height)
+        for width in range(1, 400, 7)
+        for height in range(1, 400, 11)
+        if max(width, height) < 200 * min(width, height)
+    ]
+    assert len(sizes) > 2000
+    for number, size in enumerate(sizes):
+        picture = Image.new("RGB", size)
+        plan = planner.plan(picture, 1)
+        visual = planner.pixels([picture], [plan])
+        tokens = sum(len(piece) for run in plan.runs for piece in run)
+        assert tokens * planner.merge**2 == len(visual.pixels), size
+        assert np.prod(visual.grids[0]) == len(visual.pixels)
+        if number % 200 == 0:
+            with torch.no_grad():
+                assert len(ours.visual(visual)[0]) == tokens
+    for authors in (True, False):
+        clips = replace(planner, authors=authors, video_pixels=(planner.min_pixels, 40 * planner.max_pixels))
+        for frames in (1, 2, 3, 5):
+            for size in ((31, 90), (200, 64), (97, 97)):
+                clip = Clip(np.zeros((frames, size[1], size[0], 3), np.uint8), tuple(range(frames)), 1.0)
+                plan = clips.plan(clip, 1)
+                tokens = sum(len(piece) for run in plan.runs for piece in run)
+                assert tokens * planner.merge**2 == len(clips.pixels([clip], [plan]).pixels), (frames, size)
+
+
+def planner_side(model):
+    """Pixels of a token's side."""
+    return model.processor.planner.factor
