@@ -1,0 +1,133 @@
+"""A training step of a LLaVA-shaped model on mixed-length conversations: packed here, padded in transformers, same weights and data.
+
+    python benchmarks/vlm_train_step.py
+
+Prints tokens/s of both (real tokens, padding not counted), the ratio, and both losses, which must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.data.packing import bins
+from intermodal.data.talks import open_talks
+from intermodal.inputs.image import ImageProcessor
+from intermodal.inputs.processor import PairProcessor
+from intermodal.losses_tokens import next_token_loss
+from intermodal.models.clip import DualConfig, SigLIP, initialise
+from intermodal.models.decoder import DecoderConfig
+from intermodal.models.generative import LanguageModel
+from intermodal.models.text import TextConfig
+from intermodal.models.vit import VisionConfig
+from intermodal.train.stages import spoken
+from intermodal.weights.stitch import fresh_decoder, stitch
+
+SIDE, PATCH = 112, 14
+SOURCES = ("captions:scenes:core", "questions:scenes:core?word_share=0.3", "blind:scenes:core")
+TEXT = DecoderConfig(width=640, depth=16, heads=10, kv_heads=10, head_width=64, mlp_width=1728, vocab_size=32_000, context=1024)
+
+
+def build():
+    """About 135M parameters, random, with a real tokenizer."""
+    vision = VisionConfig(384, 8, 6, 1536, image_size=SIDE, patch_size=PATCH, activation="gelu_pytorch_tanh", norm_eps=1e-6)
+    tower = initialise(SigLIP(DualConfig(vision, TextConfig(32, 1, 2, 64, vocab_size=64, context=8, eos_id=1), 384)))
+    tower.processor = PairProcessor(ImageProcessor((SIDE, SIDE)), None, "siglip")
+    sources = [open_talks(spec, side=SIDE) for spec in SOURCES]
+    small = fresh_decoder(replace(TEXT, width=64, depth=1), spoken(sources, 1500), 2000)
+    language = LanguageModel(TEXT)
+    with torch.no_grad():
+        for parameter in language.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    language.processor = small.processor
+    return stitch(tower, language), sources
+
+
+def median_seconds(step, repeats: int) -> tuple[float, float]:
+    loss = step()  # warm-up
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        loss = step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times), loss
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--conversations", type=int, default=16)
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--threads", type=int, default=2)
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model, sources = build()
+    rng = random.Random(0)
+    talks = [rng.choice(sources)[index] for index in range(options.conversations)]
+    singles = [model.processor(talk.messages) for talk in talks]
+    lengths = [len(single.ids) for single in singles]
+    tokens = sum(lengths)
+    packs = [TokenBatch.pack([singles[i] for i in chosen]) for chosen in bins(lengths, 2048)]
+    count = sum(int(single.supervised.sum()) for single in singles)
+
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        intermodal.save(model, folder)
+        peer = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    model.train()
+
+    def ours() -> float:
+        total = 0.0
+        for pack in packs:
+            loss, _ = next_token_loss(model.hidden(pack), model.head_weight, pack)
+            (loss / count).backward()
+            total += loss.item() / count
+        model.zero_grad(set_to_none=True)
+        return total
+
+    longest = max(lengths)
+    ids = torch.zeros(len(singles), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, single in enumerate(singles):
+        size = len(single.ids)
+        ids[row, :size], mask[row, :size] = single.ids, 1
+        labels[row, :size] = torch.where(single.supervised, single.ids, -100)
+    pixels = torch.cat([single.visual.pixels for single in singles if single.visual is not None])
+
+    def theirs() -> float:
+        out = peer(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
+        out.loss.backward()
+        peer.zero_grad(set_to_none=True)
+        return out.loss.item()
+
+    seconds, loss = median_seconds(ours, options.repeats)
+    peer_seconds, peer_loss = median_seconds(theirs, options.repeats)
+    parameters = sum(p.numel() for p in model.parameters())
+    table = Table(
+        title=f"{parameters / 1e6:.0f}M parameters, {len(talks)} conversations, {tokens} tokens ({min(lengths)} to {longest}), fp32"
+    )
+    for column in ("", "tokens/s", "step", "loss"):
+        table.add_column(column)
+    table.add_row("intermodal, packed", f"{tokens / seconds:.0f}", f"{seconds:.2f} s", f"{loss:.5f}")
+    table.add_row("transformers, padded", f"{tokens / peer_seconds:.0f}", f"{peer_seconds:.2f} s", f"{peer_loss:.5f}")
+    console = Console()
+    console.print(table)
+    padding = len(talks) * longest / tokens
+    console.print(f"ratio {peer_seconds / seconds:.2f}x; padding makes the peer's batch {padding:.2f}x as long")
+    if abs(loss - peer_loss) > 1e-3 * peer_loss:
+        raise SystemExit("the losses differ: this is not the same work")
+
+
+if __name__ == "__main__":
+    main()
