@@ -58,12 +58,21 @@ def test_wrong_overrides_name_the_field(assignment, words):
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
 def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
     from intermodal.train.contrastive import train
+    from intermodal.train.recipe import StagedRecipe
+    from intermodal.train.stages import train_stages
 
     recipe = load_recipe(ROOT / "recipes" / file, tiny=True)
-    recipe = replace(recipe, train=replace(recipe.train, threads=1))
-    train(recipe, tmp_path, quiet=True)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3]
+    if isinstance(recipe, StagedRecipe):
+        train(load_recipe(ROOT / "recipes" / "siglip.py", tiny=True), tmp_path / "tower", quiet=True)
+        recipe = replace(recipe, model=replace(recipe.model, vision=str(tmp_path / "tower" / "model")))
+        train_stages(recipe, tmp_path / "run", quiet=True)
+        folders = [tmp_path / "run" / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
+    else:
+        train(replace(recipe, train=replace(recipe.train, threads=1)), tmp_path, quiet=True)
+        folders = [tmp_path]
+    for folder in folders:
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3]
     assert len(paths(load_recipe(ROOT / "recipes" / file))) > 40
 
 
