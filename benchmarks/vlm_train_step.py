@@ -53,14 +53,16 @@ def build():
     return stitch(tower, language), sources
 
 
-def median_seconds(step, repeats: int) -> tuple[float, float]:
-    loss = step()  # warm-up
-    times = []
+def in_turn(steps, repeats: int) -> list[tuple[float, float]]:
+    """(median seconds, loss) of each; they take turns, so that a slow minute of the machine falls on both."""
+    losses = [step() for step in steps]  # warm-up
+    times = [[] for _ in steps]
     for _ in range(repeats):
-        began = time.perf_counter()
-        loss = step()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times), loss
+        for at, step in enumerate(steps):
+            began = time.perf_counter()
+            losses[at] = step()
+            times[at].append(time.perf_counter() - began)
+    return [(statistics.median(seconds), loss) for seconds, loss in zip(times, losses, strict=True)]
 
 
 def main() -> None:
@@ -111,8 +113,7 @@ def main() -> None:
         peer.zero_grad(set_to_none=True)
         return out.loss.item()
 
-    seconds, loss = median_seconds(ours, options.repeats)
-    peer_seconds, peer_loss = median_seconds(theirs, options.repeats)
+    (seconds, loss), (peer_seconds, peer_loss) = in_turn((ours, theirs), options.repeats)
     parameters = sum(p.numel() for p in model.parameters())
     table = Table(
         title=f"{parameters / 1e6:.0f}M parameters, {len(talks)} conversations, {tokens} tokens ({min(lengths)} to {longest}), fp32"
