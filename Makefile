@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/loss_ranks.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/vlm_train_step.py
 
 clean:
 	rm -rf $(VENV) build dist .ruff_cache .hypothesis
