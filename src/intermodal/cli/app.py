@@ -50,6 +50,8 @@ def train(
 
     `intermodal train recipes/clip.py 'data.train=["shards/{000..009}.tar"]' data.batch=512 train.steps=2000 --out runs/b`
 
+    `intermodal train recipes/llava.py model.vision=runs/a/model --out runs/llava`
+
     `torchrun --nproc-per-node 2 -m intermodal train recipes/siglip.py train.parallel=fsdp train.threads=1 --out runs/c`
     """
     from ..config import override, paths

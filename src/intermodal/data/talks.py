@@ -81,6 +81,11 @@ class CaptionTalks:
     def name(self) -> str:
         return f"captions-{self.source.name}"
 
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """What of the source could not be read at all."""
+        return getattr(self.source, "problems", [])
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -217,8 +222,10 @@ def _placed(message: Any, folder: Path) -> dict[str, Any]:
         return message
     parts = []
     for part in content:
+        if not isinstance(part, dict):
+            raise SampleError(f"a part of a message's content must be an object with a type, got {str(part)[:80]!r}")
         for kind in ("image", "video"):
-            value = part.get(kind) if isinstance(part, dict) else None
+            value = part.get(kind)
             if isinstance(value, str) and not value.startswith(("data:", "http://", "https://")):
                 part = {**part, kind: str(folder / value)}
         parts.append(part)

@@ -21,8 +21,8 @@ from ..errors import IntermodalError
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from .demo import RECIPE as SIGLIP_RECIPE
-from .questions import Asked, accuracy, ask, held_out_questions, majority
 from .report import inline
+from .vqa import Asked, accuracy, ask, held_out_questions, majority
 
 RECIPE = SIGLIP_RECIPE.with_name("llava.py")
 TRIAL_STEPS = 24

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..batch import PairBatch
-from ..data.loader import Fetched, Fetcher, Loader, Mixture, Rejects
+from ..data.loader import Fetched, Fetcher, Loader, Mixture
 from ..data.readers import open_source
 from ..data.source import Sample, Source
 from ..data.stream import StreamSource
@@ -136,23 +136,7 @@ class PairTrainer(Trainer):
                 if self.world.main:
                     save_model(self.model, self.folder / "initial")
         assert self.model.processor is not None
-        rejects = Rejects(self.folder / "rejects.jsonl" if self.world.main else None, data.max_reject_share)
-        for source in sources:
-            for key, reason in getattr(source, "problems", []):
-                rejects.note(key, reason)
-                if self.world.main:
-                    self.console.print(f"[yellow]{key}: {reason}[/yellow]")
-        mixture = Mixture(sources, data.weights, data.seed)
-        return Loader(
-            mixture,
-            Fetcher(sources, self.model.processor, data.seed, data.crop_scale),
-            batch=data.batch,
-            rank=self.world.rank,
-            ranks=self.world.size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            rejects=rejects,
-        )
+        return self._loader(sources, Fetcher(sources, self.model.processor, data.seed, data.crop_scale))
 
     def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:
         """Forward, backward, update. The loss of a step is the sum over all ranks divided by the pairs of all ranks."""

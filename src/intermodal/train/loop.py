@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..config import to_dict
-from ..data.loader import Loader
+from ..data.loader import Loader, Mixture, Rejects
 from ..errors import IntermodalError
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
@@ -31,7 +32,7 @@ class NotFinite(IntermodalError):
     """The loss became NaN or infinite."""
 
 
-class Trainer:
+class Trainer(ABC):
     """One run of one objective. `run()` is the loop; a subclass says what is trained, on what, and what a step is.
 
     A subclass's `_set_up` makes `model` (wrapped for its ranks), `optimizer` and `loader`; the recipe has `name`, `data.batch`, `optim`
@@ -61,20 +62,21 @@ class Trainer:
         self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
 
+    @abstractmethod
     def _set_up(self) -> None:
-        raise NotImplementedError
+        """Make `model`, `optimizer` and `loader`, as they are before the first step."""
 
+    @abstractmethod
     def _train_step(self, fetched: Any, logging: bool) -> dict[str, Any]:
         """Forward, backward, `_update`; the values to log, or nothing when not logging."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _note(self, values: dict[str, Any]) -> str:
         """What the progress line says of the logged values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self) -> Any:
         """The trained model, whole, in eval mode, saved by the first rank."""
-        raise NotImplementedError
 
     def run(self) -> Any:
         recipe, steps = self.recipe, self.recipe.train.steps
@@ -112,6 +114,26 @@ class Trainer:
                 if metrics is not None:
                     metrics.close()
         return self._finish()
+
+    def _loader(self, sources: Sequence[Any], fetcher: Any) -> Loader:
+        """This rank's steps of the sources. Whatever of them cannot be read at all (a shard cut short) is told and counted now."""
+        data, world = self.recipe.data, self.world
+        rejects = Rejects(self.folder / "rejects.jsonl" if world.main else None, data.max_reject_share)
+        for source in sources:
+            for key, reason in getattr(source, "problems", []):
+                rejects.note(key, reason)
+                if world.main:
+                    self.console.print(f"[yellow]{key}: {reason}[/yellow]")
+        return Loader(
+            Mixture(sources, data.weights, data.seed),
+            fetcher,
+            batch=data.batch,
+            rank=world.rank,
+            ranks=world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            rejects=rejects,
+        )
 
     def _update(self) -> tuple[float, Tensor]:
         """Clip, step, average: (the rate, the gradients' norm before clipping)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ def add(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
     Raises:
         IntermodalError: a pattern fits no linear layer, or peft is not installed.
     """
-    import fnmatch
-
     try:
         import peft
     except ImportError:
@@ -62,8 +62,6 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save(model: nn.Module, config: LoraConfig, folder: Path) -> None:
     """Write the adapters alone: a few megabytes, under this library's parameter names."""
-    from dataclasses import asdict
-
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,8 @@ class OptimConfig:
     """Steps of linear warm-up, then a cosine to `final_lr_share`."""
     final_lr_share: float = 0.0
     scalar_lr_factor: float = 1.0
-    """Rate of the loss's scale and bias, as a multiple. In a run of a few hundred steps they are otherwise still near their start."""
+    """Contrastive only: rate of the loss's scale and bias, as a multiple. In a run of a few hundred steps they are otherwise still near
+    their start."""
     clip_norm: float | None = 1.0
     ema: float | None = None
     """Decay of the exponential moving average of the weights; None keeps none. What is exported is then the average."""

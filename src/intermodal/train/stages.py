@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from ..data.loader import ENDLESS, Loader, Mixture, Rejects
 from ..data.packing import Packs, TalkFetcher
 from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
@@ -85,7 +84,7 @@ def spoken(sources: Sequence[TalkSource], count: int) -> list[str]:
             except SampleError:
                 continue
             for message in messages:
-                content = message["content"]
+                content = message.get("content") or []
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
                 out += [part["text"] for part in parts if part.get("type") == "text"]
     return out
@@ -133,32 +132,22 @@ class StageTrainer(Trainer):
         else:
             every = [open_talks(spec, seed=stage.data.seed) for stage in self.whole.stages for spec in stage.data.train]
             self.model = build_stitched(self.whole.model, every)
-            if self.world.main:
+            if self.world.main and self.whole.model.start is None:
                 save(self.model, initial)
         if self.model.processor is None:
             raise IntermodalError("the model came without a tokenizer: there is nothing to read conversations with")
         if self.recipe.lora is not None:
             lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
         self.model.to(self.world.device).train()
-        self.model.model.checkpoint_activations = self.recipe.train.checkpoint_activations
+        for module in self.model.modules():
+            if hasattr(module, "checkpoint_activations"):
+                module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
         side = data.side or getattr(getattr(self.model.config, "vision", None), "image_size", 64)
         sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
         fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, self.model.config_text.context)
         fetcher.audit()
-        if data.weights is None and len(sources) > 1 and any(len(source) >= ENDLESS for source in sources):
-            raise IntermodalError("data.weights is needed when one of several sources is endless (scenes are)")
-        rejects = Rejects(self.folder / "rejects.jsonl" if self.world.main else None, data.max_reject_share)
-        self.loader = Loader(
-            Mixture(sources, data.weights, data.seed),  # pyright: ignore[reportArgumentType]
-            fetcher,
-            batch=data.batch,
-            rank=self.world.rank,
-            ranks=self.world.size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            rejects=rejects,
-        )
+        self.loader = self._loader(sources, fetcher)
 
     def _train_step(self, fetched: Packs, logging: bool) -> dict[str, Any]:
         """The loss of a step is the sum over all packs of all ranks, divided once by their supervised tokens."""
