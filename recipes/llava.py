@@ -18,7 +18,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         Stage(
             "align",
             # a decoder from scratch knows no words yet: it learns them here, together with the projector
-            learn=(("projector.*", 1.0), ("model.*", 1.0), ("lm_head.*", 1.0)),
+            learn=(("*", 1.0), ("vision.*", 0.0)),
             data=replace(data, train=(f"captions:{SCENES}&forms=1",)),
             optim=optim,
             train=loop,
@@ -26,7 +26,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         Stage(
             "instruct",
             # the tower learns too: it was trained to match captions, which seldom need the places and letters that questions ask for
-            learn=(("projector.*", 1.0), ("model.*", 1.0), ("lm_head.*", 1.0), ("vision.*", 0.5)),
+            learn=(("*", 1.0), ("vision.*", 0.5)),
             data=replace(data, train=(f"questions:{SCENES}",)),
             optim=optim,
             train=replace(loop, steps=1600),

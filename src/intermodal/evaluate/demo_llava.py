@@ -117,8 +117,7 @@ def _blind(recipe: StagedRecipe, start: Path) -> StagedRecipe:
     """The last stage on the same conversations without their pictures, from the same weights."""
     last = recipe.stages[-1]
     sources = tuple(spec.replace("questions:", "blind:", 1) for spec in last.data.train)
-    learn = tuple((pattern, rate) for pattern, rate in last.learn if not pattern.startswith(("vision", "projector")))
-    stage = replace(last, name="blind", learn=learn, data=replace(last.data, train=sources))
+    stage = replace(last, name="blind", data=replace(last.data, train=sources))
     return replace(recipe, name="blind", model=replace(recipe.model, start=str(start)), stages=(stage,))
 
 
