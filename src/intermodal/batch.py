@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
+from math import prod
 from typing import Any
 
 import torch
@@ -84,21 +86,41 @@ class PairBatch:
         return PairBatch(self.images.slice(start, stop), self.texts.slice(start, stop), self.keys[start:stop], groups)
 
 
+States = tuple[Tensor, ...]
+"""What a vision tower says of one item before the connector: one tensor (rows, ...), and one more for each DeepStack layer."""
+
+
 @dataclass
 class Visual:
     """What a vision tower of a stitched model reads, for all media of a batch end to end.
 
     `pixels` is (N, C, H, W) for towers of a fixed size, or (P, patch values) with `grids` (frames, rows, columns) of patches for
     native resolution. `layout` says, item by item, how features become the decoder's tokens where that is not their own order
-    (tiles, newlines, pooling); its entries belong to the model family.
+    (tiles, newlines, pooling); its entries belong to the model family and say how many `views` the tower sees.
+
+    Where a cache is in use, `keys` names each item, and `known` holds, item by item, what the tower said of it earlier (or None);
+    `pixels` are then those of the unknown items only.
     """
 
     pixels: Tensor
     grids: tuple[tuple[int, int, int], ...] | None = None
     layout: tuple[Any, ...] = ()
+    keys: tuple[str, ...] = ()
+    known: tuple[States | None, ...] = ()
 
     def to(self, device: torch.device | str) -> Visual:
-        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+        known = tuple(None if states is None else tuple(s.to(device, non_blocking=True) for s in states) for states in self.known)
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True), known=known)
+
+    def rows(self) -> list[int]:
+        """For each item, how many rows of the tower's input and of its states are its own: patches, or views."""
+        return [prod(grid) for grid in self.grids] if self.grids is not None else [entry.views for entry in self.layout]
+
+    def unknown(self) -> Visual:
+        """The items that the tower has to look at."""
+        new = [states is None for states in self.known] if self.known else [True] * len(self.grids or self.layout)
+        grids = None if self.grids is None else tuple(compress(self.grids, new))
+        return Visual(self.pixels, grids, tuple(compress(self.layout, new)), tuple(compress(self.keys, new)))
 
     @staticmethod
     def join(parts: Sequence[Visual]) -> Visual | None:
@@ -106,7 +128,11 @@ class Visual:
         if not parts:
             return None
         grids = None if parts[0].grids is None else tuple(grid for part in parts for grid in part.grids or ())
-        return Visual(torch.cat([part.pixels for part in parts]), grids, tuple(entry for part in parts for entry in part.layout))
+        pixels = torch.cat([part.pixels for part in parts])
+        layout, keys, known = (
+            tuple(entry for part in parts for entry in getattr(part, name)) for name in ("layout", "keys", "known")
+        )
+        return Visual(pixels, grids, layout, keys, known)
 
 
 @dataclass

@@ -12,12 +12,13 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
 from intermodal.batch import TokenBatch
 from intermodal.errors import CheckpointError
 from intermodal.inputs.media import Clip, MediaError
-from intermodal.inputs.tiles import Tiled, unpadded, views_of
+from intermodal.inputs.tiles import Tiled, unpadded
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 NAMES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
@@ -122,7 +123,7 @@ def theirs(family, model, batch, messages):
     arguments = dict(input_ids=batch.ids[None])
     if batch.visual is not None:
         items = media(messages)
-        views = batch.visual.pixels.split([views_of(entry) for entry in batch.visual.layout])
+        views = batch.visual.pixels.split([entry.views for entry in batch.visual.layout])
         images = [(item, view) for item, view in zip(items, views, strict=True) if not isinstance(item, Clip)]
         clips = [view for item, view in zip(items, views, strict=True) if isinstance(item, Clip)]
         if images and family == "llava":
@@ -164,14 +165,12 @@ def test_pixels_and_counts_equal_the_pil_processors(made, family):
         plan = ours.processor.planner.plan(image, 1)
         mine = ours.processor.planner.pixels([image], [plan])
         out = processor(images=image, return_tensors="pt")
-        torch.testing.assert_close(mine.pixels, out["pixel_values"][0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(mine, out["pixel_values"][0], atol=1e-6, rtol=0)
     if family == "llava_onevision":
         images = [picture(40, 90, 1), picture(90, 31, 2)]
         plans = [ours.processor.planner.plan(image, 2) for image in images]
         out = processor(images=[images], return_tensors="pt")
-        torch.testing.assert_close(
-            ours.processor.planner.pixels(images, plans).pixels, out["pixel_values"][:, 0], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(ours.processor.planner.pixels(images, plans), out["pixel_values"][:, 0], atol=1e-6, rtol=0)
 
 
 def test_llava_pads_to_the_mean_colour(made, tmp_path):
@@ -194,7 +193,7 @@ def test_llava_pads_to_the_mean_colour(made, tmp_path):
         file.write_text(json.dumps({**json.loads(file.read_text()), "do_pad": pad}))
         other = intermodal.load(target).processor.planner
         expected = LlavaImageProcessorPil(**settings("llava"), do_pad=pad)(images=image, return_tensors="pt")["pixel_values"]
-        got = other.pixels([image], [other.plan(image, 1)]).pixels
+        got = other.pixels([image], [other.plan(image, 1)])
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
@@ -212,7 +211,7 @@ def test_planned_equals_produced(made, family):
             image = Image.new("RGB", (width, height))
             for planner.authors in (False, True):
                 plan = planner.plan(image, 1)
-                features = torch.zeros(views_of(plan.detail), 16, 48)
+                features = torch.zeros(plan.detail.views, 16, 48)
                 assert len(assemble(features, [plan.detail], 4, newline)) == plan.features
             assert isinstance(plan.detail, Tiled)
     for size in ((h, w) for h in range(100, 1600, 4) for w in range(100, 1600, 60)):
@@ -300,3 +299,12 @@ def test_refusals(made, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
         with pytest.raises(CheckpointError, match=message):
             intermodal.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
+    ours = intermodal.load(made(family)[0])
+    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns")]
+    check_cached_equals_uncached(ours, talks, tmp_path)
+    check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
+    check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))

@@ -10,6 +10,7 @@ import torch
 import transformers
 from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_files
 from PIL import Image
+from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
 from intermodal.batch import TokenBatch
@@ -191,7 +192,7 @@ def test_pixels_equal_the_pil_processor(made, family):
     for index, (width, height) in enumerate(sizes):
         image = picture(int(width), int(height), index)
         plan = ours.processor.planner.plan(image, 1)
-        mine = ours.processor.planner.pixels([image], [plan])
+        mine = ours.processor.planner.visual([plan], ours.processor.planner.pixels([image], [plan]))
         out = theirs(images=image, return_tensors="pt")
         assert [list(g) for g in mine.grids] == out["image_grid_thw"].tolist()
         assert plan.features * 4 == len(mine.pixels)
@@ -310,13 +311,13 @@ def test_planned_equals_produced_over_thousands_of_sizes(made, family):
     for number, size in enumerate(sizes):
         picture = Image.new("RGB", size)
         plan = planner.plan(picture, 1)
-        visual = planner.pixels([picture], [plan])
+        visual = planner.visual([plan], planner.pixels([picture], [plan]))
         tokens = sum(len(piece) for run in plan.runs for piece in run)
         assert tokens * planner.merge**2 == len(visual.pixels), size
         assert np.prod(visual.grids[0]) == len(visual.pixels)
         if number % 200 == 0:
             with torch.no_grad():
-                assert len(ours.visual(visual)[0]) == tokens
+                assert len(ours.connect(ours.see(visual), visual)[0]) == tokens
     for authors in (True, False):
         clips = replace(planner, authors=authors, video_pixels=(planner.min_pixels, 40 * planner.max_pixels))
         for frames in (1, 2, 3, 5):
@@ -324,9 +325,18 @@ def test_planned_equals_produced_over_thousands_of_sizes(made, family):
                 clip = Clip(np.zeros((frames, size[1], size[0], 3), np.uint8), tuple(range(frames)), 1.0)
                 plan = clips.plan(clip, 1)
                 tokens = sum(len(piece) for run in plan.runs for piece in run)
-                assert tokens * planner.merge**2 == len(clips.pixels([clip], [plan]).pixels), (frames, size)
+                assert tokens * planner.merge**2 == len(clips.pixels([clip], [plan])), (frames, size)
 
 
 def planner_side(model):
     """Pixels of a token's side."""
     return model.processor.planner.factor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
+    ours = intermodal.load(made(family)[0])
+    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns")]
+    check_cached_equals_uncached(ours, talks, tmp_path)
+    check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
+    check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))

@@ -91,6 +91,27 @@ def test_too_long_says_what_is_long(model):
         model.generate(ask("x"), temprature=1)
 
 
+def test_dropping_the_oldest_turns(model):
+    talk = [{"role": "system", "content": "be brief"}, *ask("x" * 90), {"role": "assistant", "content": "y" * 60}, *ask("and now?")]
+    with pytest.raises(TooLong):
+        model.generate(talk, max_new_tokens=4)
+    reply = model.generate(talk, max_new_tokens=4, too_long="drop_oldest")
+    alone = model.generate([talk[0], talk[-1]], max_new_tokens=4)
+    assert (reply.ids, reply.usage["dropped_messages"]) == (alone.ids, 2)
+    assert "dropped_messages" not in alone.usage
+    with pytest.raises(TooLong):  # the last question alone is too long: it is never dropped
+        model.generate(ask("x" * 300), too_long="drop_oldest")
+    with pytest.raises(IntermodalError, match="too_long"):
+        model.generate(ask("x"), too_long="cut")
+
+
+def test_a_reply_ends_where_the_context_does(model):
+    model.processor.end_ids = ()
+    reply = model.generate(ask("x" * 150), max_new_tokens=500)
+    assert reply.finish == "length"
+    assert reply.usage["prompt_tokens"] + len(reply.ids) == CONFIG.context
+
+
 def test_a_file_of_conversations_resumes(model, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [json.dumps({"id": f"q{i}", "messages": question}) for i, question in enumerate(QUESTIONS)]

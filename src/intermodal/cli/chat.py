@@ -14,6 +14,7 @@ Videos = Annotated[list[str] | None, typer.Option("--video", help="A video to sh
 New = Annotated[int, typer.Option("--max-new-tokens", help="Longest reply.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+TooLong = Annotated[str, typer.Option(help='What to do with a conversation that is too long: "error" or "drop_oldest" turns.')]
 _VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 
 
@@ -33,6 +34,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     slots: Annotated[int, typer.Option(help="Conversations under way at once.")] = 16,
+    too_long: TooLong = "error",
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -59,6 +61,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=tuple(stop or ()),
         seed=seed,
+        too_long=too_long,
     )
     loaded = _load(model, dtype)
     if jsonl is not None and out is not None:
@@ -83,6 +86,7 @@ def chat(
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
     dtype: Dtype = "float32",
+    too_long: TooLong = "drop_oldest",
 ) -> None:
     """Talk to a model; `/image PATH` and `/video PATH` show something with the next question, `/new` starts over, an empty line ends.
 
@@ -111,7 +115,7 @@ def chat(
         else:
             messages.append({"role": "user", "content": _content(said, images, videos)})
             try:
-                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature))
+                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature, too_long=too_long))
                 messages.append({"role": "assistant", "content": reply})
             except IntermodalError as error:
                 console.print(f"[red]{error}[/red]")

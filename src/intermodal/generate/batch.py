@@ -12,8 +12,8 @@ from rich.progress import Progress
 
 from ..errors import IntermodalError
 from ..models.generative import Generative
-from .engine import check_length
-from .sample import Sampling
+from .engine import fitting
+from .sample import sampling_of
 
 CHUNK = 64
 """Conversations that are loaded, and then written, together."""
@@ -63,8 +63,7 @@ def _chunk(
             sample = read_sample(text, folder)
             assert model.processor is not None
             # what is wrong with one conversation must not stop the others
-            conversation = model.processor.conversation(sample["messages"], reply=True)
-            check_length(conversation, model.config_text.context, settings.get("max_new_tokens", Sampling.max_new_tokens))
+            fitting(model.processor, sample["messages"], model.config_text.context, sampling_of(settings))
             usable.append((number, sample))
         except IntermodalError as error:
             yield {"line": number, "error": str(error)}

@@ -16,6 +16,7 @@ from rich.progress import track
 from ..batch import TokenBatch
 from ..errors import IntermodalError
 from ..inputs.chat import ChatProcessor, Conversation
+from ..inputs.vision_cache import MemoryCache
 from ..models.generative import Generative
 from ..nn.attention import Segments
 from .sample import Sampling, choose
@@ -53,6 +54,10 @@ class _Run:
     generator: torch.Generator
     position: int
     """M-RoPE and plain alike: where the next token stands on every axis."""
+    most: int
+    """Longest reply: what was asked for, or what the context has room for."""
+    dropped: int
+    """Messages that were left out to make room."""
     said: list[int] = field(default_factory=list)
     text: str = ""
     """What has been said for certain: whole characters, nothing that may turn out to be a stop text."""
@@ -85,16 +90,22 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
     slots = min(slots, len(conversations))
     if not slots:
         return
+    if model.vision_cache is None and processor.planner is not None:
+        model.vision_cache = MemoryCache()
+    pictures = model.vision_cache
+    if isinstance(pictures, MemoryCache):
+        pictures.begin(model)
     cache = model.model.cache(slots)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
     while waiting or running:
         arrivals: list[tuple[int, _Run]] = []
         while waiting and free:
             index = waiting.pop()
-            conversation = processor.conversation(conversations[index], reply=True)
-            check_length(conversation, model.config_text.context, sampling.max_new_tokens)
-            prompt = processor.batch(conversation).to(model.device)
-            run = _Run(index, prompt, torch.Generator().manual_seed(sampling.seed), int(prompt.positions.max()) + 1)
+            conversation, dropped = fitting(processor, conversations[index], model.config_text.context, sampling)
+            prompt = processor.batch(conversation, cache=pictures).to(model.device)
+            most = min(sampling.max_new_tokens, model.config_text.context - len(prompt.ids))
+            generator = torch.Generator().manual_seed(sampling.seed)
+            run = _Run(index, prompt, generator, int(prompt.positions.max()) + 1, most, dropped)
             arrivals.append((free.pop(), run))
         if arrivals:
             batch = TokenBatch.pack([run.prompt for _, run in arrivals])
@@ -122,6 +133,7 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
                 cache.free(slot)
                 free.append(slot)
                 usage = {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.said)}
+                usage |= {"dropped_messages": run.dropped} if run.dropped else {}
                 yield run.index, Reply(run.text, run.said, run.finish, usage)
 
 
@@ -129,7 +141,7 @@ def _advance(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
     """Take the newest token into account; returns the text that has become certain."""
     ended = run.said[-1] in processor.end_ids
     text = processor.decode(run.said[:-1] if ended else run.said)
-    over = ended or len(run.said) >= sampling.max_new_tokens
+    over = ended or len(run.said) >= run.most
     cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
     if cuts:
         text, over, ended = text[: min(cuts)], True, True
@@ -145,6 +157,27 @@ def _advance(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
     return delta
 
 
+def fitting(
+    processor: ChatProcessor, messages: Sequence[dict[str, Any]], context: int, sampling: Sampling
+) -> tuple[Conversation, int]:
+    """The conversation as tokens, and how many of its messages were left out by `Sampling.too_long`.
+
+    Raises:
+        TooLong: it leaves no room for a reply; with the count of each item.
+    """
+    conversation, dropped = processor.conversation(messages, reply=True), 0
+    if sampling.too_long == "drop_oldest":
+        room = context - min(sampling.max_new_tokens, context // 2)
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        for start in turns[1:]:
+            if len(conversation.ids) <= room:
+                break
+            conversation, dropped = processor.conversation([*system, *messages[start:]], reply=True), start - len(system)
+    check_length(conversation, context, sampling.max_new_tokens)
+    return conversation, dropped
+
+
 def check_length(conversation: Conversation, context: int, new: int) -> None:
     """Raises TooLong, with the count of each item, when a prompt leaves no room in the context for a reply."""
     total = len(conversation.ids)
@@ -155,5 +188,5 @@ def check_length(conversation: Conversation, context: int, new: int) -> None:
     parts = ", ".join([f"text: {text}", *media])
     raise TooLong(
         f"the conversation has {total} tokens ({parts}), the model's context {context}, and a reply of up to {new} must fit too; "
-        "leave out turns or media, or make pictures smaller"
+        'leave out turns or media, make pictures smaller, or set too_long="drop_oldest" to leave out the oldest turns'
     )

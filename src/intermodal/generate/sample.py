@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import IntermodalError
+from ..errors import IntermodalError, nearest
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Text that ends a reply; it is not part of it."""
     seed: int = 0
+    too_long: Literal["error", "drop_oldest"] = "error"
+    """A conversation that leaves no room for a reply is an error, or loses its oldest turns (never its system message or its last
+    question), until `max_new_tokens`, but at most half of the context, are free."""
 
     def check(self) -> None:
         """Raises IntermodalError for a value out of range."""
         wrong = {
+            "too_long": self.too_long not in ("error", "drop_oldest"),
             "max_new_tokens": self.max_new_tokens < 1,
             "temperature": self.temperature < 0,
             "top_k": self.top_k < 0,
@@ -43,6 +48,20 @@ class Sampling:
         for name, bad in wrong.items():
             if bad:
                 raise IntermodalError(f"{name}={getattr(self, name)!r} is out of range")
+
+
+def sampling_of(settings: dict[str, Any]) -> Sampling:
+    """From keyword arguments.
+
+    Raises:
+        IntermodalError: there is no such setting.
+    """
+    names = [f.name for f in fields(Sampling)]
+    for name in settings:
+        if name not in names:
+            raise IntermodalError(f"there is no setting {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+    stop = settings.get("stop", ())
+    return Sampling(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
 def penalised(scores_V: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from ..batch import TokenBatch
+from ..batch import TokenBatch, Visual
 from ..errors import CheckpointError, IntermodalError
 from ..nn.attention import Segments
 from .media import Clip, Expanded, Plan, Planner, expand, load_part, rewrite
 from .template import ChatTemplate, TemplateError
 from .text import content
+from .vision_cache import VisionCache, content_key
 
 CHAT_FILES = (
     "tokenizer.json",
@@ -178,19 +180,31 @@ class ChatProcessor:
         """One conversation as a batch of one, its pixels made."""
         return self.batch(self.conversation(messages, reply=reply, **variables), key)
 
-    def batch(self, conversation: Conversation, key: str = "") -> TokenBatch:
-        ids, plans = conversation.ids, conversation.plans
+    def batch(self, conversation: Conversation, key: str = "", cache: VisionCache | None = None) -> TokenBatch:
+        """A conversation as a batch of one. Items that `cache` knows come with what the tower said of them, without pixels."""
+        ids = conversation.ids
         visual = rows = None
         if self.planner is None:
             positions = torch.arange(len(ids))
         else:
             positions = self.planner.positions(len(ids), conversation.expanded.runs)
             if conversation.items:
-                visual = self.planner.pixels(conversation.items, plans)
+                visual = self._visual(self.planner, conversation, cache)
                 rows = torch.tensor(conversation.expanded.visual).nonzero().squeeze(1)
         return TokenBatch(
             torch.tensor(ids), Segments([len(ids)]), positions, torch.tensor(conversation.supervised), visual, rows, [key]
         )
+
+    @staticmethod
+    def _visual(planner: Planner, conversation: Conversation, cache: VisionCache | None) -> Visual:
+        items, plans = conversation.items, conversation.plans
+        if cache is None:
+            return planner.visual(plans, planner.pixels(items, plans))
+        keys = [content_key(item, plan, planner) for item, plan in zip(items, plans, strict=True)]
+        known = [cache.get(key) for key in keys]
+        new = [states is None for states in known]
+        visual = planner.visual(plans, planner.pixels(list(compress(items, new)), list(compress(plans, new))))
+        return replace(visual, keys=tuple(keys), known=tuple(known))
 
     def _supervised(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> list[bool]:
         """Tokens that hold a character of the assistant's words, and the end-of-turn token right after them."""

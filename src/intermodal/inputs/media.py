@@ -98,8 +98,12 @@ class Planner(Protocol):
         """The tokens of an item, from its size alone; `among` is how many items of its kind the conversation holds."""
         ...
 
-    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Visual:
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
         """The tower's input for all items, in order."""
+        ...
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        """What the tower reads for items of these plans."""
         ...
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:

@@ -145,18 +145,24 @@ class QwenPlanner:
             width, height = item.size
             size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
             grid = (1, size[0] // self.factor, size[1] // self.factor)
-            return Plan("image", self.placeholders["image"], ((Piece(grid=grid),),), detail=size)
+            return Plan("image", self.placeholders["image"], ((Piece(grid=grid),),), detail=self._patches(1, size))
         size = self.clip_size(item)
         count = -(-len(item.frames) // self.temporal)
         rows, columns = size[0] // self.factor, size[1] // self.factor
         placeholder = self.placeholders["video"]
         if self.family != "qwen3_vl":
             step = self.tokens_per_second * self.temporal / item.fps if self.family == "qwen2_5_vl" else 1.0
-            return Plan("video", placeholder, ((Piece(grid=(count, rows, columns), step=step),),), detail=size)
+            return Plan(
+                "video", placeholder, ((Piece(grid=(count, rows, columns), step=step),),), detail=self._patches(count, size)
+            )
         wrapped = f"{self.vision_start}{self.names['video']}{self.vision_end}"
         text = "".join(f"<{time:.1f} seconds>{wrapped}" for time in self.timestamps(item))
         runs: tuple[Run, ...] = ((Piece(grid=(1, rows, columns)),),) * count
-        return Plan("video", placeholder, runs, text, wrapped if self.authors else self.names["video"], size)
+        return Plan("video", placeholder, runs, text, wrapped if self.authors else self.names["video"], self._patches(count, size))
+
+    def _patches(self, count: int, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(frames or frame pairs, rows, columns) of patches: the detail of a plan."""
+        return count, size[0] // self.patch, size[1] // self.patch
 
     def timestamps(self, clip: Clip) -> list[float]:
         """Seconds of each frame pair: the mean of its first and last frame, an odd last frame counted twice."""
@@ -177,11 +183,11 @@ class QwenPlanner:
         least, most = self.video_pixels or (128 * 28 * 28, 28 * 28 * 768)
         return smart_resize(height, width, self.factor, least, most)
 
-    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Visual:
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
         table = self._table = self._table or LookUp(self.rescale_factor, self.mean, self.std)
-        pieces, grids = [], []
+        pieces = [np.empty((0, 3 * self.temporal * self.patch**2), np.float32)]
         for item, plan in zip(items, plans, strict=True):
-            height, width = plan.detail
+            height, width = plan.detail[1] * self.patch, plan.detail[2] * self.patch
             pictures = [Image.fromarray(frame) for frame in item.frames] if isinstance(item, Clip) else [open_image(item)]
             values = np.empty((len(pictures), 3, height, width), np.float32)
             for out, picture in zip(values, pictures, strict=True):
@@ -190,8 +196,10 @@ class QwenPlanner:
             if repeat:  # a still is shown twice, an odd clip's last frame again
                 values = np.concatenate([values, np.repeat(values[-1:], repeat, axis=0)])
             pieces.append(block_patches(values, self.patch, self.merge, self.temporal))
-            grids.append((len(values) // self.temporal, height // self.patch, width // self.patch))
-        return Visual(torch.from_numpy(np.concatenate(pieces)), tuple(grids))
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        return Visual(pixels, tuple(plan.detail for plan in plans))
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
         return mrope_positions(length, runs, past_time=self.authors)

@@ -78,12 +78,18 @@ class Tiled:
     columns: Size
     scaled: Size | None = None
 
+    @property
+    def views(self) -> int:
+        """How many pictures the tower sees."""
+        return 1 + self.grid[0] * self.grid[1]
+
 
 @dataclass(frozen=True)
 class Whole:
     """Layout of one view: all its features, with a newline at the end where the model has one."""
 
     newline: bool
+    views = 1
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,9 @@ class Frames:
     count: int
     pooled: Size
 
-
-def views_of(entry: Tiled | Whole | Frames) -> int:
-    """How many pictures the tower sees for an item."""
-    if isinstance(entry, Tiled):
-        return 1 + entry.grid[0] * entry.grid[1]
-    return entry.count if isinstance(entry, Frames) else 1
+    @property
+    def views(self) -> int:
+        return self.count
 
 
 @dataclass
@@ -154,9 +157,12 @@ class LlavaPlanner:
         run = (frames, Piece(grid=(1, 1, 1)))
         return Plan("video", self.placeholders["video"], (run,), detail=Frames(len(clip.frames), (pooled, pooled)))
 
-    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Visual:
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
         views = [view for item, plan in zip(items, plans, strict=True) for view in self.views(item, plan)]
-        return Visual(self.processor(views).pixels, layout=tuple(plan.detail for plan in plans))
+        return self.processor(views).pixels if views else torch.empty(0, 3, self.side, self.side)
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
 
     def views(self, item: Image.Image | Clip, plan: Plan) -> list[Image.Image]:
         """The pictures that go through the image processor, in the tower's order."""
@@ -206,7 +212,7 @@ def without_crop(processor: ImageProcessor, side: int) -> ImageProcessor:
 def assemble(features_NSD: Tensor, layout: Sequence[Tiled | Whole | Frames], grid: int, newline_D: Tensor | None) -> Tensor:
     """Projected features of all views, (N, grid * grid, D), -> the tokens of all items end to end, (V, D)."""
     out: list[Tensor] = []
-    for entry, views in zip(layout, features_NSD.split([views_of(entry) for entry in layout]), strict=True):
+    for entry, views in zip(layout, features_NSD.split([entry.views for entry in layout]), strict=True):
         end = [] if newline_D is None else [newline_D[None].to(views.dtype)]
         if isinstance(entry, Tiled):
             out += [views[0], _joined(views[1:], entry, grid, newline_D)]

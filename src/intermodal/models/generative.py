@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import TokenBatch
+from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
 from .decoder import Decoder, DecoderConfig, DeepStack
 
 if TYPE_CHECKING:
     from ..generate.engine import Reply
     from ..inputs.chat import ChatProcessor
+    from ..inputs.vision_cache import VisionCache
 
 
 class Generative(nn.Module):
-    """Base of `LanguageModel` and the stitched models. Subclasses with eyes override `embed`."""
+    """Base of `LanguageModel` and the stitched models. Subclasses with eyes say how they `see` and `connect`."""
 
     model: Decoder
     lm_head: nn.Linear | None
@@ -27,6 +28,8 @@ class Generative(nn.Module):
     config: Any
     processor: ChatProcessor | None
     source: dict[str, Any]
+    vision_cache: VisionCache | None = None
+    """Where the tower's states of items with a key are kept."""
 
     def _init_decoder(self, config: DecoderConfig) -> None:
         self.model = Decoder(config)
@@ -48,7 +51,42 @@ class Generative(nn.Module):
 
     def embed(self, batch: TokenBatch) -> tuple[Tensor, DeepStack | None]:
         """A pack's input to the decoder: (T, D), and what is added after its first layers."""
-        return self.model.embed_tokens(batch.ids), None
+        x_TD = self.model.embed_tokens(batch.ids)
+        if batch.visual is None or batch.visual_rows is None:
+            return x_TD, None
+        features_VD, deep = self.connect(self.states(batch.visual), batch.visual)
+        x_TD = x_TD.index_copy(0, batch.visual_rows, features_VD.to(x_TD.dtype))
+        return x_TD, DeepStack(batch.visual_rows, deep) if deep else None
+
+    def see(self, visual: Visual) -> States:
+        """What the vision tower says of `visual.pixels`, before the connector: rows as in `Visual.rows`."""
+        raise NotImplementedError(f"a {type(self).__name__} has no vision tower")
+
+    def connect(self, states: States, visual: Visual) -> tuple[Tensor, list[Tensor]]:
+        """The tower's states of all items -> the decoder's tokens (V, D), and one such tensor for each DeepStack layer."""
+        raise NotImplementedError(f"a {type(self).__name__} has no vision tower")
+
+    def states(self, visual: Visual) -> States:
+        """The tower's states of all items: of those known already from there, of the others by looking. New ones with a key are kept."""
+        if not any(states is not None for states in visual.known):
+            states = self.see(visual)
+            self._keep(states, visual)
+            return states
+        new = visual.unknown()
+        looked: list[States] = []
+        if len(new.rows()):
+            states = self.see(new)
+            self._keep(states, new)
+            looked = list(zip(*(state.split(new.rows()) for state in states), strict=True))
+        found = iter(looked)
+        items = [next(found) if states is None else states for states in visual.known]
+        return tuple(torch.cat(layer) for layer in zip(*items, strict=True))
+
+    def _keep(self, states: States, visual: Visual) -> None:
+        if self.vision_cache is not None and visual.keys:
+            parts = zip(*(state.detach().split(visual.rows()) for state in states), strict=True)
+            for key, item in zip(visual.keys, parts, strict=True):
+                self.vision_cache.put(key, item)
 
     def hidden(self, batch: TokenBatch, cache: Cache | None = None) -> Tensor:
         """A pack -> normalised hidden states (T, D)."""
@@ -77,28 +115,16 @@ class Generative(nn.Module):
     ) -> list[Reply]:
         """Reply to many conversations, `slots` of them at a time; each as if it were alone."""
         from ..generate.engine import replies
+        from ..generate.sample import sampling_of
 
-        return replies(self, conversations, _sampling(settings), slots=slots, progress=progress)
+        return replies(self, conversations, sampling_of(settings), slots=slots, progress=progress)
 
     def stream(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Iterator[str | Reply]:
         """Pieces of text as they come, then the `Reply`."""
         from ..generate.engine import stream
+        from ..generate.sample import sampling_of
 
-        return stream(self, messages, _sampling(settings))
-
-
-def _sampling(settings: dict[str, Any]):
-    from dataclasses import fields
-
-    from ..errors import IntermodalError, nearest
-    from ..generate.sample import Sampling
-
-    names = [f.name for f in fields(Sampling)]
-    for name in settings:
-        if name not in names:
-            raise IntermodalError(f"there is no setting {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    stop = settings.get("stop", ())
-    return Sampling(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+        return stream(self, messages, sampling_of(settings))
 
 
 class LanguageModel(Generative):

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..batch import Images, TokenBatch, Visual
+from ..batch import Images, States, Visual
 from ..inputs.tiles import assemble
 from ..nn.layers import ACTIVATIONS
-from .decoder import DecoderConfig, DeepStack
+from .decoder import DecoderConfig
 from .generative import Generative
 from .vit import ClipVisionTower, SiglipVisionTower, VisionConfig
 
@@ -74,12 +74,8 @@ class Llava(Generative):
         x_NSD = x_TD.unflatten(0, (len(pixels_NCHW), -1))
         return x_NSD[:, 1:] if self.config.drop_first else x_NSD
 
-    def visual_tokens(self, visual: Visual) -> Tensor:
-        """All media of a batch -> (V, decoder width)."""
-        return assemble(self.projector(self.features(visual.pixels)), visual.layout, self.config.vision.grid, self.image_newline)
+    def see(self, visual: Visual) -> States:
+        return (self.features(visual.pixels),)
 
-    def embed(self, batch: TokenBatch) -> tuple[Tensor, DeepStack | None]:
-        x_TD = self.model.embed_tokens(batch.ids)
-        if batch.visual is None or batch.visual_rows is None:
-            return x_TD, None
-        return x_TD.index_copy(0, batch.visual_rows, self.visual_tokens(batch.visual).to(x_TD.dtype)), None
+    def connect(self, states: States, visual: Visual) -> tuple[Tensor, list[Tensor]]:
+        return assemble(self.projector(states[0]), visual.layout, self.config.vision.grid, self.image_newline), []

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..batch import TokenBatch
-from .decoder import DecoderConfig, DeepStack
+from ..batch import States, Visual
+from .decoder import DecoderConfig
 from .generative import Generative
 from .vit_native import NativeVisionConfig, NativeVisionTower
 
@@ -35,10 +35,8 @@ class QwenVL(Generative):
         self.visual = NativeVisionTower(config.vision)
         self._init_decoder(config.text)
 
-    def embed(self, batch: TokenBatch) -> tuple[Tensor, DeepStack | None]:
-        x_TD = self.model.embed_tokens(batch.ids)
-        if batch.visual is None or batch.visual_rows is None:
-            return x_TD, None
-        features_VD, deep = self.visual(batch.visual)
-        x_TD = x_TD.index_copy(0, batch.visual_rows, features_VD.to(x_TD.dtype))
-        return x_TD, DeepStack(batch.visual_rows, deep) if deep else None
+    def see(self, visual: Visual) -> States:
+        return self.visual(visual)
+
+    def connect(self, states: States, visual: Visual) -> tuple[Tensor, list[Tensor]]:
+        return self.visual.merge(states)

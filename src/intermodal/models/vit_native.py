@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..batch import Visual
+from ..batch import States, Visual
 from ..errors import IntermodalError
 from ..nn.attention import Segments, attention
 from ..nn.layers import ACTIVATIONS
@@ -64,6 +64,8 @@ class NativeVisionConfig:
             raise IntermodalError(
                 f"window {self.window} is not a multiple of a merged patch, {self.patch_size * self.merge} pixels"
             )
+        if list(self.deepstack) != sorted(set(self.deepstack)):
+            raise IntermodalError(f"deepstack {self.deepstack} must name blocks in rising order")
         if any(not 0 <= block < self.depth for block in (*self.deepstack, *self.full_blocks)):
             raise IntermodalError(f"deepstack {self.deepstack} or full blocks {self.full_blocks} lie outside {self.depth} blocks")
 
@@ -142,8 +144,8 @@ class NativeVisionTower(nn.Module):
         self.deepstack_mergers = nn.ModuleList(Merger(config, norm_joined=True) for _ in config.deepstack)
         self.checkpoint_activations = False
 
-    def forward(self, visual: Visual) -> tuple[Tensor, list[Tensor]]:
-        """Packed patches -> merged tokens (V, decoder width), and one such tensor for each DeepStack layer."""
+    def forward(self, visual: Visual) -> States:
+        """Packed patches -> the last hidden states (P, width), and those that DeepStack reads."""
         config, grids = self.config, visual.grids
         assert grids is not None
         x_PD = self.patch_embed(visual.pixels.to(self.patch_embed.weight.dtype))
@@ -165,11 +167,17 @@ class NativeVisionTower(nn.Module):
             else:
                 x_PD = block(x_PD, segments, tables)
             if index in config.deepstack:
-                deep.append(self.deepstack_mergers[config.deepstack.index(index)](x_PD))
-        merged_VD = self.merger(x_PD)
+                deep.append(x_PD)
         if order is not None:
-            merged_VD = merged_VD[torch.argsort(order).to(merged_VD.device)]
-        return merged_VD, deep
+            back = torch.argsort(order).to(x_PD.device)
+            return _by_unit(x_PD, back, config.merge), *(_by_unit(state, back, config.merge) for state in deep)
+        return x_PD, *deep
+
+    def merge(self, states: States) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states -> merged tokens (V, decoder width), and one such tensor for each DeepStack layer, in the order of the decoder's
+        layers."""
+        last, *deep = states
+        return self.merger(last), [merger(state) for merger, state in zip(self.deepstack_mergers, deep, strict=True)]
 
     def learned_positions(self, grids: Sequence[Grid]) -> Tensor:
         """(P, D): the square table resampled to each grid, corners on corners, in block-major order, the same for every frame."""

@@ -1,0 +1,121 @@
+"""What the vision tower said of a picture, kept by the picture's content: across the turns of a chat, or on disk across epochs.
+
+A key names the pixels as they were given, how the planner lays them out, and the planner's settings. What is kept is the tower's own
+states, before the connector, so that a projector may go on learning beside a cache of a frozen tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..batch import States
+from .media import Clip, Plan, Planner
+
+MEMORY = 512 << 20
+"""Bytes that a chat's cache may hold."""
+
+
+class VisionCache(Protocol):
+    def get(self, key: str) -> States | None: ...
+
+    def put(self, key: str, states: States) -> None: ...
+
+
+def content_key(item: Image.Image | Clip, plan: Plan, planner: Planner) -> str:
+    """Names an item by its pixels and everything that decides what the tower reads of them."""
+    pixels = item.frames if isinstance(item, Clip) else np.asarray(item)
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=20)
+    digest.update(repr((pixels.shape, plan.kind, plan.detail, planner)).encode())
+    return digest.hexdigest()
+
+
+class MemoryCache:
+    """The most recently used states, up to `limit` bytes. Other weights in the tower empty it."""
+
+    def __init__(self, limit: int = MEMORY):
+        self.limit, self.held = limit, 0
+        self.hits = self.misses = 0
+        self._items: OrderedDict[str, States] = OrderedDict()
+        self._weights: Any = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Forget everything if the weights outside the decoder are not those of the last time."""
+        weights = [
+            (p.data_ptr(), 0 if p.is_inference() else p._version)
+            for name, p in model.named_parameters()
+            if not name.startswith(("model.", "lm_head."))
+        ]
+        if weights != self._weights:
+            self._items.clear()
+            self._weights, self.held = weights, 0
+
+    def get(self, key: str) -> States | None:
+        if key not in self._items:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def put(self, key: str, states: States) -> None:
+        if key in self._items:
+            return
+        kept = tuple(state.clone() for state in states)  # a view would keep its whole batch alive
+        self.held += _size(kept)
+        self._items[key] = kept
+        while self.held > self.limit:
+            self.held -= _size(self._items.popitem(last=False)[1])
+
+
+def _size(states: States) -> int:
+    return sum(state.nbytes for state in states)
+
+
+class DiskCache:
+    """States of a frozen tower in a folder, one safetensors file an item. Several processes may read and write it at once.
+
+    Args:
+        weights: names the tower's weights, as `fingerprint` does; another tower never finds these files.
+    """
+
+    def __init__(self, folder: Path, weights: str):
+        self.folder = folder / weights
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> States | None:
+        try:
+            found = load_file(self._file(key))
+        except (FileNotFoundError, SafetensorError):  # not there, or another disk's damage: look again
+            return None
+        return tuple(found[str(index)] for index in range(len(found)))
+
+    def put(self, key: str, states: States) -> None:
+        file = self._file(key)
+        if file.exists():
+            return
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file({str(index): state.cpu().contiguous().clone() for index, state in enumerate(states)}, part)
+        part.replace(file)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def fingerprint(tower: nn.Module) -> str:
+    """Names a tower's weights by their content."""
+    digest = hashlib.blake2b(digest_size=10)
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
