@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
 from ..files import read_json
+from .boxes import Affine
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -110,15 +111,25 @@ class ImageProcessor:
     def resized(self, image: Any) -> np.ndarray:
         """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
         picture = open_image(image)
-        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
-        if isinstance(self.size, int):
-            short, long = sorted(picture.size)
-            scaled = int(self.size * long / short)  # truncated, as torchvision and Hugging Face do
-            height, width = (scaled, self.size) if picture.width <= picture.height else (self.size, scaled)
         if self.size:
-            picture = picture.resize((width, height), Image.Resampling(self.resample))
+            picture = picture.resize(self._before_crop(picture.size), Image.Resampling(self.resample))
         pixels = np.asarray(picture)
         return centre_crop(pixels, self.crop) if self.crop else pixels
+
+    def _before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that a picture of (width, height) is resized to."""
+        if not isinstance(self.size, int):
+            return self.size[1], self.size[0]
+        if not self.size:
+            return size
+        scaled = int(self.size * max(size) / min(size))  # truncated, as torchvision and Hugging Face do
+        return (self.size, scaled) if size[0] <= size[1] else (scaled, self.size)
+
+    def affine(self, size: tuple[int, int]) -> Affine:
+        """From the pixels of a picture of (width, height) to those of what comes out."""
+        width, height = self._before_crop(size)
+        resized = Affine.resize(size, (width, height))
+        return resized.then(Affine.pad(-((width - self.crop[1]) // 2), -((height - self.crop[0]) // 2))) if self.crop else resized
 
     def for_size(self, side: int) -> ImageProcessor:
         """The same recipe for a square of `side` pixels."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..batch import Visual
 from ..errors import IntermodalError
+from .boxes import BoxFrame
 from .image import open_image
 
 
@@ -104,6 +105,10 @@ class Planner(Protocol):
 
     def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
         """What the tower reads for items of these plans."""
+        ...
+
+    def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
+        """Coordinates in a picture (or a clip's frames) of (width, height)."""
         ...
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:

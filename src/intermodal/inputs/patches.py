@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..batch import Visual
+from .boxes import Affine, BoxFrame, Style, cells
 from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, open_image
 from .media import Clip, MediaError, Piece, Plan, Run, mrope_positions
 
 MOST_ASPECT = 200
+BOX_TAGS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 VIDEO_TOKENS = (128, 768)
 """The authors' least and most tokens of one frame (pair)."""
 CLIP_TOKENS = 128_000 * 0.9
@@ -200,6 +202,15 @@ class QwenPlanner:
 
     def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
         return Visual(pixels, tuple(plan.detail for plan in plans))
+
+    def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
+        count, rows, columns = plan.detail
+        resized = (columns * self.patch, rows * self.patch)
+        view = Affine.resize(size, resized)
+        tokens = cells(view, (0, 0, *resized), rows // self.merge, columns // self.merge, size) * count
+        style: Style = "tags" if self.family == "qwen2_vl" else "json"
+        convention = "resized" if self.family == "qwen2_5_vl" else "thousandths"
+        return BoxFrame(size, ((resized, view),), convention, style, BOX_TAGS, tuple(tokens))
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
         return mrope_positions(length, runs, past_time=self.authors)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..batch import Visual
+from .boxes import Affine, BoxFrame, cells
 from .image import ImageProcessor, open_image
 from .media import Clip, MediaError, Piece, Plan, Run
 
@@ -189,6 +190,36 @@ class LlavaPlanner:
             for left in range(0, target[1], self.side)
         ]
         return [picture.resize((self.side, self.side), resample), *(canvas.crop(box) for box in boxes)]
+
+    def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
+        detail, side, grid = plan.detail, self.side, self.grid
+        square = (0.0, 0.0, float(side), float(side))
+        if isinstance(detail, Frames):
+            view = self.processor.affine(size)
+            tokens = cells(view, square, *detail.pooled, size) * detail.count
+            return BoxFrame(size, (((side, side), view),) * detail.count, "unit", "plain", tokens=(*tokens, None))
+        if isinstance(detail, Whole):
+            view = self.processor.affine(size)
+            padded = self.family != "llava" or self.authors or self.pad
+            if padded:
+                longer = max(size)
+                middle = Affine.pad((longer - size[0]) // 2, (longer - size[1]) // 2)
+                view = middle.then(self.processor.affine((longer, longer)))
+            tokens = [*cells(view, square, grid, grid, size), *([None] if detail.newline else [])]
+            return BoxFrame(
+                size, (((side, side), view),), "unit", "plain", tokens=tuple(tokens), unit_of_view=self.family == "llava"
+            )
+        base = Affine.resize(size, (side, side))
+        target = (detail.grid[0] * side, detail.grid[1] * side)
+        tall, wide = letterbox_size((size[1], size[0]), target)
+        canvas = Affine.resize(size, (wide, tall)).then(Affine.pad((target[1] - wide) // 2, (target[0] - tall) // 2))
+        tiles = [Affine.pad(-column * side, -row * side) for row in range(detail.grid[0]) for column in range(detail.grid[1])]
+        views = [base, *(canvas.then(tile) for tile in tiles)]
+        pixel = side / grid
+        shown = [value * pixel for value in (detail.columns[0], detail.rows[0], detail.columns[1], detail.rows[1])]
+        rows, columns = detail.scaled or (detail.rows[1] - detail.rows[0], detail.columns[1] - detail.columns[0])
+        tokens = [*cells(base, square, grid, grid, size), *cells(canvas, shown, rows, columns, size, newline=True)]
+        return BoxFrame(size, tuple(((side, side), view) for view in views), "unit", "plain", tokens=tuple(tokens))
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
         return torch.arange(length)

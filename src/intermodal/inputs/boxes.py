@@ -1,0 +1,165 @@
+"""Where things are, through every resize, pad and tile: a stored affine for each picture, and each family's way of writing boxes.
+
+A box is (left, top, right, bottom), edges in pixels. Families differ: Qwen2.5-VL writes pixels of the resized picture, the other Qwen
+models thousandths of the picture, LLaVA parts of one of the padded square (PITFALLS 6.7; QwenLM/Qwen3-VL issues 721, 866, 1486).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Box = tuple[float, float, float, float]
+Style = Literal["tags", "json", "plain"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x -> x * scale + shift, an axis at a time."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+
+    def __call__(self, box: Sequence[float]) -> Box:
+        (a, b), (c, d) = self.scale, self.shift
+        left, top, right, bottom = box
+        return left * a + c, top * b + d, right * a + c, bottom * b + d
+
+    def then(self, after: Affine) -> Affine:
+        """This, and `after` of what comes out."""
+        (a, b), (c, d) = self.scale, self.shift
+        (e, f), (g, h) = after.scale, after.shift
+        return Affine((a * e, b * f), (c * e + g, d * f + h))
+
+    def inverse(self) -> Affine:
+        (a, b), (c, d) = self.scale, self.shift
+        return Affine((1 / a, 1 / b), (-c / a, -d / b))
+
+    @staticmethod
+    def resize(before: tuple[float, float], after: tuple[float, float]) -> Affine:
+        """From a picture of one (width, height) to the same at another."""
+        return Affine((after[0] / before[0], after[1] / before[1]))
+
+    @staticmethod
+    def pad(left: float, top: float) -> Affine:
+        return Affine(shift=(left, top))
+
+
+@dataclass(frozen=True)
+class BoxFrame:
+    """One picture's coordinate spaces.
+
+    `views` are the pictures that the tower sees, each with its (width, height) and the affine from original pixels to its own.
+    """
+
+    size: tuple[int, int]
+    """(width, height) of the original picture."""
+    views: tuple[tuple[tuple[int, int], Affine], ...]
+    convention: Literal["resized", "thousandths", "unit"]
+    style: Style = "tags"
+    tags: tuple[str, str, str, str] = ("", "", "", "")
+    """Before and after a label, before and after a box."""
+    tokens: tuple[Box | None, ...] = ()
+    """For each visual token the part of the original picture that it stands on; None for newlines and the like."""
+    unit_of_view: bool = False
+    """Parts of one count along the (padded) first view and not along the picture."""
+
+    def space(self, name: str) -> Affine:
+        """From original pixels to "original", "resized" (the first view), "thousandths" or "unit", or to "view N".
+
+        Raises:
+            ValueError: there is no such space.
+        """
+        if name == "original":
+            return Affine()
+        if name == "resized":
+            return self.views[0][1]
+        if name in ("thousandths", "unit"):
+            most = 1000.0 if name == "thousandths" else 1.0
+            if self.unit_of_view:
+                side, view = self.views[0]
+                return view.then(Affine.resize(side, (most, most)))
+            return Affine.resize(self.size, (most, most))
+        number = name.removeprefix("view ")
+        if name.startswith("view ") and number.isdigit() and int(number) < len(self.views):
+            return self.views[int(number)][1]
+        raise ValueError(
+            f"there is no space {name!r}: original, resized, thousandths, unit, or view 0 to view {len(self.views) - 1}"
+        )
+
+    def convert(self, box: Sequence[float], source: str = "original", target: str | None = None) -> Box:
+        """A box from one space in another; the model's own by default. Nothing is rounded."""
+        return self.space(source).inverse().then(self.space(target or self.convention))(box)
+
+    def write(self, box: Sequence[float], label: str = "") -> str:
+        """A box of the original picture as this model writes it, cut to the picture.
+
+        Raises:
+            ValueError: no part of the box lies in the picture.
+        """
+        width, height = self.size
+        left, top, right, bottom = (min(max(value, 0), most) for value, most in zip(box, (width, height) * 2, strict=True))
+        if left >= right or top >= bottom:
+            raise ValueError(f"the box {tuple(box)} has no area in a picture of {width} x {height} pixels")
+        values = self.convert((left, top, right, bottom))
+        if self.style == "plain":
+            return f"[{', '.join(f'{value:.2f}' for value in values)}]"
+        whole = [round(value) for value in values]
+        if self.style == "json":
+            return json.dumps({"bbox_2d": whole} | ({"label": label} if label else {}), ensure_ascii=False)
+        before, after, start, stop = self.tags
+        named = f"{before}{label}{after}" if label else ""
+        return f"{named}{start}({whole[0]},{whole[1]}),({whole[2]},{whole[3]}){stop}"
+
+    def read(self, text: str) -> list[tuple[str, Box]]:
+        """Every (label, box of the original picture) in a reply; what is not a box is passed over."""
+        back = self.space(self.convention).inverse()
+        return [(label, back(values)) for label, values in self._found(text)]
+
+    def _found(self, text: str) -> list[tuple[str, Box]]:
+        number = r"\s*(-?\d+(?:\.\d+)?)\s*"
+        if self.style == "plain":
+            pattern = rf"\[{','.join([number] * 4)}\]"
+            return [("", _box(match.groups())) for match in re.finditer(pattern, text)]
+        if self.style == "json":
+            out = []
+            for match in re.finditer(r"\{[^{}]*\}", text):
+                try:
+                    entry = json.loads(match.group())
+                    out.append((str(entry.get("label", "")), _box(entry["bbox_2d"])))
+                except (ValueError, KeyError, TypeError):  # braces that hold something else
+                    continue
+            return out
+        before, after, start, stop = map(re.escape, self.tags)
+        pattern = rf"(?:{before}(?P<label>[^<]*){after})?{start}\({number},{number}\)\s*,\s*\({number},{number}\){stop}"
+        return [(match["label"] or "", _box(match.groups()[1:])) for match in re.finditer(pattern, text)]
+
+
+def _box(values: Sequence[str | float]) -> Box:
+    left, top, right, bottom = (float(value) for value in values)
+    return left, top, right, bottom
+
+
+def cells(
+    view: Affine, area: Sequence[float], rows: int, columns: int, size: tuple[int, int], *, newline: bool = False
+) -> list[Box | None]:
+    """What each cell of a grid over `area` (a box of a view) shows of the original picture, row by row, cut to the picture.
+
+    Args:
+        newline: a token that shows nothing follows each row.
+    """
+    left, top, right, bottom = area
+    back = view.inverse()
+    wide, tall = (right - left) / columns, (bottom - top) / rows
+    out: list[Box | None] = []
+    for row in range(rows):
+        for column in range(columns):
+            x, y = left + column * wide, top + row * tall
+            box = back((x, y, x + wide, y + tall))
+            a, b, c, d = (min(max(value, 0.0), float(most)) for value, most in zip(box, size * 2, strict=True))
+            out.append((a, b, c, d) if a < c and b < d else None)  # a cell of padding alone shows nothing
+        out += [None] if newline else []
+    return out
