@@ -14,7 +14,7 @@ from vision_cached import check_cached_equals_uncached, check_keys, check_turns_
 
 import intermodal
 from intermodal.batch import TokenBatch
-from intermodal.inputs.media import Clip
+from intermodal.inputs.media import Clip, MediaError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CLASSES = {
@@ -340,3 +340,45 @@ def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
     check_cached_equals_uncached(ours, talks, tmp_path)
     check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
     check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_position_can_be_looked_at(made, family):
+    from intermodal.evaluate.inspect import page, positions
+
+    processor = intermodal.load(made(family)[0]).processor
+    conversation = processor.conversation(CASES["image and video"])
+    rows, batch = positions(processor, conversation), processor.batch(conversation)
+    assert [row.place for row in rows] == [tuple(column) for column in batch.positions.T.tolist()]
+    assert [row.index for row in rows if row.item is not None] == batch.visual_rows.tolist()
+    assert [row.learned for row in rows] == batch.supervised.tolist()
+    still = [row for row in rows if row.item == 0]
+    assert (still[0].box[:2], still[-1].box[2:]) == ((0, 0), (90, 60))
+    frames = [row.frame for row in rows if row.modality == "video"]
+    assert sorted(set(frames)) == list(range(2))  # four frames, in pairs
+    assert frames == sorted(frames)
+    drawn = page(processor, [("line 1", conversation, "good <b>"), ("line 2", None, "bad")])
+    assert drawn.count("<span") == len(rows)
+    assert "good &lt;b&gt;" in drawn
+    assert drawn.count("data:image/png;base64,") == 3
+
+
+def test_box_parts_are_written_as_the_family_does(made):
+    processor = intermodal.load(made("qwen2_vl")[0]).processor
+    box = {"type": "box", "box": [10, 12, 50, 60], "label": "a dog"}
+    told = [
+        {"role": "user", "content": [{"type": "image", "image": picture(100, 120, 1)}, {"type": "text", "text": "Where is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "There: "}, box]},
+    ]
+    conversation = processor.conversation(told)
+    processor.audit(conversation)
+    start, stop = conversation.spans[0]
+    written = "<|object_ref_start|>a dog<|object_ref_end|><|box_start|>(100,100),(500,500)<|box_end|>"
+    assert conversation.text[start:stop] == f"There: {written}"
+    for wrong, message in (
+        ({**box, "item": 1}, "belongs to item 1"),
+        ({**box, "box": [1, 2]}, "cannot be written"),
+        ({**box, "box": [500, 0, 600, 9]}, "no area"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            processor.conversation([told[0], {"role": "assistant", "content": [wrong]}])

@@ -153,7 +153,8 @@ def test_the_verbs(folder, tmp_path):
         ["generate", str(folder), "--jsonl", str(source), "--out", str(tmp_path / "o.jsonl"), "--max-new-tokens", "3", "--json"],
     )
     assert json.loads(done.stdout)["written"] == 2
-    shown = run(app, ["inspect", str(folder), str(source)]).stdout
+    shown = run(app, ["inspect", str(folder), str(source), "--html", str(tmp_path / "look.html")]).stdout
+    assert (tmp_path / "look.html").read_text().count("<span") > 10
     assert "exactly the assistant's words" in " ".join(shown.split())
     assert "no token is supervised" in " ".join(shown.split())
     talk = run(app, ["chat", str(folder), "--max-new-tokens", "4"], input="hi\nand?\n/new\n\n")

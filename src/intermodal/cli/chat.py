@@ -127,10 +127,13 @@ def inspect(
     model: Model,
     sample: Annotated[Path, typer.Argument(help='Conversations, one `{"messages": [...]}` a line.')],
     count: Annotated[int, typer.Option(help="How many lines to show.")] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="Draw a page, too: every token with its place, label and box on the picture.")
+    ] = None,
 ) -> None:
     """Print what a model would be trained on: green is learned, grey is read, media are shown by their size in tokens.
 
-    Example: `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl`
+    Example: `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl --html look.html`
     """
     from rich.console import Console
     from rich.text import Text
@@ -141,13 +144,19 @@ def inspect(
     console = Console()
     processor = _load(model, "float32").processor
     assert processor is not None  # _load has checked it
+    if not sample.is_file():
+        raise IntermodalError(f"{sample} does not exist")
     lines = [line for line in sample.read_text().splitlines() if line.strip()][:count]
+    looked: list[tuple[str, Any, str]] = []
     for number, line in enumerate(lines, 1):
+        name = f"{sample.name}, line {number}"
         try:
             conversation = processor.conversation(read_sample(line, sample.parent)["messages"])
             processor.audit(conversation)
-            verdict = "[green]the mask is exactly the assistant's words and end-of-turn[/green]"
+            verdict = "the mask is exactly the assistant's words and end-of-turn"
+            looked.append((name, conversation, verdict))
         except IntermodalError as error:
+            looked.append((name, None, str(error)))
             console.print(f"[bold]line {number}[/bold] [red]{error}[/red]")
             continue
         ids, media = conversation.ids, dict(conversation.expanded.runs)
@@ -162,8 +171,16 @@ def inspect(
             out.append(processor.decode([ids[index]], special=True), style=style)
             index += 1
         learned, visual = sum(conversation.supervised), sum(conversation.expanded.visual)
-        console.print(f"[bold]line {number}[/bold]: {len(ids)} tokens, {learned} learned, {visual} visual; {verdict}")
+        console.print(
+            f"[bold]line {number}[/bold]: {len(ids)} tokens, {learned} learned, {visual} visual; [green]{verdict}[/green]"
+        )
         console.print(out)
+    if html is not None:
+        from ..evaluate.inspect import page
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page(processor, looked))
+        console.print(f"drew {html}")
 
 
 def _load(model: str, dtype: str):

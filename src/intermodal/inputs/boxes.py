@@ -64,6 +64,8 @@ class BoxFrame:
     """Before and after a label, before and after a box."""
     tokens: tuple[Box | None, ...] = ()
     """For each visual token the part of the original picture that it stands on; None for newlines and the like."""
+    frames: int = 1
+    """A clip's tokens show this many of its frames (or pairs of frames), one after another."""
     unit_of_view: bool = False
     """Parts of one count along the (padded) first view and not along the picture."""
 

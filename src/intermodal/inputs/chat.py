@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from ..batch import TokenBatch, Visual
 from ..errors import CheckpointError, IntermodalError
 from ..nn.attention import Segments
-from .media import Clip, Expanded, Plan, Planner, expand, load_part, rewrite
+from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
 from .template import ChatTemplate, TemplateError
 from .text import content
 from .vision_cache import VisionCache, content_key
@@ -157,17 +157,18 @@ class ChatProcessor:
                 "this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)"
             )
         items = [item for part in _parts(messages) if (item := load_part(part, self.video)) is not None]
-        plain = _without_media(messages, as_text=self.planner is None)
+        if items and self.planner is None:
+            raise TemplateError("this is a text-only model: it takes no pictures or videos")
+        kinds = ["video" if isinstance(item, Clip) else "image" for item in items]
+        plans: list[Plan] = []
+        if self.planner:
+            plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
+        plain = _without_media(self._with_boxes_written(messages, items, plans), as_text=self.planner is None)
         if reply:
             text, spans = self.template.render(plain, reply=True, **variables), []
         else:
             text, spans = self.template.render_marked(plain, **variables)
-        if items and self.planner is None:
-            raise TemplateError("this is a text-only model: it takes no pictures or videos")
-        plans: list[Plan] = []
         if self.planner:
-            kinds = ["video" if isinstance(item, Clip) else "image" for item in items]
-            plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
             names = {kind: str(self.tokenizer.id_to_token(token)) for kind, token in self.planner.placeholders.items()}
             text, spans = rewrite(text, spans, plans, names)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -175,6 +176,32 @@ class ChatProcessor:
         learned = self._supervised(encoding, spans)
         supervised = [source >= 0 and learned[source] for source in expanded.source]
         return Conversation(text, expanded, spans, supervised, items, plans)
+
+    def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
+        """Box parts as the text that this model writes for them."""
+        if not any(part.get("type") == "box" for part in _parts(messages)):
+            return messages
+        shown, out = -1, []
+        for message in messages:
+            parts = message.get("content")
+            if isinstance(parts, list):
+                written = []
+                for part in parts:
+                    kind = part.get("type", "text")
+                    shown += kind not in ("text", "box")
+                    written.append({"type": "text", "text": self._box(part, shown, items, plans)} if kind == "box" else part)
+                parts = written
+            out.append({**message, "content": parts})
+        return out
+
+    def _box(self, part: dict[str, Any], shown: int, items: Sequence[Any], plans: Sequence[Plan]) -> str:
+        number = part.get("item", shown)
+        if self.planner is None or not 0 <= number < len(items):
+            raise MediaError(f"a box part belongs to item {number}, and the conversation shows {len(items)}")
+        try:
+            return self.planner.frame(items[number].size, plans[number]).write(part["box"], part.get("label", ""))
+        except (KeyError, TypeError, ValueError) as error:
+            raise MediaError(f"a box part that cannot be written ({error}): {str(part)[:80]}") from error
 
     def __call__(self, messages: Messages, *, reply: bool = False, key: str = "", **variables: Any) -> TokenBatch:
         """One conversation as a batch of one, its pixels made."""

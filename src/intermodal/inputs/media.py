@@ -120,7 +120,9 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
     """The picture or clip of a message part, or None for text.
 
     Parts: `{"type": "image", "image": PIL, path, bytes or data-URI}`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
-    `{"type": "video", "video": path, Clip or frames}` (frames as a list of pictures, with `"fps"` beside them).
+    `{"type": "video", "video": path, Clip or frames}` (frames as a list of pictures, with `"fps"` beside them). A part
+    `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`, counted from
+    0), is text, written as the model's family writes boxes.
 
     Args:
         video: how a path is decoded and sampled, a `video.Sampling`.
@@ -129,7 +131,7 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
         MediaError: an unknown part, an unreadable file, or an http(s) address.
     """
     kind = part.get("type") or next((key for key in ("text", "image", "video", "image_url") if key in part), None)
-    if kind == "text":
+    if kind in ("text", "box"):
         return None
     if kind in ("image", "image_url"):
         value = part.get("image", part.get("image_url"))
@@ -145,7 +147,7 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
 
             return decode(value, video or Sampling())
         return _frames(value, float(part.get("fps", 2.0)))
-    raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url or video")
+    raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url, video or box")
 
 
 def _picture(value: Any) -> Image.Image:

@@ -210,7 +210,7 @@ class QwenPlanner:
         tokens = cells(view, (0, 0, *resized), rows // self.merge, columns // self.merge, size) * count
         style: Style = "tags" if self.family == "qwen2_vl" else "json"
         convention = "resized" if self.family == "qwen2_5_vl" else "thousandths"
-        return BoxFrame(size, ((resized, view),), convention, style, BOX_TAGS, tuple(tokens))
+        return BoxFrame(size, ((resized, view),), convention, style, BOX_TAGS, tuple(tokens), count)
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
         return mrope_positions(length, runs, past_time=self.authors)

@@ -197,7 +197,8 @@ class LlavaPlanner:
         if isinstance(detail, Frames):
             view = self.processor.affine(size)
             tokens = cells(view, square, *detail.pooled, size) * detail.count
-            return BoxFrame(size, (((side, side), view),) * detail.count, "unit", "plain", tokens=(*tokens, None))
+            views = (((side, side), view),) * detail.count
+            return BoxFrame(size, views, "unit", "plain", tokens=(*tokens, None), frames=detail.count)
         if isinstance(detail, Whole):
             view = self.processor.affine(size)
             padded = self.family != "llava" or self.authors or self.pad
