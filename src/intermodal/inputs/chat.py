@@ -33,6 +33,7 @@ CHAT_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "qwen.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",

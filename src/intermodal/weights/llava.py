@@ -14,7 +14,7 @@ from ..inputs.tiles import LlavaPlanner, as_sizes
 from ..models.llava import Llava, LlavaConfig
 from ..models.vit import VisionConfig
 from . import decoder
-from .qwen_vl import OURS
+from .qwen2_vl import OURS
 from .rules import Alias, Ignore, Rename, Reshape, Rule
 
 _ARCHITECTURES = {

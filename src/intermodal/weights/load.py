@@ -25,7 +25,8 @@ _CODECS = {
     ".clip": ("clip", "siglip", "siglip2"),
     ".decoder": ("llama", "mistral", "qwen2", "qwen3"),
     ".llava": ("llava", "llava_next", "llava_onevision"),
-    ".qwen_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    ".qwen_vl": ("qwen",),
+    ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 FAMILIES = {family: module for module, families in _CODECS.items() for family in families}
 
@@ -192,7 +193,7 @@ def _folder(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*pytorch_model*.bin"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*pytorch_model*.bin"]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise CheckpointError(f"cannot download {text} from the hub, and no such directory exists: {error}") from error

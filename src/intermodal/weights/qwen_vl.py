@@ -1,202 +1,186 @@
-"""Hugging Face `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl` <-> ours: config and key table."""
+"""Qwen-VL's own checkpoint layout (`model_type` "qwen" with a `visual` section) <-> ours: config and key table."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..inputs.chat import CHAT_FILES, ChatProcessor
-from ..inputs.image import read_processor
-from ..inputs.patches import QwenPlanner
-from ..models.qwen2_vl import QwenVL, QwenVLConfig
-from ..models.vit_native import NativeVisionConfig
-from . import decoder
-from .rules import Alias, Ignore, Rename, Reshape, Rule
+import torch
+from torch import Tensor
 
-# What transformers' config classes default to where a config.json leaves a field out.
-_TEXT: dict[str, dict[str, Any]] = {
-    "qwen2_vl": dict(vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
-                     num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=32768),
-    "qwen3_vl": dict(hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
-                     num_key_value_heads=32, head_dim=128, max_position_embeddings=128000, rope_theta=500_000.0),
-}  # fmt: skip
-_TEXT["qwen2_5_vl"] = _TEXT["qwen2_vl"]
-_VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": dict(depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4, num_heads=16, in_channels=3,
-                     patch_size=14, spatial_merge_size=2, temporal_patch_size=2),
-    "qwen2_5_vl": dict(depth=32, hidden_size=3584, hidden_act="silu", intermediate_size=3420, num_heads=16, in_channels=3,
-                       patch_size=14, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=4, window_size=112,
-                       out_hidden_size=3584, fullatt_block_indexes=(7, 15, 23, 31)),
-    "qwen3_vl": dict(depth=27, hidden_size=1152, hidden_act="gelu_pytorch_tanh", intermediate_size=4304, num_heads=16,
-                     in_channels=3, patch_size=16, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=3584,
-                     num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
-}  # fmt: skip
-_SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
-_ARCHITECTURES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
-FAMILIES = tuple(_ARCHITECTURES)
-OURS = "intermodal"
-"""The section of config.json that holds our named settings; other libraries ignore it."""
+from ..errors import CheckpointError
+from ..inputs.chat import CHAT_FILES, ChatProcessor
+from ..inputs.image import BICUBIC, CLIP_MEAN, CLIP_STD, ImageProcessor
+from ..inputs.queries import TEMPLATE, QueryPlanner
+from ..models.decoder import DecoderConfig
+from ..models.qwen_vl import QwenVL1, QwenVLConfig
+from ..models.vit import VisionConfig
+from ..nn.rope import RopeConfig
+from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose
+from .tiktoken import tokenizer_files
+
+# What the checkpoint's own `configuration_qwen.py` defaults to.
+_DEFAULTS: dict[str, Any] = dict(
+    vocab_size=151936, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, layer_norm_epsilon=1e-6,
+    max_position_embeddings=8192, rotary_pct=1.0, rotary_emb_base=10000, use_dynamic_ntk=True, use_logn_attn=True,
+    intermediate_size=22016, no_bias=True, tie_word_embeddings=False, kv_channels=128, seq_length=2048,
+)  # fmt: skip
+
+
+class SplitHeads(Rule):
+    """Their one tensor has query, key and value rows head by head; ours are three."""
+
+    def __init__(self, theirs: str, *ours: str, heads: int):
+        super().__init__((theirs,), ours)
+        object.__setattr__(self, "heads", heads)
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        heads: int = self.heads  # pyright: ignore[reportAttributeAccessIssue]
+        if tensors[0].shape[0] % (3 * heads):
+            raise CheckpointError(f"{self.theirs[0]} of shape {tuple(tensors[0].shape)} does not divide into 3 x {heads} heads")
+        return [part.flatten(0, 1) for part in tensors[0].unflatten(0, (heads, 3, -1)).unbind(1)]
+
+    def save(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.stack([t.unflatten(0, (self.heads, -1)) for t in tensors], dim=1).flatten(0, 2)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def from_hf(config: dict[str, Any]) -> QwenVLConfig:
-    """config.json -> ours. The hub's first Qwen2-VL files keep the text fields at the top; later ones in `text_config`."""
-    family = config["model_type"]
-    text = config.get("text_config") or {key: value for key, value in config.items() if key != "vision_config"}
-    text = {**text, "model_type": f"{family}_text"}
-    # of the two places that say whether the output layer is tied, the top one counts
-    text["tie_word_embeddings"] = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    decoder_config = decoder.from_hf(text, _TEXT[family])
-    rope = decoder_config.rope
-    decoder_config = replace(
-        decoder_config,
-        rope=replace(rope, sections=rope.sections or _SECTIONS[family], interleaved=family == "qwen3_vl"),
+    get = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    visual = get.get("visual")
+    if not visual:
+        raise CheckpointError('model_type "qwen" without a "visual" section is the text-only first Qwen, which is not built')
+    if get["rotary_pct"] != 1.0:
+        raise CheckpointError(f"rotary_pct {get['rotary_pct']}: rotating a part of each head is not built")
+    if visual["output_dim"] != get["hidden_size"]:
+        raise CheckpointError(f"visual.output_dim {visual['output_dim']} is not the decoder's width {get['hidden_size']}")
+    biased = not get["no_bias"]
+    stretched = get["use_dynamic_ntk"] or get["use_logn_attn"]  # they change nothing up to the length of training
+    text = DecoderConfig(
+        width=get["hidden_size"],
+        depth=get["num_hidden_layers"],
+        heads=get["num_attention_heads"],
+        kv_heads=get["num_attention_heads"],
+        head_width=get["kv_channels"],
+        mlp_width=get["intermediate_size"] // 2,
+        vocab_size=get["vocab_size"],
+        context=get["seq_length"] if stretched else get["max_position_embeddings"],
+        norm_eps=get["layer_norm_epsilon"],
+        rope=RopeConfig(theta=float(get["rotary_emb_base"])),
+        qkv_bias=True,
+        out_bias=biased,
+        mlp_bias=biased,
+        tied=bool(get["tie_word_embeddings"]),
     )
-    given = {key: value for key, value in (config.get("vision_config") or {}).items() if value is not None}
-    if "in_chans" in given:  # the hub's spelling
-        given["in_channels"] = given["in_chans"]
-    vision = {**_VISION[family], **given}
-    return QwenVLConfig(
-        family=family,
-        vision=_vision(family, vision),
-        text=decoder_config,
-        image_id=config.get("image_token_id", 151655),
-        video_id=config.get("video_token_id", 151656),
-        vision_start_id=config.get("vision_start_token_id", 151652),
-        vision_end_id=config.get("vision_end_token_id", 151653),
-        tokens_per_second=float(vision.get("tokens_per_second", 1.0)) if family == "qwen2_5_vl" else 1.0,
-        rules=config.get(OURS, {}).get("rules", "authors"),
+    width = visual["width"]
+    vision = VisionConfig(
+        width=width,
+        depth=visual["layers"],
+        heads=visual["heads"],
+        mlp_width=int(width * visual["mlp_ratio"]),
+        activation="gelu",
+        norm_eps=1e-6,
+        image_size=visual["image_size"],
+        patch_size=visual["patch_size"],
     )
-
-
-def _vision(family: str, get: dict[str, Any]) -> NativeVisionConfig:
-    shared: dict[str, Any] = dict(
-        depth=get["depth"],
-        heads=get["num_heads"],
-        patch_size=get["patch_size"],
-        temporal_patch=get["temporal_patch_size"],
-        merge=get["spatial_merge_size"],
-        channels=get["in_channels"],
-        activation=get["hidden_act"],
-        theta=float((get.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
-    )
-    if family == "qwen2_vl":
-        width = get["embed_dim"]
-        return NativeVisionConfig(width=width, mlp_width=int(width * get["mlp_ratio"]), out_width=get["hidden_size"], **shared)
-    shared.update(width=get["hidden_size"], mlp_width=get["intermediate_size"], out_width=get["out_hidden_size"])
-    if family == "qwen2_5_vl":
-        blocks = tuple(block for block in get["fullatt_block_indexes"] if block < get["depth"])
-        return NativeVisionConfig(rms_norm=True, gated_mlp=True, window=get["window_size"], full_blocks=blocks, **shared)
-    side = int(get["num_position_embeddings"] ** 0.5)
-    return NativeVisionConfig(patch_bias=True, table_side=side, deepstack=tuple(get["deepstack_visual_indexes"]), **shared)
+    return QwenVLConfig(vision, text, queries=visual.get("n_queries", 256), image_start_id=visual.get("image_start_id", 151857))
 
 
 def rules(family: str, config: QwenVLConfig) -> list[Rule]:
-    vision = config.vision
-    kernel = (vision.width, vision.channels, vision.temporal_patch, vision.patch_size, vision.patch_size)
-    head: list[Rule] = [Ignore("lm_head.weight")] if config.text.tied else [Rename("lm_head.weight", "lm_head.weight")]
-    text, tower = ("model.language_model", "model.visual") if family == "qwen3_vl" else ("model", "visual")
-    shape: dict[str, Any] = dict(their_shape=kernel, our_shape=(vision.width, -1))
-    table: list[Rule] = [*head, Reshape(f"{tower}.patch_embed.proj.weight", "visual.patch_embed.weight", **shape)]
-    if family == "qwen3_vl":
-        table += [
-            Rename(f"{tower}.patch_embed.proj.bias", "visual.patch_embed.bias"),
-            Rename(f"{tower}.pos_embed.weight", "visual.pos_embed"),
-            Rename(f"{tower}.merger.norm.{{rest}}", "visual.merger.norm.{rest}"),
-            Rename(f"{tower}.deepstack_merger_list.{{n}}.norm.{{rest}}", "visual.deepstack_mergers.{n}.norm.{rest}"),
-        ]
-        for layer in (1, 2):
-            theirs = f"linear_fc{layer}.{{rest}}"
-            ours = f"fc{layer}.{{rest}}"
-            table += [
-                Rename(f"{tower}.blocks.{{n}}.mlp.{theirs}", f"visual.blocks.{{n}}.mlp.{ours}"),
-                Rename(f"{tower}.merger.{theirs}", f"visual.merger.{ours}"),
-                Rename(f"{tower}.deepstack_merger_list.{{n}}.{theirs}", f"visual.deepstack_mergers.{{n}}.{ours}"),
-            ]
-    else:
-        for prefix, kind in (("visual", Rename), ("model.visual", Alias)):  # transformers 4.52 on names it model.visual in memory
-            table += [
-                kind(f"{prefix}.merger.ln_q.{{rest}}", "visual.merger.norm.{rest}"),
-                kind(f"{prefix}.merger.mlp.0.{{rest}}", "visual.merger.fc1.{rest}"),
-                kind(f"{prefix}.merger.mlp.2.{{rest}}", "visual.merger.fc2.{rest}"),
-            ]
-        table += [
-            Alias("model.visual.blocks.{rest}", "visual.blocks.{rest}"),
-            Alias("model.language_model.{rest}", "model.{rest}"),
-        ]
-    return [*table, Rename(f"{tower}.blocks.{{rest}}", "visual.blocks.{rest}"), Rename(f"{text}.{{rest}}", "model.{rest}")]
+    vision, tower, layer = config.vision, "transformer.visual", "transformer.h.{n}"
+    kernel = (vision.width, vision.channels, vision.patch_size, vision.patch_size)
+    block, ours = f"{tower}.transformer.resblocks.{{n}}", "visual.encoder.layers.{n}"
+    table: list[Rule] = [
+        Rename("transformer.wte.weight", "model.embed_tokens.weight"),
+        Rename("transformer.ln_f.weight", "model.norm.weight"),
+        Ignore("lm_head.weight") if config.text.tied else Rename("lm_head.weight", "lm_head.weight"),
+        Ignore("transformer.rotary_emb.inv_freq"),
+        Rename(f"{layer}.ln_1.weight", "model.layers.{n}.input_layernorm.weight"),
+        Rename(f"{layer}.ln_2.weight", "model.layers.{n}.post_attention_layernorm.weight"),
+        Rename(f"{layer}.attn.c_proj.{{rest}}", "model.layers.{n}.self_attn.o_proj.{rest}"),
+        Rename(f"{layer}.mlp.w1.{{rest}}", "model.layers.{n}.mlp.up_proj.{rest}"),
+        Rename(f"{layer}.mlp.w2.{{rest}}", "model.layers.{n}.mlp.gate_proj.{rest}"),
+        Rename(f"{layer}.mlp.c_proj.{{rest}}", "model.layers.{n}.mlp.down_proj.{rest}"),
+        Reshape(f"{tower}.conv1.weight", "visual.patch_embedding.weight", their_shape=kernel, our_shape=(vision.width, -1)),
+        Rename(f"{tower}.positional_embedding", "visual.position_embedding"),
+        Rename(f"{tower}.ln_pre.{{rest}}", "visual.pre_layernorm.{rest}"),
+        Rename(f"{tower}.ln_post.{{rest}}", "visual.post_layernorm.{rest}"),
+        Transpose(f"{tower}.proj", "visual.proj.weight"),
+        Rename(f"{block}.ln_1.{{rest}}", f"{ours}.layer_norm1.{{rest}}"),
+        Rename(f"{block}.ln_2.{{rest}}", f"{ours}.layer_norm2.{{rest}}"),
+        Rename(f"{block}.attn.out_proj.{{rest}}", f"{ours}.self_attn.out_proj.{{rest}}"),
+        Rename(f"{block}.mlp.c_fc.{{rest}}", f"{ours}.mlp.fc1.{{rest}}"),
+        Rename(f"{block}.mlp.c_proj.{{rest}}", f"{ours}.mlp.fc2.{{rest}}"),
+        Rename(f"{tower}.attn_pool.attn.out_proj.{{rest}}", "visual.resampler.out_proj.{rest}"),
+    ]
+    for kind in ("weight", "bias"):
+        names = [f"model.layers.{{n}}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+        table.append(Split(f"{layer}.attn.c_attn.{kind}", *names))
+        names = [f"{ours}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+        table.append(SplitHeads(f"{block}.attn.in_proj.{kind}", *names, heads=vision.heads))
+        names = [f"visual.resampler.{part}_proj.{kind}" for part in "qkv"]
+        table.append(Split(f"{tower}.attn_pool.attn.in_proj_{kind}", *names))
+    return [*table, Rename(f"{tower}.attn_pool.{{rest}}", "visual.resampler.{rest}")]
 
 
-def build(family: str, config: QwenVLConfig) -> QwenVL:
-    return QwenVL(config)
+def build(family: str, config: QwenVLConfig) -> QwenVL1:
+    return QwenVL1(config)
 
 
 def processor(folder: Path, family: str, config: QwenVLConfig, raw: dict[str, Any]) -> ChatProcessor | None:
-    if not any((folder / name).exists() for name in CHAT_FILES if name != "generation_config.json"):
+    files = {name: (folder / name).read_bytes() for name in CHAT_FILES if (folder / name).exists()}
+    if "tokenizer.json" not in files and "qwen.tiktoken" in files:
+        # the checkpoint's tokenizer_config.json names a Python class of its own; ours takes its place
+        files |= tokenizer_files(files["qwen.tiktoken"])
+    if "tokenizer.json" not in files:
         return None
-    settings = read_processor(folder)
-    return ChatProcessor.from_folder(folder, raw, lambda tokenizer: QwenPlanner.from_hf(config, settings, tokenizer))
+    if not any(name.startswith("chat_template") for name in files):
+        files["chat_template.jinja"] = TEMPLATE.encode()
+    side = config.vision.image_size
+    pictures = ImageProcessor((side, side), resample=BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
+    planner = QueryPlanner({"image": config.image_id}, side, config.query_side, pictures)
+    try:
+        return ChatProcessor.from_files(files, raw, lambda tokenizer: planner)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
-def family_of(model: QwenVL) -> str:
+def family_of(model: QwenVL1) -> str:
     return model.family
 
 
-def to_hf(model: QwenVL) -> dict[str, Any]:
-    config = model.config
+def to_hf(model: QwenVL1) -> dict[str, Any]:
+    config, text, vision = model.config, model.config.text, model.config.vision
     original = model.source.get("config", {})
-    out = copy.deepcopy(original) if original.get("model_type") == model.family else {}
-    base = "qwen3" if model.family == "qwen3_vl" else "qwen2"
-    flat = bool(out) and "text_config" not in out
-    section = out if flat else out.setdefault("text_config", {})
-    section.update(decoder.text_to_hf(config.text, base, {**section, "model_type": f"{model.family}_text"}))
-    if not config.text.rope.interleaved or model.family == "qwen3_vl":
-        section["rope_parameters"].pop("mrope_interleaved", None)  # the class says it
-    if model.family != "qwen3_vl":
-        section.pop("head_dim", None)
-    out.update(
-        model_type=model.family,
-        architectures=[_ARCHITECTURES[model.family]],
-        dtype=str(model.head_weight.dtype).removeprefix("torch."),
-        tie_word_embeddings=config.text.tied,
-        image_token_id=config.image_id,
-        video_token_id=config.video_id,
-        vision_start_token_id=config.vision_start_id,
-        vision_end_token_id=config.vision_end_id,
-        vision_config={**out.get("vision_config", {}), **_vision_to_hf(config)},
-    )
-    out.pop("torch_dtype", None)
-    if config.rules != "authors":
-        out[OURS] = {**out.get(OURS, {}), "rules": config.rules}
-    return out
-
-
-def _vision_to_hf(config: QwenVLConfig) -> dict[str, Any]:
-    vision = config.vision
-    out: dict[str, Any] = dict(
-        model_type=f"{config.family}_vision",
-        depth=vision.depth,
-        num_heads=vision.heads,
+    out = copy.deepcopy(original) if original.get("model_type") == "qwen" else {}
+    visual = dict(out.get("visual") or {})
+    if int(vision.width * visual.get("mlp_ratio", 0)) != vision.mlp_width:
+        visual["mlp_ratio"] = (vision.mlp_width + 0.5) / vision.width  # the reader truncates
+    visual.update(
+        width=vision.width,
+        layers=vision.depth,
+        heads=vision.heads,
+        image_size=vision.image_size,
         patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch,
-        spatial_merge_size=vision.merge,
-        in_channels=vision.channels,
-        hidden_act=vision.activation,
+        output_dim=text.width,
+        image_start_id=config.image_start_id,
     )
-    if config.family == "qwen2_vl":
-        return {**out, "embed_dim": vision.width, "mlp_ratio": vision.mlp_width // vision.width, "hidden_size": vision.out_width}
-    out.update(hidden_size=vision.width, intermediate_size=vision.mlp_width, out_hidden_size=vision.out_width)
-    if config.family == "qwen2_5_vl":
-        seconds = config.tokens_per_second
-        whole = int(seconds) if seconds == int(seconds) else seconds
-        return {**out, "window_size": vision.window, "fullatt_block_indexes": list(vision.full_blocks), "tokens_per_second": whole}
-    return {
-        **out,
-        "num_position_embeddings": (vision.table_side or 0) ** 2,
-        "deepstack_visual_indexes": list(vision.deepstack),
-    }
+    if config.queries != visual.get("n_queries", 256):
+        visual["n_queries"] = config.queries
+    out.update(
+        model_type="qwen",
+        architectures=["QWenLMHeadModel"],
+        visual=visual,
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        num_hidden_layers=text.depth,
+        num_attention_heads=text.heads,
+        kv_channels=text.head_width,
+        intermediate_size=2 * text.mlp_width,
+        layer_norm_epsilon=text.norm_eps,
+        rotary_emb_base=int(text.rope.theta) if text.rope.theta == int(text.rope.theta) else text.rope.theta,
+        no_bias=not text.out_bias,
+        tie_word_embeddings=text.tied,
+    )
+    out.setdefault("seq_length", text.context)
+    return out

@@ -1,0 +1,60 @@
+"""The first Qwen-VL's media: every picture is squeezed to one square and becomes a fixed number of tokens, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..batch import Visual
+from .boxes import BoxFrame, cells
+from .image import ImageProcessor
+from .media import Clip, MediaError, Piece, Plan, Run
+from .tiles import Whole
+
+BOX_TAGS = ("<ref>", "</ref>", "<box>", "</box>")
+TEMPLATE = (
+    "{%- set seen = namespace(pictures=0) -%}"
+    "{%- if messages[0]['role'] != 'system' -%}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- else -%}{%- set seen.pictures = seen.pictures + 1 -%}"
+    "{{- 'Picture ' ~ seen.pictures ~ ': <img><imgpad></img>\\n' -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""ChatML with numbered pictures, as Qwen-VL-Chat's `from_list_format` and `make_context` write it; the checkpoint has no template file."""
+
+
+@dataclass
+class QueryPlanner:
+    """Tokens and pixels of pictures for Qwen-VL."""
+
+    placeholders: dict[str, int]
+    side: int
+    """Pixels of the tower's square input."""
+    queries: int
+    """Side of the square of tokens that a picture becomes."""
+    processor: ImageProcessor
+
+    def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        if isinstance(item, Clip):
+            raise MediaError("Qwen-VL takes no videos; give frames as pictures, or use Qwen2-VL or later")
+        piece = Piece(grid=(1, self.queries, self.queries))
+        return Plan("image", self.placeholders["image"], ((piece,),), detail=Whole(newline=False))
+
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
+        return self.processor(items).pixels if items else torch.empty(0, 3, self.side, self.side)
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
+
+    def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
+        view, square = self.processor.affine(size), (0.0, 0.0, float(self.side), float(self.side))
+        tokens = cells(view, square, self.queries, self.queries, size)
+        return BoxFrame(size, (((self.side, self.side), view),), "thousandths", "tags", BOX_TAGS, tuple(tokens))
+
+    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
+        return torch.arange(length)
