@@ -170,29 +170,58 @@ def convert(
 
 @app.command()
 def stitch(
-    vision: Annotated[str, typer.Option(help="A CLIP or SigLIP model: its tower and image processor are taken.")],
+    vision: Annotated[str, typer.Option(help="A CLIP, SigLIP or Qwen-VL model: its tower and image processor are taken.")],
     language: Annotated[str, typer.Option(help="A decoder's directory, hub id or GGUF file, with a chat template.")],
     out: Out = Path("stitched"),
-    layer: Annotated[int | None, typer.Option(help="Hidden state of the tower that is read; LLaVA's choice when left out.")] = None,
+    connector: Annotated[
+        str, typer.Option(help="mlp: LLaVA's, for fixed-size towers; merger: Qwen-VL's, native resolution.")
+    ] = "mlp",
+    layer: Annotated[
+        int | None, typer.Option(help="mlp: hidden state of the tower that is read; by default LLaVA's choice.")
+    ] = None,
+    deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
 ) -> None:
-    """Make a LLaVA from any tower and any decoder: a fresh two-layer projector between them, to be trained in stages.
+    """Make a stitched model from a tower and a decoder, with a fresh connector between them, to be trained in stages.
 
-    Example: `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
+    Examples:
+
+    `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
+
+    `intermodal stitch --vision google/siglip2-base-patch16-naflex --language Qwen/Qwen3-0.6B --connector merger --deepstack 2,5,8`
     """
-    from ..errors import IntermodalError
+    from ..errors import IntermodalError, nearest
+    from ..models.clip import DualEncoder
     from ..models.generative import LanguageModel
+    from ..models.qwen2_vl import QwenVL
     from ..weights.load import load, load_encoder, save
     from ..weights.stitch import stitch as join
+    from ..weights.stitch_native import stitch_native
 
+    if connector not in ("mlp", "merger"):
+        raise IntermodalError(f"unknown connector {connector!r}: mlp or merger{nearest(connector, ('mlp', 'merger'))}")
+    if (connector == "mlp" and deepstack is not None) or (connector == "merger" and layer is not None):
+        raise IntermodalError("--deepstack goes with --connector merger, --layer with mlp")
+    try:
+        blocks = tuple(int(block) for block in deepstack.split(",") if block) if deepstack is not None else None
+    except ValueError:
+        raise IntermodalError(f"--deepstack takes numbers of blocks with commas between, got {deepstack!r}") from None
     decoder = load(language, dtype=dtype)
     if not isinstance(decoder, LanguageModel):
         raise IntermodalError(f"{language} is a {type(decoder).__name__}; --language wants a text-only decoder")
-    model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, seed=seed)
+    if connector == "mlp":
+        model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, seed=seed)
+    else:
+        eyes = load(vision, dtype=dtype)
+        if not isinstance(eyes, DualEncoder | QwenVL):
+            raise IntermodalError(
+                f"{vision} is a {type(eyes).__name__}: --connector merger takes the tower of a SigLIP or Qwen-VL model"
+            )
+        model = stitch_native(eyes, decoder, deepstack=blocks, seed=seed)
     save(model, out)
     count = sum(p.numel() for p in model.parameters())
-    typer.echo(f"{out}: a {model.family} of {count:,} parameters; its projector knows nothing yet: train it with model.start={out}")
+    typer.echo(f"{out}: a {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}")
 
 
 @app.command()

@@ -23,15 +23,14 @@ from ..models.vit import ClipVisionTower, SiglipVisionTower
 from .decoder import text_to_hf
 
 IMAGE_TOKEN = "<image>"
-FLATTEN = (
+_FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
     "{%- set said = namespace(text='') -%}{%- for part in message['content'] -%}"
-    "{%- set said.text = said.text + (part['text'] if part['type'] == 'text' else '<image>\\n') -%}{%- endfor -%}"
+    "{%- set said.text = said.text + (part['text'] if part['type'] == 'text' else MEDIA[part['type']]) -%}{%- endfor -%}"
     "{%- set flat.messages = flat.messages + [dict(message, content=said.text)] -%}{%- endif -%}{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
-"""Put before a text-only template: pictures become placeholders in the text, and the template sees strings."""
 CHATML = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -64,7 +63,7 @@ def stitch(vision: DualEncoder, language: LanguageModel, *, layer: int | None = 
             "the decoder came without a tokenizer or chat template, which a model that is asked about pictures needs"
         )
     clip = isinstance(vision, CLIP)
-    files, image_id = _files_with_image_token(language.processor)
+    files, (image_id,) = chat_files(language.processor, {"image": f"{IMAGE_TOKEN}\n"}, (IMAGE_TOKEN,))
     rows = max(language.config.vocab_size, image_id + 1)
     config = LlavaConfig(
         "llava",
@@ -129,11 +128,7 @@ def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed
 
 def _weights(vision: DualEncoder, language: LanguageModel, config: LlavaConfig, seed: int) -> dict[str, Tensor]:
     state = {f"vision.{key}": value.clone() for key, value in vision.vision.state_dict().items() if not key.startswith("head.")}
-    text = {key: value.clone() for key, value in language.state_dict().items()}
-    for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        if key in text and (missing := config.text.vocab_size - len(text[key])) > 0:
-            # new rows start at the mean of the others, which no prompt can tell from an average word
-            text[key] = torch.cat([text[key], text[key].float().mean(0, keepdim=True).expand(missing, -1).to(text[key].dtype)])
+    text = {key: value.clone() for key, value in grown(language.state_dict(), config.text.vocab_size).items()}
     generator = torch.Generator().manual_seed(seed)
     width, out = config.vision.width, config.text.width
     dtype = language.head_weight.dtype
@@ -143,10 +138,24 @@ def _weights(vision: DualEncoder, language: LanguageModel, config: LlavaConfig, 
     return {key: nn.Parameter(value) for key, value in {**state, **text}.items()}
 
 
-def _files_with_image_token(processor: ChatProcessor) -> tuple[dict[str, bytes], int]:
-    """The tokenizer's files with `<image>` in them and a template that takes pictures; and the token's id."""
+def grown(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """A decoder's weights with a vocabulary of `rows`: new rows are the mean of the others, which no prompt can tell from an average
+    word."""
+    out = dict(state)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        if key in out and (missing := rows - len(out[key])) > 0:
+            out[key] = torch.cat([out[key], out[key].float().mean(0, keepdim=True).expand(missing, -1).to(out[key].dtype)])
+    return out
+
+
+def chat_files(processor: ChatProcessor, media: dict[str, str], tokens: tuple[str, ...]) -> tuple[dict[str, bytes], list[int]]:
+    """A text decoder's files for a model that sees: `tokens` in the tokenizer, a template that writes `media`; and the tokens' ids.
+
+    Args:
+        media: what a part of each kind ("image", "video") is in the text.
+    """
     tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
     settings = json.loads(processor.files.get("tokenizer_config.json", b"{}"))
     settings.pop("chat_template", None)
     settings.pop("added_tokens_decoder", None)  # the tokenizer.json says it, with the new token
@@ -158,12 +167,16 @@ def _files_with_image_token(processor: ChatProcessor) -> tuple[dict[str, bytes],
     files = {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
-        "chat_template.jinja": (source if IMAGE_TOKEN in source else FLATTEN + source).encode(),
+        "chat_template.jinja": (source if all(text in source for text in media.values()) else flatten(media) + source).encode(),
     }
     generation = processor.files.get("generation_config.json")
-    image_id = tokenizer.token_to_id(IMAGE_TOKEN)
-    assert image_id is not None
-    return {**files, **({"generation_config.json": generation} if generation else {})}, image_id
+    ids = [index for token in tokens if (index := tokenizer.token_to_id(token)) is not None]
+    return {**files, **({"generation_config.json": generation} if generation else {})}, ids
+
+
+def flatten(media: dict[str, str]) -> str:
+    """Put before a text-only template: pictures become placeholders in the text, and the template sees strings."""
+    return "{%- set MEDIA = " + json.dumps(media) + " -%}" + _FLATTEN
 
 
 def _processor(files: dict[str, bytes], raw: dict[str, Any], config: LlavaConfig, pictures: ImageProcessor) -> ChatProcessor:
