@@ -12,8 +12,7 @@ def check_cached_equals_uncached(model, conversations, tmp_path):
     plain = [processor.batch(processor.conversation(messages)) for messages in conversations]
     with torch.no_grad():
         expected = [model(batch) for batch in plain]
-        tower = torch.nn.ModuleList([part for name, part in model.named_children() if name in ("vision", "visual")])
-        for cache in (MemoryCache(), DiskCache(tmp_path, fingerprint(tower))):
+        for cache in (MemoryCache(), DiskCache(tmp_path, fingerprint(model.tower_parameters()))):
             model.vision_cache = cache
             for again in (False, True):
                 for messages, scores in zip(conversations, expected, strict=True):

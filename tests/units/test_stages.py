@@ -411,3 +411,40 @@ def test_adapters_on_nothing_are_refused(trained):
         lora.add(model, LoraConfig(("model.layers.*qproj",)))
     with pytest.raises(IntermodalError, match="holds no adapters"):
         lora.load(model, trained)
+
+
+# --- the tower's states on disk
+
+
+def test_a_cached_tower_trains_the_same_and_is_not_asked_twice(recipe, tmp_path, monkeypatch):
+    from intermodal.models.llava import Llava
+
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 256, (20 + index, 30, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        talk = [{"from": "human", "value": "<image>what is it?"}, {"from": "gpt", "value": f"it is a dog {index % 3}"}]
+        lines.append(json.dumps({"id": str(index), "image": f"{index}.png", "conversations": talk}))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+
+    def staged(cached):
+        stage = recipe.stages[0]
+        data = replace(stage.data, train=(str(tmp_path / "t.jsonl"),), weights=None, batch=4)
+        learn = (("projector.*", 1.0), ("model.*", 0.5))
+        train_ = replace(stage.train, steps=3)
+        first = replace(stage, data=data, learn=learn, train=train_, cache_tower=cached)
+        return replace(recipe, stages=(first, replace(first, name="again")))
+
+    looked, see = [], Llava.see
+    monkeypatch.setattr(Llava, "see", lambda model, visual: looked.append(len(visual.rows())) or see(model, visual))
+    plain = train_stages(staged(False), tmp_path / "plain", quiet=True)
+    assert sum(looked) == 2 * 3 * 4
+    looked.clear()
+    cached = train_stages(staged(True), tmp_path / "cached", quiet=True)
+    assert sum(looked) <= 8  # six pictures; the first step or two may meet one twice before it is on disk
+    assert len(list((tmp_path / "cached" / "tower-cache").rglob("*.safetensors"))) == 6
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[key], value, atol=1e-5, rtol=1e-4, msg=key)
+    learning = replace(staged(True).stages[0], learn=(("*", 1.0),))
+    with pytest.raises(IntermodalError, match="cache_tower keeps what a frozen tower says, and vision"):
+        train_stages(replace(recipe, stages=(learning,)), tmp_path / "no", quiet=True)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ..batch import TokenBatch
 from ..errors import IntermodalError
 from ..inputs.chat import ChatProcessor, NoSupervision
+from ..inputs.vision_cache import VisionCache
 from .loader import ATTEMPTS, DataError, Reject, number_of
 from .talks import TalkSource
 
@@ -51,9 +52,17 @@ def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
 class TalkFetcher(Dataset):
     """References to packs; runs in the workers. A conversation that cannot be used is replaced as `loader.Fetcher` does."""
 
-    def __init__(self, sources: Sequence[TalkSource], processor: ChatProcessor, seed: int, budget: int, longest: int):
+    def __init__(
+        self,
+        sources: Sequence[TalkSource],
+        processor: ChatProcessor,
+        seed: int,
+        budget: int,
+        longest: int,
+        cache: VisionCache | None = None,
+    ):
         self.sources, self.processor, self.seed = list(sources), processor, seed
-        self.budget, self.longest = budget, min(longest, budget)
+        self.budget, self.longest, self.cache = budget, min(longest, budget), cache
 
     def __getitem__(self, references: tuple[int, list[tuple[int, int]]]) -> Packs:
         _, wanted = references
@@ -73,7 +82,7 @@ class TalkFetcher(Dataset):
         self.processor.audit(conversation)
         if len(conversation.ids) > self.longest:
             raise NoSupervision(f"{len(conversation.ids)} tokens, more than the {self.longest} that fit (data.tokens, the context)")
-        return self.processor.batch(conversation, talk.key)
+        return self.processor.batch(conversation, talk.key, self.cache)
 
     def _usable(self, which: int, at: int, rejects: list[Reject]) -> TokenBatch:
         source, index = self.sources[which], at

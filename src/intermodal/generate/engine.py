@@ -94,7 +94,7 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
         model.vision_cache = MemoryCache()
     pictures = model.vision_cache
     if isinstance(pictures, MemoryCache):
-        pictures.begin(model)
+        pictures.begin(model.tower_parameters())
     cache = model.model.cache(slots)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
     while waiting or running:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,20 @@ class LookUp:
 
     def __call__(self, pixels_HWC: np.ndarray, out_CHW: np.ndarray) -> None:
         for channel in range(3):
-            np.take(self.table[channel], pixels_HWC[..., channel], out=out_CHW[channel])
+            np.take(self.table[channel], pixels_HWC[..., channel], out=out_CHW[channel], mode="clip")  # clip: no buffer, no checks
+
+    def patches(self, pixels_PCK: np.ndarray, out_PCK: np.ndarray) -> None:
+        for channel in range(3):
+            out_PCK[:, channel] = np.take(self.table[channel], pixels_PCK[:, channel], mode="clip")
+
+
+def each(function: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
+    """`function` of every item, on as many threads as torch has (one in a data worker): Pillow and numpy let others run meanwhile."""
+    threads = min(torch.get_num_threads(), len(items[0]))
+    if threads < 2:
+        return [function(*item) for item in zip(*items, strict=True)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, *items))
 
 
 @dataclass(frozen=True)
@@ -104,8 +118,7 @@ class ImageProcessor:
         height, width = self.output_size
         lut = LookUp(self.rescale_factor, self.mean, self.std)
         out = np.empty((len(images), 3, height, width), np.float32)
-        for row, image in zip(out, images, strict=True):
-            lut(self.resized(image), row)
+        each(lambda row, image: lut(self.resized(image), row), out, images)
         return Images(torch.from_numpy(out))
 
     def resized(self, image: Any) -> np.ndarray:

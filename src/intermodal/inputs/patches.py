@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..batch import Visual
 from .boxes import Affine, BoxFrame, Style, cells
-from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, open_image
+from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, each, open_image
 from .media import Clip, MediaError, Piece, Plan, Run, mrope_positions
 
 MOST_ASPECT = 200
@@ -68,15 +69,15 @@ def resize_clip(frames: int, height: int, width: int, factor: int, temporal: int
     return tall, wide
 
 
-def block_patches(frames_FCHW: np.ndarray, patch: int, merge: int, temporal: int) -> np.ndarray:
-    """Frames, their number a multiple of `temporal`, -> (P, C * temporal * patch * patch) in block-major order.
+def block_patches(pixels_HWC: np.ndarray, patch: int, merge: int) -> np.ndarray:
+    """One frame -> (P, C, patch * patch) in block-major order.
 
     The merge x merge patches of one token are neighbours; a raster order would load and scramble them.
     """
-    frames, channels, height, width = frames_FCHW.shape
+    height, width, channels = pixels_HWC.shape
     rows, columns = height // (patch * merge), width // (patch * merge)
-    cut = frames_FCHW.reshape(frames // temporal, temporal, channels, rows, merge, patch, columns, merge, patch)
-    return cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * temporal * patch * patch)
+    cut = pixels_HWC.reshape(rows, merge, patch, columns, merge, patch, channels)
+    return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch * patch)
 
 
 @dataclass
@@ -186,19 +187,26 @@ class QwenPlanner:
         return smart_resize(height, width, self.factor, least, most)
 
     def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
+        ends = np.cumsum([0, *(math.prod(plan.detail) for plan in plans)]).tolist()
+        out = np.empty((ends[-1], 3, self.temporal, self.patch**2), np.float32)
+        if items:
+            each(self._fill, items, plans, [out[start:stop] for start, stop in pairwise(ends)])
+        return torch.from_numpy(out.reshape(len(out), 3 * self.temporal * self.patch**2))
+
+    def _fill(self, item: Image.Image | Clip, plan: Plan, out_PCTK: np.ndarray) -> None:
+        """One item's patches. Bytes are laid out in patches first: they are a quarter of the numbers that they become."""
         table = self._table = self._table or LookUp(self.rescale_factor, self.mean, self.std)
-        pieces = [np.empty((0, 3 * self.temporal * self.patch**2), np.float32)]
-        for item, plan in zip(items, plans, strict=True):
-            height, width = plan.detail[1] * self.patch, plan.detail[2] * self.patch
-            pictures = [Image.fromarray(frame) for frame in item.frames] if isinstance(item, Clip) else [open_image(item)]
-            values = np.empty((len(pictures), 3, height, width), np.float32)
-            for out, picture in zip(values, pictures, strict=True):
-                table(np.asarray(picture.resize((width, height), Image.Resampling(self.resample))), out)
-            repeat = -len(values) % self.temporal
-            if repeat:  # a still is shown twice, an odd clip's last frame again
-                values = np.concatenate([values, np.repeat(values[-1:], repeat, axis=0)])
-            pieces.append(block_patches(values, self.patch, self.merge, self.temporal))
-        return torch.from_numpy(np.concatenate(pieces))
+        count, rows, columns = plan.detail
+        pictures = [Image.fromarray(frame) for frame in item.frames] if isinstance(item, Clip) else [open_image(item)]
+        size, each_frame = (columns * self.patch, rows * self.patch), out_PCTK.reshape(count, rows * columns, *out_PCTK.shape[1:])
+        for index in range(count * self.temporal):
+            frame, place = divmod(index, self.temporal)
+            target = each_frame[frame, :, :, place]
+            if index < len(pictures):
+                pixels = np.asarray(pictures[index].resize(size, Image.Resampling(self.resample)))
+                table.patches(block_patches(pixels, self.patch, self.merge), target)
+            else:  # a still is shown twice, an odd clip's last frame again
+                target[:] = each_frame[(index - 1) // self.temporal, :, :, (index - 1) % self.temporal]
 
     def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
         return Visual(pixels, tuple(plan.detail for plan in plans))

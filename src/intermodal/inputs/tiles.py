@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..batch import Visual
 from .boxes import Affine, BoxFrame, cells
-from .image import ImageProcessor, open_image
+from .image import ImageProcessor, each, open_image
 from .media import Clip, MediaError, Piece, Plan, Run
 
 Size = tuple[int, int]
@@ -159,7 +159,7 @@ class LlavaPlanner:
         return Plan("video", self.placeholders["video"], (run,), detail=Frames(len(clip.frames), (pooled, pooled)))
 
     def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
-        views = [view for item, plan in zip(items, plans, strict=True) for view in self.views(item, plan)]
+        views = [view for made in each(self.views, items, plans) for view in made] if items else []
         return self.processor(views).pixels if views else torch.empty(0, 3, self.side, self.side)
 
     def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:

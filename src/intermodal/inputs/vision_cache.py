@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from ..batch import States
 from .media import Clip, Plan, Planner
@@ -48,13 +49,9 @@ class MemoryCache:
         self._items: OrderedDict[str, States] = OrderedDict()
         self._weights: Any = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Forget everything if the weights outside the decoder are not those of the last time."""
-        weights = [
-            (p.data_ptr(), 0 if p.is_inference() else p._version)
-            for name, p in model.named_parameters()
-            if not name.startswith(("model.", "lm_head."))
-        ]
+    def begin(self, tower: Mapping[str, Tensor]) -> None:
+        """Forget everything if the tower's weights are not those of the last time."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tower.values()]
         if weights != self._weights:
             self._items.clear()
             self._weights, self.held = weights, 0
@@ -112,10 +109,10 @@ class DiskCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def fingerprint(tower: nn.Module) -> str:
+def fingerprint(tower: Mapping[str, Tensor]) -> str:
     """Names a tower's weights by their content."""
     digest = hashlib.blake2b(digest_size=10)
-    for name, value in sorted(tower.state_dict().items()):
+    for name, value in sorted(tower.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()

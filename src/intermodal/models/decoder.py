@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import IntermodalError, nearest
 from ..nn.attention import Segments, attention
 from ..nn.cache import Cache
-from ..nn.layers import ACTIVATIONS
+from ..nn.layers import ACTIVATIONS, Linear
 from ..nn.rope import Rope, RopeConfig, rotate
 
 
@@ -56,10 +56,10 @@ class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
         self.head_width, self.index = config.head_width, index
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=config.out_bias)
+        self.q_proj = Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_width, config.width, bias=config.out_bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
@@ -82,9 +82,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, mlp_width: int, activation: str, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(width, mlp_width, bias=bias)
-        self.up_proj = nn.Linear(width, mlp_width, bias=bias)
-        self.down_proj = nn.Linear(mlp_width, width, bias=bias)
+        self.gate_proj = Linear(width, mlp_width, bias=bias)
+        self.up_proj = Linear(width, mlp_width, bias=bias)
+        self.down_proj = Linear(mlp_width, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
+from ..nn.layers import linear
 from .decoder import Decoder, DecoderConfig, DeepStack
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Generative(nn.Module):
     config: Any
     processor: ChatProcessor | None
     source: dict[str, Any]
+    tower: tuple[str, ...] = ()
+    """What the tower's parameters are called, and after "-" what of it is the connector."""
     vision_cache: VisionCache | None = None
     """Where the tower's states of items with a key are kept."""
 
@@ -66,6 +68,12 @@ class Generative(nn.Module):
         """The tower's states of all items -> the decoder's tokens (V, D), and one such tensor for each DeepStack layer."""
         raise NotImplementedError(f"a {type(self).__name__} has no vision tower")
 
+    def tower_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that `see` depends on."""
+        inside = tuple(name for name in self.tower if not name.startswith("-"))
+        outside = tuple(name[1:] for name in self.tower if name.startswith("-"))
+        return {name: p for name, p in self.named_parameters() if name.startswith(inside) and not name.startswith(outside)}
+
     def states(self, visual: Visual) -> States:
         """The tower's states of all items: of those known already from there, of the others by looking. New ones with a key are kept."""
         if not any(states is not None for states in visual.known):
@@ -95,7 +103,7 @@ class Generative(nn.Module):
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> scores (T, V)."""
-        return F.linear(hidden_TD, self.head_weight)
+        return linear(hidden_TD, self.head_weight)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """A pack -> scores (T, V)."""

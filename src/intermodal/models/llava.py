@@ -56,6 +56,8 @@ class Projector(nn.Module):
 
 
 class Llava(Generative):
+    tower = ("vision.",)
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config, self.family = config, config.family

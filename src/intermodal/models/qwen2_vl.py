@@ -29,6 +29,8 @@ class QwenVLConfig:
 
 
 class QwenVL(Generative):
+    tower = ("visual.", "-visual.merger.", "-visual.deepstack_mergers.")
+
     def __init__(self, config: QwenVLConfig):
         super().__init__()
         self.config, self.family = config, config.family

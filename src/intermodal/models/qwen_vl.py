@@ -123,6 +123,8 @@ class QwenVLTower(nn.Module):
 class QwenVL1(Generative):
     """Qwen-VL and Qwen-VL-Chat."""
 
+    tower = ("visual.", "-visual.resampler.", "-visual.post_layernorm.", "-visual.proj.")
+
     def __init__(self, config: QwenVLConfig):
         super().__init__()
         config.check()

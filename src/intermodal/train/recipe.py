@@ -179,6 +179,9 @@ class Stage:
     data: TalksConfig = field(default_factory=TalksConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0))
     train: LoopConfig = field(default_factory=LoopConfig)
+    cache_tower: bool = False
+    """Keep what the frozen tower says of each picture on disk, in the run's `tower-cache/`: a picture that comes again, in another epoch or
+    a later stage, is neither prepared nor looked at again."""
     lora: LoraConfig | None = None
     """Train adapters on these layers. At the end they are in `adapter/`, and merged into the stage's `model/`."""
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from ..data.packing import Packs, TalkFetcher
 from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
+from ..inputs.vision_cache import DiskCache, fingerprint
 from ..losses_tokens import next_token_loss, targets
 from ..models.generative import Generative
 from ..parallel import checkpoint
@@ -100,6 +101,7 @@ class _StageRun:
     train: LoopConfig
     learn: tuple[tuple[str, float], ...]
     lora: LoraConfig | None
+    cache_tower: bool
 
 
 class StageTrainer(Trainer):
@@ -119,7 +121,9 @@ class StageTrainer(Trainer):
         quiet: bool,
     ):
         self.whole, self.before = whole, before
-        run = _StageRun(f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn, stage.lora)
+        run = _StageRun(
+            f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn, stage.lora, stage.cache_tower
+        )
         super().__init__(run, folder, world, resume, console, quiet)
 
     def _set_up(self) -> None:
@@ -145,9 +149,22 @@ class StageTrainer(Trainer):
         self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
         side = data.side or getattr(getattr(self.model.config, "vision", None), "image_size", 64)
         sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
-        fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, self.model.config_text.context)
+        longest = self.model.config_text.context
+        fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, longest, self._tower_cache())
         fetcher.audit()
         self.loader = self._loader(sources, fetcher)
+
+    def _tower_cache(self) -> DiskCache | None:
+        """Raises IntermodalError: the stage wants the tower's states kept while the tower learns."""
+        if not self.recipe.cache_tower:
+            return None
+        tower = self.model.tower_parameters()
+        learning = [name for name, parameter in tower.items() if parameter.requires_grad]
+        if learning or not tower:
+            why = f"{learning[0]} learns" if learning else f"a {self.model.family} has none"
+            raise IntermodalError(f"stage {self.recipe.name}: cache_tower keeps what a frozen tower says, and {why}")
+        self.model.vision_cache = DiskCache(self.folder.parent / "tower-cache", fingerprint(tower))
+        return self.model.vision_cache
 
     def _train_step(self, fetched: Packs, logging: bool) -> dict[str, Any]:
         """The loss of a step is the sum over all packs of all ranks, divided once by their supervised tokens."""
