@@ -77,7 +77,7 @@ class LookUp:
             out_PCK[:, channel] = np.take(self.table[channel], pixels_PCK[:, channel], mode="clip")
 
 
-def each(function: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
+def each(function: Callable[..., Any], *items: Any) -> list[Any]:
     """`function` of every item, on as many threads as torch has (one in a data worker): Pillow and numpy let others run meanwhile."""
     threads = min(torch.get_num_threads(), len(items[0]))
     if threads < 2:
