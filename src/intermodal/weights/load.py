@@ -26,6 +26,7 @@ _CODECS = {
     ".decoder": ("llama", "mistral", "qwen2", "qwen3"),
     ".llava": ("llava", "llava_next", "llava_onevision"),
     ".qwen_vl": ("qwen",),
+    ".vqgan": ("vqgan",),
     ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 FAMILIES = {family: module for module, families in _CODECS.items() for family in families}

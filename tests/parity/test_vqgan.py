@@ -1,0 +1,119 @@
+"""VQGAN against transformers: Chameleon's encoder and quantiser, Janus's decoder (the same architecture, its levels in the other order)."""
+
+import re
+
+import pytest
+import torch
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+
+import intermodal
+from intermodal.errors import CheckpointError, IntermodalError
+from intermodal.models.vqvae import VQVAE, VQConfig, initialise
+from intermodal.weights import vqgan
+
+SHAPE = dict(embed_dim=12, num_embeddings=40, latent_channels=16, resolution=32, base_channels=32, channel_multiplier=[1, 2, 2],
+             num_res_blocks=2, attn_resolutions=[8])  # fmt: skip
+
+
+def shaken(model, seed=0):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.05
+    return model.eval()
+
+
+def ours(state, **more):
+    return vqgan._filled(VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, **more}), state, "test")
+
+
+@pytest.mark.parametrize("attention", [None, [8], [8, 16]])
+def test_encoder_and_codes_equal_transformers(attention):
+    theirs = shaken(ChameleonVQVAE(ChameleonVQVAEConfig(**{**SHAPE, "attn_resolutions": attention})))
+    mine = vqgan._filled(vqgan.from_hf({**SHAPE, "attn_resolutions": attention}), theirs.state_dict(), "test")
+    pixels = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    out = theirs.encode(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(mine.encoder(pixels), out.last_hidden_state, atol=1e-5, rtol=1e-5)
+        quantised, ids, loss = mine.quantize(mine.latents(pixels))
+    assert len(ids.unique()) > 5
+    assert torch.equal(ids.flatten(), out.image_tokens)
+    assert torch.equal(mine.encode(pixels), ids)
+    torch.testing.assert_close(quantised, out.quantized_last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, out.embedding_loss, atol=1e-6, rtol=1e-5)  # PITFALLS 8.12: beta on the codebook's term
+    with pytest.raises(IntermodalError, match="without a decoder"):
+        mine.decode(ids)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        mine.encode(pixels[..., :30])
+
+
+def test_decoder_equals_janus():
+    config = JanusVQVAEConfig(**{key: value for key, value in SHAPE.items() if key not in ("resolution", "attn_resolutions")})
+    theirs = shaken(JanusVQVAEDecoder(config))
+    mine = shaken(VQVAE(VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, "decoder": True})), seed=3)
+    levels = len(SHAPE["channel_multiplier"])
+    state = {re.sub(r"up\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}", key): v for key, v in theirs.state_dict().items()}
+    mine.decoder.load_state_dict(state)
+    z = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(mine.decoder(z), theirs(z), atol=1e-5, rtol=1e-5)
+
+
+def test_layouts_round_trip(tmp_path):
+    config = VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, "decoder": True})
+    model = shaken(initialise(VQVAE(config)))
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    vqgan.write_authors(model, tmp_path / "authors")
+    intermodal.save(model, tmp_path / "ours")
+    for again in (vqgan.read_authors(tmp_path / "authors"), intermodal.load(tmp_path / "ours")):
+        assert again.config == config
+        codes = model.encode(pixels)
+        assert torch.equal(again.encode(pixels), codes)
+        with torch.no_grad():
+            assert torch.equal(again.decode(codes), model.decode(codes))
+    # a training checkpoint carries its loss's weights too
+    state = torch.load(tmp_path / "authors" / "vqgan.ckpt", weights_only=True)
+    state["state_dict"]["loss.discriminator.main.0.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "authors" / "vqgan.ckpt")
+    vqgan.read_authors(tmp_path / "authors")
+    del state["state_dict"]["decoder.conv_in.weight"]
+    torch.save(state, tmp_path / "authors" / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match=r"missing.*decoder\.conv_in\.weight"):
+        vqgan.read_authors(tmp_path / "authors")
+    (tmp_path / "authors" / "vqgan.yaml").write_text("model: {params: {}}")
+    with pytest.raises(CheckpointError, match=r"vqgan\.yaml is not a VQGAN config"):
+        vqgan.read_authors(tmp_path / "authors")
+    with pytest.raises(CheckpointError, match=r"holds no vqgan\.yaml"):
+        vqgan.read_authors(tmp_path)
+    with pytest.raises(CheckpointError, match="stem=1"):
+        vqgan.write_authors(VQVAE(VQConfig(width=32, multipliers=(1,), stem=2)), tmp_path / "no")
+
+
+def test_folding_the_first_level_and_unit_codes():
+    config = VQConfig(
+        resolution=16,
+        width=32,
+        multipliers=(1, 1),
+        res_blocks=1,
+        stem=2,
+        latent_channels=8,
+        code_width=8,
+        codes=20,
+        unit_codes=True,
+    )
+    model = shaken(initialise(VQVAE(config)))
+    assert config.shrink == 4
+    pixels = (torch.rand(2, 3, 16, 24) * 2 - 1).requires_grad_()
+    picture, codes, loss = model(pixels)
+    assert picture.shape == pixels.shape
+    assert codes.shape == (2, 4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(codes), picture, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.quantize.table().norm(dim=-1), torch.ones(20))
+    (picture.sum() + loss).backward()  # straight through: the encoder hears of the picture, the codebook of the loss
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert model.quantize.embedding.weight.grad.abs().sum() > 0
+    with pytest.raises(IntermodalError, match="groups"):
+        VQVAE(VQConfig(width=20))
