@@ -7,6 +7,7 @@ placeholders are replaced in the ids by what the planner says. There is no secon
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from ..batch import TokenBatch, Visual
 from ..errors import CheckpointError, IntermodalError
 from ..nn.attention import Segments
+from .codes import CodePlanner
 from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
 from .template import ChatTemplate, TemplateError
 from .text import content
@@ -176,6 +178,11 @@ class ChatProcessor:
         expanded = expand(encoding.ids, plans)
         learned = self._supervised(encoding, spans)
         supervised = [source >= 0 and learned[source] for source in expanded.source]
+        if isinstance(self.planner, CodePlanner):  # what the assistant draws is learned like what it says
+            for (start, run), source in zip(expanded.runs, expanded.placeholders, strict=True):
+                if learned[source]:
+                    length = sum(len(piece) for piece in run)
+                    supervised[start : start + length] = [True] * length
         return Conversation(text, expanded, spans, supervised, items, plans)
 
     def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
@@ -217,8 +224,13 @@ class ChatProcessor:
         else:
             positions = self.planner.positions(len(ids), conversation.expanded.runs)
             if conversation.items:
-                visual = self._visual(self.planner, conversation, cache)
                 rows = torch.tensor(conversation.expanded.visual).nonzero().squeeze(1)
+                if isinstance(self.planner, CodePlanner):  # pictures are tokens like words: nothing is left for a tower
+                    codes = self.planner.codes(conversation.items, conversation.plans)
+                    ids = torch.tensor(ids).index_copy(0, rows, codes).tolist()
+                    rows = None
+                else:
+                    visual = self._visual(self.planner, conversation, cache)
         return TokenBatch(
             torch.tensor(ids), Segments([len(ids)]), positions, torch.tensor(conversation.supervised), visual, rows, [key]
         )
@@ -264,9 +276,12 @@ class ChatProcessor:
             if learned:
                 if index != last + 1 or (turns and turns[-1] and turns[-1][-1] in self.end_ids):
                     turns.append([])
-                turns[-1].append(token)
+                if conversation.expanded.source[index] >= 0:
+                    turns[-1].append(token)
                 last = index
+        names = [str(self.tokenizer.id_to_token(token)) for token in (self.planner.placeholders.values() if self.planner else ())]
         said = [conversation.text[start:stop] for start, stop in conversation.spans]
+        said = [re.sub("|".join(map(re.escape, names)), "", words) if names else words for words in said]
         if len(turns) != len(said):
             raise NoSupervision(f"{len(said)} assistant messages, but {len(turns)} supervised runs of tokens")
         for words, turn in zip(said, turns, strict=True):

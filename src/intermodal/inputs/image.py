@@ -97,6 +97,8 @@ class ImageProcessor:
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, ...] | None = HALF
     std: tuple[float, ...] | None = HALF
+    rounded: bool = False
+    """After a shortest-edge resize the longer side is rounded (Chameleon's authors) and not truncated (torchvision, Hugging Face)."""
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -135,7 +137,8 @@ class ImageProcessor:
             return self.size[1], self.size[0]
         if not self.size:
             return size
-        scaled = int(self.size * max(size) / min(size))  # truncated, as torchvision and Hugging Face do
+        exact = self.size * max(size) / min(size)
+        scaled = round(exact) if self.rounded else int(exact)
         return (self.size, scaled) if size[0] <= size[1] else (scaled, self.size)
 
     def affine(self, size: tuple[int, int]) -> Affine:

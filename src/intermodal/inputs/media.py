@@ -190,6 +190,8 @@ class Expanded:
     """Whether the vision tower fills it."""
     runs: list[tuple[int, Run]] = field(default_factory=list)
     """Every run with the token it begins at."""
+    placeholders: list[int] = field(default_factory=list)
+    """For each run the index of the rendered token that it took the place of."""
 
 
 def rewrite(
@@ -252,6 +254,7 @@ def expand(ids: Sequence[int], plans: Sequence[Plan]) -> Expanded:
         copy(index)
         read = index + 1
         out.runs.append((len(out.ids), run))
+        out.placeholders.append(index)
         for piece in run:
             count = len(piece)
             out.ids += piece.ids if piece.grid is None else [placeholder] * count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -102,7 +103,7 @@ class ChatTemplate:
         plain = self.render(messages, **variables)
         everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
         marks = list(islice((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything), 2))
-        words = [_words(message) for message in messages if message.get("role") == "assistant"]
+        words = [_parts(message) for message in messages if message.get("role") == "assistant"]
         for trim in (False, True):
             marked = self.render(_with_marks(messages, marks, trim), **variables)
             if marked.replace(marks[0], "").replace(marks[1], "") != plain:
@@ -116,7 +117,7 @@ class ChatTemplate:
                 else:
                     at += 1
             found = [plain[start:stop] for start, stop in spans]
-            if found == [text.strip() if trim else text for text in words]:
+            if len(found) == len(words) and all(_says(text, parts, trim) for text, parts in zip(found, words, strict=True)):
                 return plain, spans
         raise TemplateError(
             "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
@@ -124,12 +125,21 @@ class ChatTemplate:
         )
 
 
-def _words(message: dict[str, Any]) -> str:
-    """What a message says, its parts joined."""
+def _parts(message: dict[str, Any]) -> list[str | None]:
+    """What a message says: its texts, and None for what is not text."""
     content = message.get("content")
     if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content or [] if part.get("type") == "text")
+        return [content]
+    return [part["text"] if part.get("type") == "text" else None for part in content or []]
+
+
+def _says(found: str, parts: Sequence[str | None], trim: bool) -> bool:
+    """Whether a rendered message is its texts in order, with anything where media are."""
+    if None not in parts:
+        words = "".join(text for text in parts if text is not None)
+        return found == (words.strip() if trim else words)
+    pattern = "".join(".+?" if text is None else re.escape(text) for text in parts)
+    return re.fullmatch(pattern, found, re.DOTALL) is not None
 
 
 def _with_marks(messages: Sequence[dict[str, Any]], marks: Sequence[str], trim: bool) -> list[dict[str, Any]]:
@@ -143,7 +153,9 @@ def _with_marks(messages: Sequence[dict[str, Any]], marks: Sequence[str], trim: 
             message["content"] = begin + (content.strip() if trim else content) + end
             continue
         texts = [part for part in content or [] if part.get("type") == "text"]
-        if texts:
+        if content and len(texts) < len(content):  # a message that draws begins and ends with its first and last part
+            message["content"] = [{"type": "text", "text": begin}, *content, {"type": "text", "text": end}]
+        elif texts:
             if trim:
                 texts[0]["text"], texts[-1]["text"] = texts[0]["text"].lstrip(), texts[-1]["text"].rstrip()
             texts[0]["text"] = begin + texts[0]["text"]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +40,12 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before the rotation (Qwen3)."""
+    qk_layernorm: bool = False
+    """LayerNorm with bias over each head of queries and keys, its own weights a head, before the rotation (Chameleon)."""
+    swin_norm: bool = False
+    """Norms after attention and MLP, on what they add, instead of before them (Chameleon 34B)."""
+    dropout: float = 0.0
+    """Probability of dropping a value of each residual branch while training; a setting of the run, not of a checkpoint."""
     tied: bool = False
     """The output layer is the embedding table."""
 
@@ -52,6 +59,17 @@ class DecoderConfig:
             raise IntermodalError(f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}")
 
 
+class HeadLayerNorm(nn.Module):
+    """LayerNorm over each head (..., H, K) with weights (H, K): the statistics are one head's alone."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(heads, width)), nn.Parameter(torch.zeros(heads, width))
+
+    def forward(self, x_THK: Tensor) -> Tensor:
+        return F.layer_norm(x_THK, x_THK.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
 class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -63,11 +81,14 @@ class DecoderAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
-        self.qk_norm = config.qk_norm
+        if config.qk_layernorm:
+            self.q_norm = HeadLayerNorm(config.heads, config.head_width)
+            self.k_norm = HeadLayerNorm(config.kv_heads, config.head_width)
+        self.normed = config.qk_norm or config.qk_layernorm
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
+        if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is None:
@@ -98,10 +119,17 @@ class DecoderLayer(nn.Module):
         self.self_attn = DecoderAttention(config, index)
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = GatedMLP(config.width, config.mlp_width, config.activation, config.mlp_bias)
+        self.swin_norm, self.dropout = config.swin_norm, config.dropout
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), segments, tables, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        if self.swin_norm:
+            x_TD = x_TD + self._dropped(self.input_layernorm(self.self_attn(x_TD, segments, tables, cache)))
+            return x_TD + self._dropped(self.post_attention_layernorm(self.mlp(x_TD)))
+        x_TD = x_TD + self._dropped(self.self_attn(self.input_layernorm(x_TD), segments, tables, cache))
+        return x_TD + self._dropped(self.mlp(self.post_attention_layernorm(x_TD)))
+
+    def _dropped(self, x_TD: Tensor) -> Tensor:
+        return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ _CODECS = {
     ".llava": ("llava", "llava_next", "llava_onevision"),
     ".qwen_vl": ("qwen",),
     ".vqgan": ("vqgan",),
+    ".chameleon": ("chameleon",),
     ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 FAMILIES = {family: module for module, families in _CODECS.items() for family in families}
@@ -100,6 +101,8 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assign(model, native, kind, device)
     model.processor = processor
+    if hasattr(model, "bind"):
+        model.bind()  # pyright: ignore[reportCallIssue]
     return model.eval()
 
 

@@ -1,0 +1,222 @@
+"""Chameleon against transformers: logits on words as they are there, on picture codes as its head would score them unmasked."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from chat_files import byte_tokenizer
+from PIL import Image
+from safetensors.torch import load_file
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.errors import CheckpointError, IntermodalError
+from intermodal.inputs.codes import ImageTokens
+from intermodal.inputs.media import Clip, MediaError
+from intermodal.losses_tokens import next_token_loss
+from intermodal.models.vqvae import VQVAE, initialise
+from intermodal.weights import vqgan
+from intermodal.weights.chameleon import attach_decoder
+
+CODES, SIDE = 40, 32
+LETTERS = "ABCDEFGHIJ"
+IMAGES = tuple(f"IMGIMG{''.join(LETTERS[int(d)] for d in str(code))}Z" for code in np.random.default_rng(0).permutation(CODES))
+SPECIAL = ("<s>", "</s>", "<image>", "<racm3:break>", "<eoss>", "<reserved08706>")
+NAMES = {name: 256 + index for index, name in enumerate((*SPECIAL, *IMAGES))}
+VQ = dict(
+    embed_dim=12,
+    num_embeddings=CODES,
+    latent_channels=16,
+    resolution=SIDE,
+    base_channels=32,
+    channel_multiplier=[1, 2, 2],
+    num_res_blocks=1,
+)
+
+
+def build(swin=False, tied=False, kv_heads=4):
+    config = transformers.ChameleonConfig(
+        vocab_size=256 + len(SPECIAL) + CODES, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=512, swin_norm=swin, tie_word_embeddings=tied, vq_config=dict(VQ),
+        vocabulary_map=NAMES, bos_token_id=NAMES["<s>"], eos_token_id=NAMES["</s>"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ChameleonForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * (0.12 if parameter.ndim > 1 else 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cache = {}
+
+    def make(**settings):
+        key = tuple(sorted(settings.items()))
+        if key not in cache:
+            folder, model = tmp_path_factory.mktemp("chameleon"), build(**settings)
+            model.save_pretrained(folder)
+            byte_tokenizer((*SPECIAL, *IMAGES)).save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+            size = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+            (folder / "preprocessor_config.json").write_text(
+                json.dumps({"image_processor_type": "ChameleonImageProcessor", **size})
+            )
+            cache[key] = folder, model
+        return cache[key]
+
+    return make
+
+
+def picture(width, height, seed):
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def user(*parts):
+    kinds = ["text" if isinstance(part, str) else "image" for part in parts]
+    return {"role": "user", "content": [{"type": kind, kind: part} for kind, part in zip(kinds, parts, strict=True)]}
+
+
+def said(*parts):
+    return {**user(*parts), "role": "assistant"}
+
+
+CASES = {
+    "no image": [user("How are you?"), said("Fine.")],
+    "image first": [user(picture(40, 60, 1), "What is it?"), said("Noise.")],
+    "image last": [user("Draw noise."), said(picture(70, 33, 2))],
+    "in any order": [user("a", picture(32, 32, 3), "b", picture(90, 40, 4)), said("c", picture(33, 35, 5), "d")],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("settings", [{}, {"swin": True}, {"tied": True, "kv_heads": 2}])
+def test_logits(made, settings, case):
+    folder, theirs = made(**settings)
+    ours = intermodal.load(folder)
+    batch = ours.processor(CASES[case])
+    with torch.no_grad():
+        mine, hidden = ours(batch), theirs.model(input_ids=batch.ids[None]).last_hidden_state[0]
+        torch.testing.assert_close(mine, theirs.lm_head(hidden), atol=1e-4, rtol=0)  # the head before the mask
+        masked = theirs(input_ids=batch.ids[None]).logits[0]
+    words = [token for token in range(mine.shape[1]) if token not in ours.config.image_tokens.ids]
+    torch.testing.assert_close(mine[:, words], masked[:, words], atol=1e-4, rtol=0)
+    assert masked[:, list(ours.config.image_tokens.ids)].max() < -1e37  # PITFALLS D5
+    assert mine[:, list(ours.config.image_tokens.ids)].abs().max() < 1e3
+
+
+@pytest.mark.parametrize("rules", ["authors", "transformers"])
+def test_pixels_and_codes(made, rules, tmp_path):
+    folder, theirs = made()
+    ours = intermodal.load(folder)
+    config = {**ours.source["config"], "intermodal": {"rules": rules}}
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = intermodal.load(tmp_path)
+    planner, reference = ours.processor.planner, ChameleonImageProcessorPil.from_pretrained(folder)
+    for index, (width, height) in enumerate([(32, 32), (40, 60), (90, 33), (31, 200), (301, 299)]):
+        image = picture(width, height, index)
+        plans = [planner.plan(image, 1)]
+        mine = planner.pixels([image], plans)
+        expected = reference(images=image, return_tensors="pt")["pixel_values"]
+        if rules == "transformers":
+            torch.testing.assert_close(mine, expected, atol=1e-6, rtol=0)
+        else:  # image_tokenizer.py:45-92
+            scale = SIDE / min(image.size)
+            resized = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
+            left, top = (resized.width - SIDE) // 2, (resized.height - SIDE) // 2
+            values = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), np.float32) / 255.0 * 2 - 1
+            np.testing.assert_allclose(mine[0].permute(1, 2, 0), values, atol=1e-6)
+        with torch.no_grad():
+            codes = theirs.model.get_image_tokens(mine)  # their encoder, on the pixels of the rule
+        assert torch.equal(planner.codes([image], plans), codes.flatten().long())
+
+
+def test_what_a_picture_becomes(made):
+    ours = intermodal.load(made()[0])
+    batch = ours.processor(CASES["image last"])
+    ids = batch.ids.tolist()
+    start = ids.index(NAMES["<racm3:break>"])
+    assert ids[start + 65] == NAMES["<eoss>"]
+    assert set(ids[start + 1 : start + 65]) <= set(ours.config.image_tokens.ids)
+    assert NAMES["<image>"] not in ids
+    assert batch.visual is None
+    assert batch.supervised[start : start + 66].all()  # the assistant drew it: it is learned
+    assert not ours.processor(CASES["image first"]).supervised[:60].any()
+    clip = Clip(np.zeros((2, 9, 9, 3), np.uint8), (0.0, 1.0), 1.0)
+    with pytest.raises(MediaError, match="no videos"):
+        ours.processor([{"role": "user", "content": [{"type": "video", "video": clip}]}])
+    for messages in CASES.values():
+        ours.processor.audit(ours.processor.conversation(messages))
+
+
+def test_codes_and_tokens_round_trip():
+    tokens = ImageTokens.from_vocabulary(NAMES, CODES)
+    every = torch.arange(CODES).view(4, 10)
+    assert torch.equal(tokens.codes(tokens.tokens(every)), every)
+    mapping = transformers.models.chameleon.modeling_chameleon.ChameleonImageVocabularyMapping(NAMES)
+    assert torch.equal(tokens.tokens(every), mapping.convert_img2bpe(every).long())
+    with pytest.raises(ValueError, match="not image tokens"):
+        tokens.codes(torch.tensor([3]))
+    for broken, message in (
+        ({**NAMES, "IMGIMGAZ": 5, "IMGIMGAY": 6}, "no code of its own"),
+        ({k: v for k, v in NAMES.items() if k != IMAGES[0]}, "the codebook 40"),
+        ({k: v for k, v in NAMES.items() if k != "<eoss>"}, "<eoss>"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            ImageTokens.from_vocabulary(broken, CODES)
+
+
+def test_packed_equals_separate(made):
+    ours = intermodal.load(made(swin=True)[0], dtype="float64")
+    singles = [ours.processor(messages) for messages in CASES.values()]
+
+    def run(batch):
+        ours.zero_grad()
+        total, _ = next_token_loss(ours.hidden(batch), ours.head_weight, batch)
+        total.backward()
+        return total.detach(), {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+
+    alone = [run(single) for single in singles]
+    loss, gradients = run(TokenBatch.pack(singles))
+    torch.testing.assert_close(loss, sum(one for one, _ in alone))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, sum(g[name] for _, g in alone), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip(made, tied, tmp_path):
+    folder, theirs = made(tied=tied)
+    ours = intermodal.load(folder)
+    intermodal.save(ours, tmp_path / "a")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "a" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    again = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path / "a")
+    ids = ours.processor(CASES["no image"]).ids[None]
+    assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    # with a decoder, which that class does not have
+    source = initialise(VQVAE(vqgan._filled(vqgan.from_hf({**VQ}), ours.vqmodel.state_dict(), "x").config))
+    with pytest.raises(CheckpointError, match="no decoder either"):
+        attach_decoder(ours, source)
+    full = initialise(VQVAE(type(source.config)(**{**source.config.__dict__, "decoder": True})))
+    with pytest.raises(CheckpointError, match="another codebook"):
+        attach_decoder(ours, full)
+    full.quantize.load_state_dict(ours.vqmodel.quantize.state_dict())
+    drawn_before = ours.processor(CASES["image last"]).ids
+    with pytest.raises(IntermodalError, match="without a decoder"):
+        ours.processor.planner.picture(drawn_before[drawn_before.tolist().index(NAMES["<racm3:break>"]) + 1 :][:64])
+    attach_decoder(ours, full)
+    intermodal.save(ours, tmp_path / "b")
+    back = intermodal.load(tmp_path / "b")
+    codes = torch.arange(16).view(1, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(back.vqmodel.decode(codes), full.decode(codes))
+    start = drawn_before.tolist().index(NAMES["<racm3:break>"]) + 1
+    assert back.processor.planner.picture(drawn_before[start : start + 64]).size == (SIDE, SIDE)
