@@ -24,7 +24,12 @@ def generate(
     image: Images = None,
     video: Videos = None,
     jsonl: Annotated[Path | None, typer.Option(help='Conversations, one `{"messages": [...]}` a line.')] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --jsonl: where replies go, a line each; resumable.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="With --jsonl the file of replies, resumable; else a folder for reply.md and its pictures."
+        ),
+    ] = None,
     max_new_tokens: New = 256,
     temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -33,6 +38,10 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_images: Annotated[int, typer.Option(help="Most pictures in a reply, where the model draws.")] = 4,
+    image_temperature: Annotated[float, typer.Option(help="Of picture codes; 0 is greedy.")] = 1.0,
+    image_top_p: Annotated[float, typer.Option(help="The same for picture codes.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Pulls pictures towards the prompt; 1 is off, 3 the authors' choice.")] = 1.0,
     slots: Annotated[int, typer.Option(help="Conversations under way at once.")] = 16,
     too_long: TooLong = "error",
     dtype: Dtype = "float32",
@@ -45,6 +54,8 @@ def generate(
     `intermodal generate Qwen2-VL-2B-Instruct "What is in the picture?" --image cat.png`
 
     `intermodal generate model.gguf --jsonl questions.jsonl --out replies.jsonl`
+
+    `intermodal generate my-chameleon "draw a red apple left of a cat" --guidance 3 --out out/`
     """
     from ..errors import IntermodalError
 
@@ -62,6 +73,10 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
         too_long=too_long,
+        max_images=max_images,
+        image_temperature=image_temperature,
+        image_top_p=image_top_p,
+        guidance=guidance,
     )
     loaded = _load(model, dtype)
     if jsonl is not None and out is not None:
@@ -75,9 +90,15 @@ def generate(
     messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
     if as_json:
         reply = loaded.generate(messages, **settings)
-        typer.echo(json.dumps({"reply": reply.text, "finish": reply.finish, "usage": reply.usage}, ensure_ascii=False))
+        written = _write(reply, out) if out is not None else []
+        row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage}
+        typer.echo(json.dumps(row | ({"files": list(map(str, written))} if written else {}), ensure_ascii=False))
         return
-    _say(loaded, messages, settings)
+    reply = _say(loaded, messages, settings)
+    if out is not None:
+        typer.echo("wrote " + ", ".join(map(str, _write(reply, out))))
+    elif reply.images:
+        typer.echo(f"{len(reply.images)} pictures were drawn; --out FOLDER keeps them")
 
 
 def chat(
@@ -116,7 +137,8 @@ def chat(
             messages.append({"role": "user", "content": _content(said, images, videos)})
             try:
                 reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature, too_long=too_long))
-                messages.append({"role": "assistant", "content": reply})
+                parts = [{"type": kind, kind: value} for kind, value in reply.segments]
+                messages.append({"role": "assistant", "content": parts if reply.images else reply.text})
             except IntermodalError as error:
                 console.print(f"[red]{error}[/red]")
                 messages.pop()
@@ -209,12 +231,34 @@ def _sorted(media: list[str]) -> tuple[list[str], list[str]]:
     return [path for path in media if path not in videos], videos
 
 
-def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):
     """Print a reply as it comes; returns it."""
-    text = ""
+    from ..generate.engine import Partial, Reply
+
+    reply = None
     for event in model.stream(messages, **settings):
-        if isinstance(event, str):
+        if isinstance(event, Reply):
+            reply = event
+        elif isinstance(event, Partial):
+            typer.echo("\n[a picture]" if event.done == 1 else ".", nl=event.done == 1)
+        else:
             typer.echo(event, nl=False)
-            text += event
     typer.echo("")
-    return text
+    assert reply is not None
+    return reply
+
+
+def _write(reply, folder: Path) -> list[Path]:
+    """`reply.md` with the pictures beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, files = [], []
+    for kind, value in reply.segments:
+        if kind == "image":
+            files.append(folder / f"image-{len(files) + 1}.png")
+            value.save(files[-1])
+            lines.append(f"![picture {len(files)}]({files[-1].name})")
+        else:
+            lines.append(value.strip())
+    page = folder / "reply.md"
+    page.write_text("\n\n".join(line for line in lines if line) + "\n")
+    return [page, *files]

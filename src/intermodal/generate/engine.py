@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from ..batch import TokenBatch
 from ..errors import IntermodalError
@@ -19,6 +21,8 @@ from ..inputs.chat import ChatProcessor, Conversation
 from ..inputs.vision_cache import MemoryCache
 from ..models.generative import Generative
 from ..nn.attention import Segments
+from ..nn.cache import Cache
+from .draw import Canvas, Drawing
 from .sample import Sampling, choose
 
 
@@ -28,21 +32,25 @@ class TooLong(IntermodalError):
 
 @dataclass
 class Reply:
-    """What the model said. `finish` is "stop" (end token or stop text) or "length"."""
+    """What the model said. `finish` is "stop" (end token or stop text) or "length"; `segments` are its texts and pictures in order."""
 
     text: str
     ids: list[int]
     finish: str
     usage: dict[str, int]
+    segments: list[tuple[str, Any]] = field(default_factory=list)
 
     @property
-    def images(self) -> list[Any]:
-        return []
+    def images(self) -> list[Image.Image]:
+        return [value for kind, value in self.segments if kind == "image"]
 
-    @property
-    def segments(self) -> list[tuple[str, Any]]:
-        """Typed parts in order."""
-        return [("text", self.text)]
+
+@dataclass(frozen=True)
+class Partial:
+    """A picture under way: its rows so far, the rest grey; `done` is the share of its codes."""
+
+    picture: Image.Image
+    done: float
 
 
 @dataclass
@@ -54,14 +62,28 @@ class _Run:
     generator: torch.Generator
     position: int
     """M-RoPE and plain alike: where the next token stands on every axis."""
-    most: int
-    """Longest reply: what was asked for, or what the context has room for."""
+    room: int
+    """How many tokens the context has left for the reply."""
     dropped: int
     """Messages that were left out to make room."""
     said: list[int] = field(default_factory=list)
     text: str = ""
-    """What has been said for certain: whole characters, nothing that may turn out to be a stop text."""
+    """What has been said for certain in the text under way: whole characters, nothing that may turn out to be a stop text."""
+    since: int = 0
+    """Where in `said` the text under way begins."""
+    words: int = 0
+    """Tokens said outside pictures."""
+    segments: list[tuple[str, Any]] = field(default_factory=list)
+    drawing: Drawing | None = None
     finish: str | None = None
+
+    def close_text(self) -> None:
+        if self.text:
+            self.segments.append(("text", self.text))
+        self.text, self.since = "", len(self.said)
+
+
+Event = str | Partial | Reply
 
 
 def replies(
@@ -75,14 +97,16 @@ def replies(
     return out  # pyright: ignore[reportReturnType]
 
 
-def stream(model: Generative, messages: Any, sampling: Sampling) -> Iterator[str | Reply]:
-    """Pieces of text as they become certain, then the whole `Reply`."""
-    for _, event in _events(model, [messages], sampling, 1):
+def stream(model: Generative, messages: Any, sampling: Sampling) -> Iterator[Event]:
+    """Pieces of text as they become certain, pictures as they grow, then the whole `Reply`."""
+    for _, event in _events(model, [messages], sampling, 1, partial=True):
         yield event
 
 
 @torch.inference_mode()
-def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling, slots: int) -> Iterator[tuple[int, str | Reply]]:
+def _events(
+    model: Generative, conversations: Sequence[Any], sampling: Sampling, slots: int, partial: bool = False
+) -> Iterator[tuple[int, Event]]:
     sampling.check()
     processor = model.processor
     if processor is None:
@@ -95,7 +119,9 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
     pictures = model.vision_cache
     if isinstance(pictures, MemoryCache):
         pictures.begin(model.tower_parameters())
-    cache = model.model.cache(slots)
+    canvas = Canvas.of(model, sampling)
+    streams = canvas.streams if canvas else 1
+    cache = model.model.cache(slots * streams)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
     while waiting or running:
         arrivals: list[tuple[int, _Run]] = []
@@ -103,10 +129,9 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
             index = waiting.pop()
             conversation, dropped = fitting(processor, conversations[index], model.config_text.context, sampling)
             prompt = processor.batch(conversation, cache=pictures).to(model.device)
-            most = min(sampling.max_new_tokens, model.config_text.context - len(prompt.ids))
+            room = model.config_text.context - len(prompt.ids)
             generator = torch.Generator().manual_seed(sampling.seed)
-            run = _Run(index, prompt, generator, int(prompt.positions.max()) + 1, most, dropped)
-            arrivals.append((free.pop(), run))
+            arrivals.append((free.pop(), _Run(index, prompt, generator, int(prompt.positions.max()) + 1, room, dropped)))
         if arrivals:
             batch = TokenBatch.pack([run.prompt for _, run in arrivals])
             cache.begin([slot for slot, _ in arrivals], batch.segments)
@@ -115,33 +140,106 @@ def _events(model: Generative, conversations: Sequence[Any], sampling: Sampling,
             step = arrivals
         else:
             step = sorted(running.items())
-            ids = torch.tensor([run.said[-1] for _, run in step], device=model.device)
-            positions = torch.tensor([run.position + len(run.said) - 1 for _, run in step], device=model.device)
-            segments = Segments([1] * len(step))
-            cache.begin([slot for slot, _ in step], segments)
-            hidden = model.model(model.model.embed_tokens(ids), segments, positions, cache=cache)
+            hidden = _feed(model, cache, step, slots)
         cache.commit()
-        scores = model.unembed(hidden)
-        for (slot, run), row in zip(step, scores, strict=True):
-            seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
-            run.said.append(choose(row, seen, sampling, run.generator))
-            delta = _advance(run, processor, sampling)
-            if delta:
-                yield run.index, delta
+        rows = iter(model.unembed(hidden))
+        for slot, run in step:
+            scores = [next(rows) for _ in range(run.drawing.streams if run.drawing else 1)]
+            yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, canvas, partial))
+            if run.drawing is None:
+                for guide in range(1, streams):  # a picture is done: its guides are forgotten
+                    cache.free(slot + guide * slots)
             if run.finish:
                 del running[slot]
                 cache.free(slot)
                 free.append(slot)
                 usage = {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.said)}
                 usage |= {"dropped_messages": run.dropped} if run.dropped else {}
-                yield run.index, Reply(run.text, run.said, run.finish, usage)
+                text = "".join(value for kind, value in run.segments if kind == "text")
+                yield run.index, Reply(text, run.said, run.finish, usage, run.segments)
 
 
-def _advance(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
-    """Take the newest token into account; returns the text that has become certain."""
-    ended = run.said[-1] in processor.end_ids
-    text = processor.decode(run.said[:-1] if ended else run.said)
-    over = ended or len(run.said) >= run.most
+def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slots: int) -> Tensor:
+    """Read the newest token of every conversation, and of every guide of a picture under way: (rows, D) hidden states, a conversation's
+    own first. A guide's first step is its whole prompt."""
+    ids: list[int] = []
+    places: list[int] = []
+    lengths: list[int] = []
+    fed: list[int] = []
+    for slot, run in step:
+        ids.append(run.said[-1])
+        places.append(run.position + len(run.said) - 1)
+        lengths.append(1)
+        fed.append(slot)
+        for number, guide in enumerate(run.drawing.guides if run.drawing else (), 1):
+            new = [*guide, *run.drawing.codes] if run.drawing else []
+            known = cache.lengths[slot + number * slots]
+            ids += new[known:]
+            places += range(known, len(new))
+            lengths.append(len(new) - known)
+            fed.append(slot + number * slots)
+    segments = Segments(lengths)
+    cache.begin(fed, segments)
+    positions = torch.tensor(places, device=model.device)
+    embedded = model.model.embed_tokens(torch.tensor(ids, device=model.device))
+    return model.model(embedded, segments, positions, cache=cache)[segments.offsets[1:] - 1]
+
+
+def _advance(
+    run: _Run, scores: list[Tensor], processor: ChatProcessor, sampling: Sampling, canvas: Canvas | None, partial: bool
+) -> Iterator[str | Partial]:
+    """Choose the next token and take it into account; gives the text that has become certain and pictures that have grown."""
+    if canvas is not None and run.drawing is not None:
+        yield from _draw(run, scores, sampling, canvas, partial)
+        return
+    row = scores[0]
+    if canvas is not None:
+        row = canvas.text_scores(row, may_draw=run.room - len(run.said) >= canvas.length and _pictures(run) < sampling.max_images)
+    seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
+    run.said.append(choose(row, seen, sampling, run.generator))
+    if canvas is not None and run.said[-1] == canvas.tokens.begin:
+        before = processor.decode(run.said[run.since : -1])
+        delta, run.text = before[len(run.text) :], before
+        run.close_text()
+        run.drawing = canvas.start(run.prompt.ids.tolist(), run.said)
+        if delta:
+            yield delta
+        return
+    run.words += 1
+    delta = _certain(run, processor, sampling)
+    if run.finish:
+        run.close_text()
+    if delta:
+        yield delta
+
+
+def _pictures(run: _Run) -> int:
+    return sum(kind == "image" for kind, _ in run.segments)
+
+
+def _draw(run: _Run, scores: list[Tensor], sampling: Sampling, canvas: Canvas, partial: bool) -> Iterator[Partial]:
+    drawing = run.drawing
+    assert drawing is not None
+    if len(drawing.codes) < canvas.count:
+        token = canvas.choose(scores, run.generator)
+        run.said.append(token)
+        drawing.codes.append(token)
+        if partial and len(drawing.codes) % canvas.side == 0:
+            yield Partial(canvas.partial(drawing.codes), len(drawing.codes) / canvas.count)
+        return
+    run.said.append(canvas.tokens.end)  # forced, not drawn
+    run.segments.append(("image", canvas.picture(drawing.codes)))
+    run.drawing, run.since = None, len(run.said)
+    if run.room <= len(run.said):
+        run.finish = "length"
+
+
+def _certain(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
+    """Take the newest word token into account; returns the text that has become certain."""
+    said = run.said[run.since :]
+    ended = said[-1] in processor.end_ids
+    text = processor.decode(said[:-1] if ended else said)
+    over = ended or run.words >= sampling.max_new_tokens or len(run.said) >= run.room
     cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
     if cuts:
         text, over, ended = text[: min(cuts)], True, True

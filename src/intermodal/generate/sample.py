@@ -17,6 +17,7 @@ class Sampling:
     """How replies are drawn. Temperature 0 is greedy and ignores the rest but the repetition penalty."""
 
     max_new_tokens: int = 256
+    """Of text; pictures count against the context alone."""
     temperature: float = 0.0
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
@@ -29,6 +30,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Text that ends a reply; it is not part of it."""
     seed: int = 0
+    max_images: int = 4
+    """Pictures in one reply, where the model draws."""
+    image_temperature: float = 1.0
+    image_top_p: float = 1.0
+    guidance: float = 1.0
+    """Classifier-free guidance of pictures towards the conversation: 1 is off; Chameleon's authors use 3."""
+    image_guidance: float | None = None
+    """A third stream that sees the conversation's pictures and not its words; the authors use 1.2."""
     too_long: Literal["error", "drop_oldest"] = "error"
     """A conversation that leaves no room for a reply is an error, or loses its oldest turns (never its system message or its last
     question), until `max_new_tokens`, but at most half of the context, are free."""
@@ -39,6 +48,10 @@ class Sampling:
             "too_long": self.too_long not in ("error", "drop_oldest"),
             "max_new_tokens": self.max_new_tokens < 1,
             "temperature": self.temperature < 0,
+            "max_images": self.max_images < 0,
+            "image_temperature": self.image_temperature < 0,
+            "image_top_p": not 0 < self.image_top_p <= 1,
+            "guidance": self.guidance < 0,
             "top_k": self.top_k < 0,
             "top_p": not 0 < self.top_p <= 1,
             "min_p": not 0 <= self.min_p <= 1,

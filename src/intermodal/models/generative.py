@@ -14,7 +14,7 @@ from ..nn.layers import linear
 from .decoder import Decoder, DecoderConfig, DeepStack
 
 if TYPE_CHECKING:
-    from ..generate.engine import Reply
+    from ..generate.engine import Event, Reply
     from ..inputs.chat import ChatProcessor
     from ..inputs.vision_cache import VisionCache
 
@@ -127,8 +127,8 @@ class Generative(nn.Module):
 
         return replies(self, conversations, sampling_of(settings), slots=slots, progress=progress)
 
-    def stream(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Iterator[str | Reply]:
-        """Pieces of text as they come, then the `Reply`."""
+    def stream(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Iterator[Event]:
+        """Pieces of text as they come, pictures as they grow (`Partial`), then the `Reply`."""
         from ..generate.engine import stream
         from ..generate.sample import sampling_of
 

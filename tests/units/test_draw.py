@@ -1,0 +1,215 @@
+"""Replies of words and pictures: the state machine, guidance, batches of mixed modes, streaming."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import intermodal
+from intermodal.cli.app import app
+from intermodal.generate.draw import guided, pictures_of
+from intermodal.generate.engine import Partial, Reply
+from intermodal.inputs.codes import ImageTokens
+from intermodal.models.chameleon import Chameleon, ChameleonConfig
+from intermodal.models.decoder import DecoderConfig
+from intermodal.models.vqvae import VQConfig, initialise
+from intermodal.weights.chameleon import TURN
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
+from chat_files import byte_tokenizer
+
+CODES, SIDE = 20, 16
+SPECIAL = ("<s>", "</s>", "<image>", "<racm3:break>", "<eoss>", TURN)
+BOS, END, PLACEHOLDER, BEGIN, STOP, _ = range(256, 262)
+FIRST = 262
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Chameleon with files. Its head likes to begin a picture where a user's turn ends."""
+    made = tmp_path_factory.mktemp("chameleon")
+    torch.manual_seed(0)
+    text = DecoderConfig(48, 2, 4, 4, 12, 64, FIRST + CODES, context=300, qk_layernorm=True)
+    vq = VQConfig(
+        resolution=SIDE, width=16, multipliers=(1, 1), res_blocks=1, groups=4, stem=2, latent_channels=8, code_width=8, codes=CODES
+    )
+    tokens = ImageTokens(tuple(range(FIRST, FIRST + CODES)), BEGIN, STOP)
+    model = Chameleon(ChameleonConfig(text, vq, tokens, PLACEHOLDER, SIDE))
+    initialise(model.vqmodel)
+    model.vqmodel.quantize.embedding.weight.data.normal_(0, 1)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("vqmodel."):
+            parameter.data.normal_(0, 0.4) if parameter.ndim > 1 else parameter.data.normal_(1, 0.1)
+    intermodal.save(model, made)
+    byte_tokenizer(SPECIAL).save(str(made / "tokenizer.json"))
+    (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    model = intermodal.load(made)
+    rows = []
+    for talk in TALKS[:2]:
+        with torch.no_grad():
+            rows.append(model.hidden(model.processor(talk, reply=True))[-1])
+    model.lm_head.weight.data[BEGIN] = 3 * torch.stack(rows).mean(0) / torch.stack(rows).norm(dim=1).mean()
+    intermodal.save(model, made)
+    return made
+
+
+@pytest.fixture
+def model(folder):
+    made = intermodal.load(folder)
+    made.processor.end_ids = ()
+    return made
+
+
+def ask(text, *pictures):
+    return [{"role": "user", "content": [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": text}]}]
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8))
+TALKS = [ask("draw"), ask("a cat", NOISE), ask("b"), ask("something else entirely, please")]
+
+
+def test_a_picture_is_exactly_its_codes_between_its_marks(model):
+    reply = model.generate(TALKS[0], max_new_tokens=12, max_images=2, seed=1)
+    assert reply.images, "the head was made to begin one"
+    at, kinds = 0, [kind for kind, _ in reply.segments]
+    for _ in reply.images:
+        start = reply.ids.index(BEGIN, at)
+        inside = reply.ids[start + 1 : start + 17]
+        assert all(FIRST <= token < FIRST + CODES for token in inside)
+        assert reply.ids[start + 17] == STOP
+        at = start + 18
+    words = [token for token in reply.ids if token < 256]
+    assert kinds.count("image") == len(reply.images) <= 2
+    assert reply.text == model.processor.decode(words)
+    assert PLACEHOLDER not in reply.ids
+    assert reply.images[0].size == (SIDE, SIDE)
+    start = reply.ids.index(BEGIN)
+    drawn = model.processor.planner.picture(torch.tensor(reply.ids[start + 1 : start + 17]))
+    assert drawn.tobytes() == reply.images[0].tobytes()
+
+
+SETTINGS = [
+    dict(),
+    dict(temperature=1.0, top_p=0.9, guidance=3.0, seed=4),
+    dict(guidance=3.0, image_guidance=1.2, image_temperature=0.7, image_top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_conversations_in_different_modes_share_a_batch(model, settings):
+    alone = [model.generate(talk, max_new_tokens=7, **settings) for talk in TALKS]
+    together = model.generate_batch(TALKS, max_new_tokens=7, slots=3, **settings)
+    assert [reply.ids for reply in together] == [reply.ids for reply in alone]
+    modes = {bool(reply.images) for reply in alone}
+    assert modes == {True, False} or len({reply.ids.index(BEGIN) for reply in alone if BEGIN in reply.ids}) > 1
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(guidance=2.5), dict(guidance=3.0, image_guidance=1.2)])
+def test_the_cache_is_kept_across_switches(model, settings):
+    """Every token again, by reading the whole sequence of every stream from the start."""
+    messages = TALKS[1]
+    reply = model.generate(messages, max_new_tokens=6, image_temperature=0.0, **settings)
+    assert reply.images
+    prompt = model.processor(messages, reply=True).ids.tolist()
+    tokens, codes = model.config.image_tokens, list(model.config.image_tokens.ids)
+
+    def last(ids):
+        batch = model.processor(ask("x"), reply=True)
+        batch = replace(batch, ids=torch.tensor(ids), positions=torch.arange(len(ids)))
+        batch.segments = type(batch.segments)([len(ids)])
+        with torch.no_grad():
+            return model(batch)[-1]
+
+    begun = None
+    for index, token in enumerate(reply.ids):
+        said = reply.ids[:index]
+        if token == STOP:
+            begun = None
+            continue
+        if begun is None:
+            row = last([*prompt, *said])
+            row[[*codes, PLACEHOLDER, STOP]] = -torch.inf
+            assert int(row.argmax()) == token
+            begun = index if token == BEGIN else None
+            continue
+        drawn = reply.ids[begun + 1 : index]
+        seen = pictures_of([*prompt, *reply.ids[:begun]], tokens)
+        assert len(seen) >= 18
+        guides = [last([BOS, BEGIN, *drawn])] if "guidance" in settings else []
+        if "image_guidance" in settings:
+            guides.insert(0, last([BOS, *seen, BEGIN, *drawn]))
+        row = guided(last([*prompt, *said]), guides, settings.get("guidance", 1.0), settings.get("image_guidance"))
+        assert codes[int(row[codes].argmax())] == token
+
+
+def test_guidance_algebra():
+    full, pictures, nothing = torch.randn(3, 7).unbind()
+    assert torch.equal(guided(full, [], 3.0, None), full)
+    torch.testing.assert_close(guided(full, [nothing], 1.0, None), full)
+    torch.testing.assert_close(guided(full, [nothing], 3.0, None), 3 * full - 2 * nothing)
+    torch.testing.assert_close(guided(full, [pictures, nothing], 1.0, 1.0), full)
+    wanted = nothing + 1.2 * (pictures - nothing) + 3.0 * (full - pictures)  # chameleon.py:333-354
+    torch.testing.assert_close(guided(full, [pictures, nothing], 3.0, 1.2), wanted)
+
+
+def test_no_picture_begins_without_room_or_a_decoder(model):
+    prompt = len(model.processor(TALKS[0], reply=True).ids)
+    model.model.config = replace(model.model.config, context=prompt + 17)  # a picture is 18 tokens
+    assert not model.generate(TALKS[0], max_new_tokens=30).images
+    model.model.config = replace(model.model.config, context=prompt + 18)
+    reply = model.generate(TALKS[0], max_new_tokens=30)
+    assert len(reply.images) == 1
+    assert reply.finish == "length"
+    model.model.config = replace(model.model.config, context=300)
+    assert not model.generate(TALKS[0], max_new_tokens=9, max_images=0).images
+    model.vqmodel.decoder = None
+    assert BEGIN not in model.generate(TALKS[0], max_new_tokens=9).ids
+
+
+def test_a_stream_grows_pictures(model):
+    events = list(model.stream(TALKS[0], max_new_tokens=8, max_images=1))
+    reply = events[-1]
+    assert isinstance(reply, Reply)
+    partial = [event for event in events if isinstance(event, Partial)]
+    assert [event.done for event in partial] == [0.25, 0.5, 0.75, 1.0] * len(reply.images)
+    assert partial[0].picture.crop((0, 8, SIDE, SIDE)).getcolors() == [(SIDE * 8, (128, 128, 128))]
+    assert partial[3].picture.tobytes() == reply.images[0].tobytes()
+    assert "".join(event for event in events if isinstance(event, str)) == reply.text
+
+
+def test_a_reply_can_be_answered(model):
+    """What was drawn is read again as the tokens it was drawn by, as near as the encoder says."""
+    reply = model.generate(TALKS[0], max_new_tokens=5, max_images=1)
+    parts = [{"type": kind, kind: value} for kind, value in reply.segments]
+    talk = [*TALKS[0], {"role": "assistant", "content": parts}, *ask("and?")]
+    assert model.processor(talk, reply=True).ids.tolist().count(BEGIN) == 1
+    model.generate(talk, max_new_tokens=3)
+
+
+def test_the_verb_writes_a_page(folder, tmp_path):
+    arguments = [
+        "generate",
+        str(folder),
+        "draw",
+        "--max-new-tokens",
+        "6",
+        "--max-images",
+        "1",
+        "--guidance",
+        "2",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["files"][0].endswith("reply.md")
+    page = (tmp_path / "o" / "reply.md").read_text()
+    assert "![picture 1](image-1.png)" in page
+    assert Image.open(tmp_path / "o" / "image-1.png").size == (SIDE, SIDE)
+    assert "wrote" in CliRunner().invoke(app, arguments).output
