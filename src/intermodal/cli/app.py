@@ -55,7 +55,7 @@ def train(
     `torchrun --nproc-per-node 2 -m intermodal train recipes/siglip.py train.parallel=fsdp train.threads=1 --out runs/c`
     """
     from ..config import override, paths
-    from ..train.recipe import StagedRecipe, load_recipe
+    from ..train.recipe import StagedRecipe, VQRecipe, load_recipe
 
     made = override(load_recipe(recipe, tiny=tiny), overrides or [])
     if show:
@@ -67,6 +67,11 @@ def train(
 
         train_stages(made, out, resume=resume, quiet=as_json)
         last_folder = out / f"{len(made.stages)}-{made.stages[-1].name}"
+    elif isinstance(made, VQRecipe):
+        from ..train.vqvae import train_vqvae
+
+        train_vqvae(made, out, resume=resume, quiet=as_json)
+        last_folder = out
     else:
         from ..train.contrastive import train as run_training
 

@@ -11,6 +11,7 @@ from ..errors import IntermodalError
 from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
+from ..models.vqvae import VQConfig
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,41 @@ class StagedRecipe:
     stages: tuple[Stage, ...]
 
 
+@dataclass(frozen=True)
+class CodebookConfig:
+    """How a VQ-VAE's codes move, beside the loss."""
+
+    ema: float | None = 0.99
+    """Codes are exponential averages of their latents (VQ-VAE, appendix A.1); None learns them by gradient."""
+    revive: int | None = 100
+    """A code unused for this many steps takes a latent of the step; None lets it die."""
+    entropy: float = 0.0
+    """Weight of the entropy term (MAGVIT-2): sure assignments, even use."""
+    alarm: float = 0.02
+    """Warn when the perplexity falls below this share of the codes."""
+
+
+@dataclass(frozen=True)
+class VQTrainConfig(LoopConfig):
+    reconstruction: Literal["l1", "l2"] = "l2"
+    quantisation: float = 1.0
+    """Weight of the quantisation loss."""
+
+
+@dataclass(frozen=True)
+class VQRecipe:
+    """A VQ-VAE on pictures."""
+
+    name: str
+    start: str | None = None
+    """A trained VQ-VAE to go on from; `model` is then not read but for its resolution and size."""
+    model: VQConfig = field(default_factory=VQConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: VQTrainConfig = field(default_factory=VQTrainConfig)
+
+
 def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
     """Run a recipe file's `recipe(tiny=...)`: a `Recipe`, or a `StagedRecipe`.
 
@@ -213,8 +249,8 @@ def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
     if function is None:
         raise IntermodalError(f"{file} defines no function `recipe(tiny=False)`")
     made = function(tiny=tiny)
-    if not isinstance(made, Recipe | StagedRecipe):
-        raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe or StagedRecipe")
+    if not isinstance(made, Recipe | StagedRecipe | VQRecipe):
+        raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe, StagedRecipe or VQRecipe")
     return made
 
 

@@ -1,0 +1,127 @@
+"""Training a VQ-VAE: the codebook's own movements, resume, ranks, the alarm."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import intermodal
+from intermodal.models.vqvae import VQVAE, VQConfig, initialise
+from intermodal.parallel.setup import start
+from intermodal.train.loop import Stopped
+from intermodal.train.recipe import CodebookConfig, load_recipe
+from intermodal.train.vqvae import CodebookState, VQTrainer, entropy_term, psnr, train_vqvae
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
+from ranks import on_ranks
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "vqvae.py"
+SHAPE = VQConfig(resolution=8, width=8, groups=4, multipliers=(1,), res_blocks=1, latent_channels=4, code_width=3, codes=5)
+
+
+@pytest.fixture
+def recipe():
+    made = load_recipe(RECIPE, tiny=True)
+    return replace(made, train=replace(made.train, steps=6, threads=1, save_every=3, precision="fp32"))
+
+
+def test_averages_are_the_plain_ones():
+    vq, state = initialise(VQVAE(SHAPE)), CodebookState(5, 3, CodebookConfig(ema=0.9, revive=None))
+    state.counts.fill_(1.0)
+    state.sums.copy_(vq.quantize.embedding.weight.detach())
+    z, ids = torch.randn(7, 3), torch.tensor([0, 0, 1, 1, 1, 4, 0])
+    counts, sums = state.counts.clone(), state.sums.clone()
+    state.update(vq, z, ids, start())
+    for code in range(5):
+        inside = z[ids == code]
+        count = 0.9 * counts[code] + 0.1 * len(inside)
+        total = 0.9 * sums[code] + 0.1 * inside.sum(0)
+        torch.testing.assert_close(vq.quantize.embedding.weight.data[code], total / count)
+    assert state.idle.tolist() == [0, 0, 1, 1, 0]
+
+
+def test_idle_codes_take_a_latent_of_the_step():
+    vq, state = initialise(VQVAE(SHAPE)), CodebookState(5, 3, CodebookConfig(ema=None, revive=2))
+    z, ids = torch.randn(9, 3), torch.zeros(9, dtype=torch.long)
+    before = vq.quantize.embedding.weight.detach().clone()
+    _, revived = state.update(vq, z, ids, start())
+    assert revived == 4  # at the start every code but the used one counts as idle
+    table = vq.quantize.embedding.weight.detach()
+    assert torch.equal(table[0], before[0])
+    assert all(any(torch.equal(row, latent) for latent in z) for row in table[1:])
+    assert state.update(vq, z, ids, start())[1] == 0
+    assert state.update(vq, z, ids, start())[1] == 4
+
+
+def test_training_learns_and_says_so(recipe, tmp_path):
+    model = train_vqvae(replace(recipe, train=replace(recipe.train, steps=40)), tmp_path, quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["psnr"] > rows[0]["psnr"] + 1
+    assert 0 < rows[-1]["perplexity"] <= 32
+    assert rows[0]["revived"] > 0
+    again = intermodal.load(tmp_path / "model")
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(again.encode(pixels), model.encode(pixels))
+    assert psnr(4.0) == 0
+
+
+@pytest.mark.parametrize("codebook", [CodebookConfig(), CodebookConfig(ema=None, revive=None, entropy=0.1)])
+def test_resume_is_bit_for_bit(recipe, tmp_path, codebook, monkeypatch):
+    recipe = replace(recipe, codebook=codebook)
+    whole = train_vqvae(recipe, tmp_path / "whole", quiet=True)
+    original = VQTrainer._train_step
+
+    def stopping(self, fetched, logging):
+        values = original(self, fetched, logging)
+        if self.step == 3:
+            self.asked_to_stop = "test"
+        return values
+
+    monkeypatch.setattr(VQTrainer, "_train_step", stopping)
+    with pytest.raises(Stopped):
+        train_vqvae(recipe, tmp_path / "cut", quiet=True)
+    monkeypatch.setattr(VQTrainer, "_train_step", original)
+    resumed = train_vqvae(recipe, tmp_path / "cut", resume=True, quiet=True)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_the_alarm_sounds_once(recipe, tmp_path):
+    from rich.console import Console
+
+    calm = replace(recipe, codebook=CodebookConfig(alarm=0.0))
+    loud = replace(recipe, codebook=CodebookConfig(ema=None, revive=None, alarm=1.1))
+    for made, times in ((calm, 0), (loud, 1)):
+        console = Console(record=True, width=200)
+        train_vqvae(made, tmp_path / str(times), console=console, quiet=True)
+        assert console.export_text().count("the codebook collapses") == times
+
+
+def test_entropy_term_is_lowest_for_sure_and_even_codes():
+    vq = initialise(VQVAE(SHAPE))
+    vq.quantize.embedding.weight.data.copy_(torch.eye(5)[:, :3] * 4 + torch.arange(5)[:, None])
+    table = vq.quantize.embedding.weight.detach()
+
+    def term(rows):
+        return float(entropy_term(rows.T.reshape(1, 3, 1, -1), vq).detach())
+
+    even, one, between = table.clone(), table[[0] * 5], (table + table.roll(1, 0)) / 2
+    assert term(even) < term(one) - 1
+    assert term(even) < term(between)
+    assert term(even) == pytest.approx(-torch.log(torch.tensor(5.0)).item(), abs=1e-3)
+
+
+def test_two_ranks_equal_one(recipe, tmp_path):
+    recipe = replace(recipe, codebook=CodebookConfig(revive=None))
+    one = train_vqvae(recipe, tmp_path / "one", quiet=True)
+    on_ranks(2, _on_rank, recipe, str(tmp_path / "two"))
+    two = intermodal.load(tmp_path / "two" / "model")
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value, atol=1e-3, rtol=1e-3, msg=key)  # a step moves a weight by 1e-3
+
+
+def _on_rank(rank, size, recipe, out):
+    train_vqvae(recipe, out, quiet=True)
