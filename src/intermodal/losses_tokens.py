@@ -24,27 +24,60 @@ def targets(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return after - 1, batch.ids[after]
 
 
-def next_token_losses(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, chunk: int = CHUNK) -> Tensor:
+def next_token_losses(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, chunk: int = CHUNK, z_loss: float = 0.0) -> Tensor:
     """(S,) float32 losses of the supervised tokens, in the pack's order.
 
     Args:
         hidden_TD: the decoder's normalised output for the pack.
         head_VD: weight of the output layer.
+        z_loss: weight of log Z squared, which keeps the scores' common size in hand (Chameleon, section 2.4: 1e-5).
     """
     rows, ids = targets(batch)
     parts = []
     for at in range(0, len(rows), chunk):
-        inputs = (hidden_TD[rows[at : at + chunk]], head_VD, ids[at : at + chunk])
+        inputs = (hidden_TD[rows[at : at + chunk]], head_VD, ids[at : at + chunk], z_loss)
         held = len(rows) <= chunk  # a single piece is kept: making its scores again would save nothing
         parts.append(_losses(*inputs) if held else checkpoint(_losses, *inputs, use_reentrant=False))
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def next_token_loss(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, chunk: int = CHUNK) -> tuple[Tensor, int]:
+def next_token_loss(
+    hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, chunk: int = CHUNK, z_loss: float = 0.0
+) -> tuple[Tensor, int]:
     """(sum, count) over the supervised tokens; the caller divides once, by all tokens of the step."""
-    losses = next_token_losses(hidden_TD, head_VD, batch, chunk)
+    losses = next_token_losses(hidden_TD, head_VD, batch, chunk, z_loss)
     return losses.sum(), len(losses)
 
 
-def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden_SD, head_VD).float(), ids_S, reduction="none")
+def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor, z_loss: float) -> Tensor:
+    scores = F.linear(hidden_SD, head_VD).float()
+    losses = F.cross_entropy(scores, ids_S, reduction="none")
+    return losses + z_loss * scores.logsumexp(-1) ** 2 if z_loss else losses
+
+
+@torch.no_grad()
+def score_statistics(
+    hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, image_ids: Tensor | None, most: int = 512
+) -> dict[str, float]:
+    """What tells of stability, over up to `most` supervised tokens: loss of words and of picture codes, entropy, log Z, highest score and
+    the norm of a token's scores."""
+    rows, ids = targets(batch)
+    if not len(rows):
+        return {}
+    step = max(1, len(rows) // most)
+    rows, ids = rows[::step], ids[::step]
+    scores = F.linear(hidden_TD[rows], head_VD).float()
+    losses, log_z = F.cross_entropy(scores, ids, reduction="none"), scores.logsumexp(-1)
+    chances = (scores - log_z[:, None]).exp()
+    out = {
+        "log_z": log_z.mean().item(),
+        "highest_score": scores.max().item(),
+        "score_norm": scores.norm(dim=-1).mean().item(),
+        "entropy": (log_z - (chances * scores).sum(-1)).mean().item(),
+    }
+    if image_ids is not None:
+        drawn = torch.isin(ids, image_ids.to(ids.device))
+        out |= {
+            name: losses[chosen].mean().item() for name, chosen in (("loss_text", ~drawn), ("loss_image", drawn)) if chosen.any()
+        }
+    return out

@@ -6,14 +6,31 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch.utils.data import Dataset
 
 from ..batch import TokenBatch
 from ..errors import IntermodalError
 from ..inputs.chat import ChatProcessor, NoSupervision
+from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import VisionCache
+from ..nn.attention import Segments
 from .loader import ATTEMPTS, DataError, Reject, number_of
-from .talks import TalkSource
+from .talks import ALONE, TalkSource
+
+
+def picture_alone(batch: TokenBatch, processor: ChatProcessor) -> TokenBatch:
+    """A conversation from its first picture's begin token on, after the beginning of all text where the model has one: what
+    `generate.draw` guides away from."""
+    planner = processor.planner
+    if not isinstance(planner, CodePlanner):
+        return batch
+    bos = processor.bos_id
+    start = batch.ids.tolist().index(planner.image_tokens.begin)
+    first = [] if bos is None else [bos]
+    ids = torch.cat([torch.tensor(first, dtype=torch.long), batch.ids[start:]])
+    supervised = torch.cat([torch.zeros(len(first), dtype=torch.bool), batch.supervised[start:]])
+    return TokenBatch(ids, Segments([len(ids)]), torch.arange(len(ids)), supervised, keys=batch.keys)
 
 
 @dataclass
@@ -82,7 +99,8 @@ class TalkFetcher(Dataset):
         self.processor.audit(conversation)
         if len(conversation.ids) > self.longest:
             raise NoSupervision(f"{len(conversation.ids)} tokens, more than the {self.longest} that fit (data.tokens, the context)")
-        return self.processor.batch(conversation, talk.key, self.cache)
+        batch = self.processor.batch(conversation, talk.key, self.cache)
+        return picture_alone(batch, self.processor) if talk.meta.get(ALONE) else batch
 
     def _usable(self, which: int, at: int, rejects: list[Reject]) -> TokenBatch:
         source, index = self.sources[which], at

@@ -16,6 +16,8 @@ from .source import Source
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FILES = (".jsonl", ".json")
+ALONE = "picture alone"
+"""In a conversation's meta data: only its first picture is learned, with nothing before it."""
 
 
 @dataclass
@@ -45,6 +47,7 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
 
     Args:
         spec: `captions:SOURCE` shows a picture and says its caption, for any source of `readers.open_source`;
+            `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
             `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture);
             or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`.
         side: pixels of a side for sources that draw their pictures.
@@ -58,6 +61,11 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
         if not isinstance(source, Source):
             raise SourceError(f"{spec!r}: streams cannot be read as conversations yet; write them to .jsonl or .parquet")
         return CaptionTalks(source)
+    if kind == "draws":
+        source = open_source(rest, side=side, seed=seed)
+        if not isinstance(source, Source):
+            raise SourceError(f"{spec!r}: streams cannot be read as conversations yet; write them to .jsonl or .parquet")
+        return DrawTalks(source)
     if kind in ("questions", "blind"):
         source = open_source(rest, side=side, seed=seed)
         if not isinstance(source, Scenes):
@@ -66,8 +74,8 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
     if Path(spec).suffix in FILES:
         return FileTalks(Path(spec).expanduser())
     raise SourceError(
-        f"{spec!r} holds no conversations: captions:SOURCE, questions:scenes:core, a .jsonl or a .json file"
-        f"{nearest(kind, ('captions', 'questions'))}"
+        f"{spec!r} holds no conversations: captions:SOURCE, draws:SOURCE, questions:scenes:core, a .jsonl or a .json file"
+        f"{nearest(kind, ('captions', 'draws', 'questions'))}"
     )
 
 
@@ -96,6 +104,34 @@ class CaptionTalks:
             raise SampleError("no caption")
         caption = random.Random(f"{self.name}/{index}").choice(texts)
         return Talk(sample.key, [user(sample.image), {"role": "assistant", "content": caption}], sample.meta)
+
+
+@dataclass
+class DrawTalks:
+    """A caption, and the assistant draws it. One in ten comes without its caption, which guidance needs to compare with."""
+
+    source: Source
+    alone: float = 0.1
+
+    @property
+    def name(self) -> str:
+        return f"draws-{self.source.name}"
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        return getattr(self.source, "problems", [])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Talk:
+        sample = self.source[index]
+        texts = [text for text in sample.texts if text.strip()]
+        if not texts:
+            raise SampleError("no caption")
+        rng = random.Random(f"{self.name}/{index}")
+        drawn = {"role": "assistant", "content": [{"type": "image", "image": sample.image}]}
+        return Talk(sample.key, [user(None, f"draw {rng.choice(texts)}"), drawn], {**sample.meta, ALONE: rng.random() < self.alone})
 
 
 @dataclass

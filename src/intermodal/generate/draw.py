@@ -68,9 +68,7 @@ class Canvas:
         if not isinstance(planner, CodePlanner):
             return None
         draws = planner.vq is not None and planner.vq.decoder is not None
-        special = model.processor.template.special if model.processor.template else {}
-        bos = model.processor.tokenizer.token_to_id(special.get("bos_token", ""))
-        return cls(planner, len(model.head_weight), bos, sampling, model.device, draws)
+        return cls(planner, len(model.head_weight), model.processor.bos_id, sampling, model.device, draws)
 
     @property
     def streams(self) -> int:

@@ -87,6 +87,12 @@ class ChatProcessor:
         self.video: Any = None
         """How videos given by path are sampled; None is the family's default."""
 
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins all text, where the template knows one."""
+        special = self.template.special if self.template else {}
+        return self.tokenizer.token_to_id(special["bos_token"]) if "bos_token" in special else None
+
     @classmethod
     def from_folder(
         cls, folder: Path, config: dict[str, Any], planner: Callable[[Tokenizer], Planner] | None = None

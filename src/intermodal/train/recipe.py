@@ -140,6 +140,24 @@ class StitchConfig:
 
 
 @dataclass(frozen=True)
+class NativeConfig:
+    """An early-fusion model to go on from, or a new one: one decoder over words and picture codes."""
+
+    start: str | None = None
+    """A directory of a Chameleon; the fields below are then not read."""
+    vq: str = "runs/vqvae/model"
+    """The VQ-VAE that makes and draws the codes."""
+    decoder: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(
+            width=192, depth=4, heads=6, kv_heads=6, head_width=32, mlp_width=512, vocab_size=0, context=512, qk_layernorm=True
+        )
+    )
+    """Its vocabulary is counted from the data, and the codes are added."""
+    vocabulary: int = 512
+    tokenizer_samples: int = 2048
+
+
+@dataclass(frozen=True)
 class TalksConfig:
     train: tuple[str, ...] = ("captions:scenes:core",)
     """Sources of conversations, as `data.talks.open_talks` reads them."""
@@ -180,6 +198,8 @@ class Stage:
     data: TalksConfig = field(default_factory=TalksConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0))
     train: LoopConfig = field(default_factory=LoopConfig)
+    z_loss: float = 0.0
+    """Weight of log Z squared in the loss; Chameleon's authors use 1e-5."""
     cache_tower: bool = False
     """Keep what the frozen tower says of each picture on disk, in the run's `tower-cache/`: a picture that comes again, in another epoch or
     a later stage, is neither prepared nor looked at again."""
@@ -189,10 +209,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagedRecipe:
-    """A stitched model, trained stage after stage."""
+    """A model of conversations, stitched or native, trained stage after stage."""
 
     name: str
-    model: StitchConfig
+    model: StitchConfig | NativeConfig
     stages: tuple[Stage, ...]
 
 

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
 from ..data.packing import Packs, TalkFetcher
 from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
 from ..inputs.vision_cache import DiskCache, fingerprint
-from ..losses_tokens import next_token_loss, targets
+from ..losses_tokens import next_token_loss, score_statistics, targets
+from ..models.chameleon import Chameleon
 from ..models.generative import Generative
+from ..models.vqvae import VQVAE
 from ..parallel import checkpoint
 from ..parallel.setup import World, start
+from ..weights.fresh_chameleon import fresh_chameleon
 from ..weights.load import load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
 from .loop import Trainer
 from .optim import adamw_by_pattern
-from .recipe import LoopConfig, LoraConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
 
 
 def train_stages(
@@ -60,13 +64,20 @@ def train_stages(
     return load(before)
 
 
-def build_stitched(config: StitchConfig, sources: Sequence[TalkSource]) -> Generative:
-    """The model a recipe starts from: loaded, or stitched from its parts."""
+def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource]) -> Generative:
+    """The model a recipe starts from: loaded, stitched from its parts, or native."""
     if config.start is not None:
         model = load(config.start)
         if not isinstance(model, Generative):
             raise IntermodalError(f"{config.start} is a {type(model).__name__}: it cannot be trained on conversations")
         return model
+    if isinstance(config, NativeConfig):
+        vq = load(config.vq)
+        if not isinstance(vq, VQVAE):
+            raise IntermodalError(
+                f"{config.vq} is a {type(vq).__name__}; model.vq wants a VQ-VAE (intermodal train recipes/vqvae.py)"
+            )
+        return fresh_chameleon(config.decoder, vq, spoken(sources, config.tokenizer_samples), config.vocabulary)
     vision = load_encoder(config.vision)
     if config.language is None:
         language = fresh_decoder(config.decoder, spoken(sources, config.tokenizer_samples), config.vocabulary)
@@ -91,19 +102,6 @@ def spoken(sources: Sequence[TalkSource], count: int) -> list[str]:
     return out
 
 
-@dataclass(frozen=True)
-class _StageRun:
-    """One stage as the loop sees it."""
-
-    name: str
-    data: TalksConfig
-    optim: OptimConfig
-    train: LoopConfig
-    learn: tuple[tuple[str, float], ...]
-    lora: LoraConfig | None
-    cache_tower: bool
-
-
 class StageTrainer(Trainer):
     """One stage. Over several ranks weights are whole on each; gradients are summed once a step, so ranks may hold any mix of media."""
 
@@ -121,9 +119,7 @@ class StageTrainer(Trainer):
         quiet: bool,
     ):
         self.whole, self.before = whole, before
-        run = _StageRun(
-            f"{whole.name}/{stage.name}", stage.data, stage.optim, stage.train, stage.learn, stage.lora, stage.cache_tower
-        )
+        run = replace(stage, name=f"{whole.name}/{stage.name}")
         super().__init__(run, folder, world, resume, console, quiet)
 
     def _set_up(self) -> None:
@@ -135,7 +131,7 @@ class StageTrainer(Trainer):
             self.model = load(initial)
         else:
             every = [open_talks(spec, seed=stage.data.seed) for stage in self.whole.stages for spec in stage.data.train]
-            self.model = build_stitched(self.whole.model, every)
+            self.model = build_model(self.whole.model, every)
             if self.world.main and self.whole.model.start is None:
                 save(self.model, initial)
         if self.model.processor is None:
@@ -147,7 +143,8 @@ class StageTrainer(Trainer):
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
-        side = data.side or getattr(getattr(self.model.config, "vision", None), "image_size", 64)
+        config = self.model.config
+        side = data.side or getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
         sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
         longest = self.model.config_text.context
         fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, longest, self._tower_cache())
@@ -171,11 +168,14 @@ class StageTrainer(Trainer):
         device = self.world.device
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
         count = self.world.sum(torch.tensor(float(tokens), device=device))
-        total, bad = torch.zeros((), device=device), None
+        total, bad, statistics = torch.zeros((), device=device), None, {}
         for batch in fetched.batches:
             moved = batch.to(device)
             with self.autocast():
-                loss, _ = next_token_loss(self.model.hidden(moved), self.model.head_weight, moved)
+                hidden = self.model.hidden(moved)
+                loss, _ = next_token_loss(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
+                if logging and not statistics:
+                    statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids())
             (loss / count).backward()
             total += loss.detach()
             bad = bad or (None if bool(torch.isfinite(loss.detach())) else batch)
@@ -192,7 +192,12 @@ class StageTrainer(Trainer):
             "supervised_tokens": int(count),
             "tokens": int(self.world.sum(torch.tensor(float(length), device=device))),
             "packs": len(fetched.batches),
+            **statistics,  # of this rank's first pack
         }
+
+    def _image_ids(self) -> Tensor | None:
+        """Tokens that are picture codes, in a model whose vocabulary has them."""
+        return torch.tensor(self.model.config.image_tokens.ids) if isinstance(self.model, Chameleon) else None
 
     def _note(self, values: dict[str, Any]) -> str:
         speed = values["samples_per_second"] * values["tokens"] / self.recipe.data.batch

@@ -1,0 +1,33 @@
+"""Chameleon from scratch on composed scenes: one next-token model that captions, answers and draws. Train its VQ-VAE first
+(`intermodal train recipes/vqvae.py --out runs/vqvae`) and name it in `model.vq`.
+"""
+
+from dataclasses import replace
+
+from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
+
+SCENES = "scenes:core?pair_share=0.4&colour_share=0.4&most=3&forms=1"
+
+
+def recipe(tiny: bool = False) -> StagedRecipe:
+    stage = Stage(
+        "fuse",
+        learn=(("model.*", 1.0), ("lm_head.*", 1.0)),
+        data=TalksConfig(
+            train=(f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}"), weights=(3.0, 1.0, 1.0), batch=32, tokens=4096
+        ),
+        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=50),
+        train=LoopConfig(steps=1200, threads=2, log_every=20),
+        z_loss=1e-5,
+    )
+    full = StagedRecipe("native", NativeConfig(), (stage,))
+    if not tiny:
+        return full
+    decoder = replace(full.model.decoder, width=32, depth=2, heads=2, kv_heads=2, head_width=16, mlp_width=48)
+    small = replace(
+        stage,
+        data=replace(stage.data, batch=8, workers=0, tokens=512),
+        optim=replace(stage.optim, warmup=1),
+        train=replace(stage.train, steps=3, log_every=1),
+    )
+    return replace(full, model=replace(full.model, decoder=decoder, tokenizer_samples=32), stages=(small,))
