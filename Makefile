@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo demo-native test test-all lint bench clean
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/intermodal demo --out runs/demo
+
+demo-native: $(READY)
+	$(BIN)/intermodal demo-native --out runs/demo-native
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -38,6 +41,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loss_ranks.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/vlm_train_step.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/preprocess.py
 
 clean:
 	rm -rf $(VENV) build dist .ruff_cache .hypothesis

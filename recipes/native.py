@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
 
-SCENES = "scenes:core?pair_share=0.4&colour_share=0.4&most=3&forms=1"
+SCENES = "scenes:core?pair_share=0.4&colour_share=0.4&most=2&forms=1"
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from intermodal.models.vqvae import VQConfig
 from intermodal.train.recipe import CodebookConfig, DataConfig, OptimConfig, VQRecipe, VQTrainConfig
 
-SCENES = "scenes:core?pair_share=0.4&forms=1"
+SCENES = "scenes:core?pair_share=0.4&most=2&forms=1"
 
 
 def recipe(tiny: bool = False) -> VQRecipe:

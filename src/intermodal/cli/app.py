@@ -252,6 +252,23 @@ def demo(
     typer.echo(f"report: {report}")
 
 
+@app.command("demo-native")
+def demo_native(
+    out: Out = Path("runs/demo-native"),
+    seconds: Annotated[float, typer.Option(help="How long the VQ-VAE and the model train; the steps are set to fit.")] = 720.0,
+    steps: Annotated[int | None, typer.Option(help="Train both exactly this many steps instead.")] = None,
+    count: Annotated[int, typer.Option(help="How many held-out captions it draws.")] = 120,
+    guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 2.0,
+) -> None:
+    """Train a VQ-VAE and a small Chameleon on scenes, let it draw captions it has never seen, and draw `report.html`.
+
+    Example: `intermodal demo-native --out runs/demo-native`
+    """
+    from ..evaluate.demo_native import run_native_demo
+
+    typer.echo(f"report: {run_native_demo(out, seconds, steps, count=count, guidance=guidance)}")
+
+
 @data.command()
 def preview(
     source: Annotated[str, typer.Argument(help="Any source that `train` takes.")] = "scenes:core",

@@ -1,0 +1,214 @@
+"""`make demo-native`: train a VQ-VAE and a small Chameleon on scenes, let it draw held-out captions, and have a judge look."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..data.questions import KINDS
+from ..data.scenes import Scenes
+from ..data.talks import DrawTalks, open_talks, user
+from ..errors import IntermodalError
+from ..models.chameleon import Chameleon
+from ..models.vqvae import VQVAE
+from ..train.recipe import StagedRecipe, VQRecipe, load_recipe
+from ..train.stages import train_stages
+from ..train.vqvae import psnr, train_vqvae
+from .demo import RECIPE as SIGLIP_RECIPE
+from .judge import Verdict, pixels_of, shares, train_judge, verdicts
+from .report import STYLE, inline
+from .vqa import accuracy, ask, held_out_questions, majority
+
+RECIPES = SIGLIP_RECIPE.parent
+VQ_SHARE = 0.35
+"""Of the time, for the VQ-VAE."""
+TRIAL_STEPS = 24
+SHOWN = 24
+
+
+def run_native_demo(
+    out: Path, seconds: float, steps: int | None = None, *, count: int = 120, guidance: float = 2.0, console: Console | None = None
+) -> Path:
+    """Train, draw, judge and report; returns the page's path. What an earlier call trained into `out` is replaced.
+
+    Args:
+        seconds: time for training both models; the steps are set to fit by short trials.
+        steps: of each, instead.
+        count: held-out captions to draw.
+    """
+    console = console or Console()
+    if not (RECIPES / "native.py").exists():
+        raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    vq_recipe, recipe = load_recipe(RECIPES / "vqvae.py"), load_recipe(RECIPES / "native.py")
+    vq_recipe = _vq_steps(vq_recipe, out / "trial", seconds * VQ_SHARE, steps)
+    train_vqvae(vq_recipe, out / "vqvae", console=console)
+    recipe = replace(recipe, model=replace(recipe.model, vq=str(out / "vqvae" / "model")))
+    recipe = _steps(recipe, out / "trial", seconds - (time.perf_counter() - began), steps)
+    model = train_stages(recipe, out / "native", console=console)
+    assert isinstance(model, Chameleon)
+    took = time.perf_counter() - began
+    return report(model, recipe, out, {"seconds": round(took, 1)}, count=count, guidance=guidance, console=console)
+
+
+def report(
+    model: Chameleon,
+    recipe: StagedRecipe,
+    out: Path,
+    training: dict[str, Any],
+    *,
+    count: int = 120,
+    guidance: float = 2.0,
+    judge_steps: int = 700,
+    console: Console | None = None,
+) -> Path:
+    """Judge a trained model and draw `report.html` into `out`."""
+    console = console or Console()
+    draws = next(spec for spec in recipe.stages[-1].data.train if spec.startswith("draws:"))
+    talks = open_talks(draws, side=model.config.side)
+    assert isinstance(talks, DrawTalks)
+    assert isinstance(talks.source, Scenes)
+    config = talks.source.config
+    judge = train_judge(replace(config, seed=5), steps=judge_steps)
+    held_out = Scenes(replace(config, split="test", seed=11))
+    scenes = [held_out.scene(index) for index in range(count)]
+    facts = [scene.facts for scene in scenes]
+    console.print(f"drawing {count} held-out captions ...")
+    conversations = [[user(None, f"draw {fact.caption()}")] for fact in facts]
+    settings: dict[str, Any] = dict(max_new_tokens=4, max_images=1, image_temperature=0.9, image_top_p=0.95, guidance=guidance)
+    replies = model.generate_batch(conversations, slots=40, progress=True, **settings)
+    grey = Image.new("RGB", (config.side, config.side), (128, 128, 128))
+    drawn = [reply.images[0] if reply.images else grey for reply in replies]
+    again = reconstructed(model.vqmodel, [scene.image for scene in scenes])
+    noise = decoded(model.vqmodel, torch.randint(model.config.vq.codes, (count, model.config.grid, model.config.grid)))
+    found = verdicts(judge, drawn, facts)
+    judged = {
+        "drawn": shares(found),
+        "real": shares(verdicts(judge, [scene.pixels for scene in scenes], facts)),
+        "real, through the codes": shares(verdicts(judge, again, facts)),
+        "drawn for another caption": shares(verdicts(judge, drawn[1:] + drawn[:1], facts)),
+        "random codes": shares(verdicts(judge, noise, facts)),
+    }
+    asked = [one for one in held_out_questions(config) if one.question.kind in asked_kinds(recipe)]
+    answers = ask(model, asked, progress=True)
+    error = (pixels_of(again) - pixels_of([scene.pixels for scene in scenes])).square().mean().item()
+    results = {
+        "training": {**training, "parameters": sum(p.numel() for p in model.parameters()), "steps": recipe.stages[-1].train.steps},
+        "captions drawn": count,
+        "began a picture": sum(bool(reply.images) for reply in replies),
+        "judged": judged,
+        "psnr": psnr(error),
+        "questions": {"model": accuracy(asked, answers), "most common answer": accuracy(asked, majority(config, asked))},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = out / "report.html"
+    page.write_text(_page(results, facts, drawn, again, [scene.image for scene in scenes], found), encoding="utf-8")
+    console.print(summary(results))
+    return page
+
+
+def asked_kinds(recipe: StagedRecipe) -> tuple[str, ...]:
+    """Kinds of questions that the recipe's scenes can ask: no signs where no words are printed."""
+    words = any("word_share" in spec for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
+    return KINDS if words else tuple(kind for kind in KINDS if kind != "sign")
+
+
+@torch.no_grad()
+def reconstructed(vq: VQVAE, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pictures through their codes."""
+    return decoded(vq, vq.encode(pixels_of(pictures)))
+
+
+@torch.no_grad()
+def decoded(vq: VQVAE, codes_NHW: torch.Tensor) -> list[Image.Image]:
+    values = ((vq.decode(codes_NHW).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
+
+
+def summary(results: dict[str, Any]) -> Table:
+    table = Table(title=f"{results['captions drawn']} held-out captions, as a judge sees them", box=box.SIMPLE)
+    for column in ("", "named things found", "all of them", "in the right place"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in results["judged"].items():
+        table.add_row(name, *(f"{row[key]:.0%}" for key in ("things", "whole", "place")))
+    answered = ", ".join(f"{kind} {value:.0%}" for kind, value in results["questions"]["model"].items())
+    table.caption = f"questions: {answered}; reconstruction {results['psnr']:.1f} dB"
+    return table
+
+
+def _page(
+    results: dict[str, Any],
+    facts: Sequence[Any],
+    drawn: Sequence[Image.Image],
+    again: Sequence[Image.Image],
+    real: Sequence[Image.Image],
+    found: Sequence[Verdict],
+) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{row[key]:.0%}</td>' for key in ('things', 'whole', 'place'))}</tr>"
+        for name, row in results["judged"].items()
+    )
+    model, common = results["questions"]["model"], results["questions"]["most common answer"]
+    asked = "".join(f"<tr><td>{kind}</td><td>{model[kind]:.0%}</td><td>{common[kind]:.0%}</td></tr>" for kind in model)
+    cards = []
+    for fact, picture, verdict in list(zip(facts, drawn, found, strict=True))[:SHOWN]:
+        tone = "right" if all(verdict.things) and verdict.place is not False else "lose"
+        said = f"{sum(verdict.things)} of {len(verdict.things)} things" + (
+            "" if verdict.place is None else f", place {verdict.place}"
+        )
+        about = f"{html.escape(fact.caption())}<br><span class={tone}>{said}</span>"
+        cards.append(f'<div class=card><img src="{inline(picture)}"><br>{about}</div>')
+    both = list(zip(real, again, strict=True))[:8]
+    pairs = "".join(f'<div class=card><img src="{inline(a)}"> <img src="{inline(b)}"></div>' for a, b in both)
+    training = results["training"]
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>intermodal demo-native</title><style>{STYLE}</style>"
+        "<h1>One model that reads and draws</h1>"
+        f"<p>{training['parameters']:,} parameters, VQ-VAE and decoder trained in {training['seconds']:.0f} s. The captions hold "
+        f"combinations never trained on; {results['began a picture']} of {results['captions drawn']} replies began a picture. The judge "
+        "is a classifier of real scenes: a thing counts when it is among the likeliest, as many as the caption names.</p>"
+        "<table><tr><th></th><th>named things found</th><th>all of them</th><th>in the right place</th></tr>"
+        f"{rows}</table><h2>Drawn for held-out captions</h2><div class=grid>{''.join(cards)}</div>"
+        "<h2>Questions about held-out scenes, exactly right</h2>"
+        f"<table><tr><th></th><th>model</th><th>most common answer</th></tr>{asked}</table>"
+        f"<h2>Real scenes and what their codes keep ({results['psnr']:.1f} dB)</h2><div class=grid>{pairs}</div>\n"
+    )
+
+
+def _vq_steps(recipe: VQRecipe, folder: Path, seconds: float, steps: int | None) -> VQRecipe:
+    if steps is None:
+        train_vqvae(replace(recipe, train=replace(recipe.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2)), folder, quiet=True)
+        steps = _fitting(folder / "metrics.jsonl", recipe.data.batch, seconds)
+        shutil.rmtree(folder)
+    return replace(recipe, train=replace(recipe.train, steps=steps))
+
+
+def _steps(recipe: StagedRecipe, folder: Path, seconds: float, steps: int | None) -> StagedRecipe:
+    stage = recipe.stages[0]
+    if steps is None:
+        began = time.perf_counter()
+        short = replace(stage, train=replace(stage.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2))
+        train_stages(replace(recipe, stages=(short,)), folder, quiet=True)
+        seconds -= time.perf_counter() - began
+        steps = _fitting(folder / f"1-{stage.name}" / "metrics.jsonl", stage.data.batch, seconds)
+        shutil.rmtree(folder)
+    return replace(recipe, stages=(replace(stage, train=replace(stage.train, steps=steps)),))
+
+
+def _fitting(metrics: Path, batch: int, seconds: float) -> int:
+    speed = json.loads(metrics.read_text().splitlines()[-1])["samples_per_second"]
+    return max(10, int(seconds * speed / batch))

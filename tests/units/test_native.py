@@ -1,0 +1,115 @@
+"""Early fusion trained: data that draws, packs that stay exact, statistics, the whole way from recipe to picture."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import intermodal
+from intermodal.batch import TokenBatch
+from intermodal.data.packing import TalkFetcher, picture_alone
+from intermodal.data.talks import ALONE, open_talks
+from intermodal.errors import IntermodalError
+from intermodal.losses_tokens import next_token_loss, score_statistics, targets
+from intermodal.train.recipe import load_recipe
+from intermodal.train.stages import train_stages
+from intermodal.train.vqvae import train_vqvae
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("native")
+    train_vqvae(load_recipe(RECIPES / "vqvae.py", tiny=True), out / "vq", quiet=True)
+    recipe = load_recipe(RECIPES / "native.py", tiny=True)
+    stage = replace(recipe.stages[0], train=replace(recipe.stages[0].train, threads=1, precision="fp32"))
+    recipe = replace(recipe, model=replace(recipe.model, vq=str(out / "vq" / "model")), stages=(stage,))
+    train_stages(recipe, out / "run", quiet=True)
+    return recipe, out / "run"
+
+
+def test_one_model_says_and_draws(trained):
+    _, run = trained
+    model = intermodal.load(run / "model")
+    reply = model.generate([{"role": "user", "content": "draw an apple"}], max_new_tokens=4, guidance=2.0)
+    assert reply.ids
+    row = json.loads((run / "1-fuse" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss_text", "loss_image", "log_z", "entropy", "highest_score", "score_norm", "gradient_norm"} <= row.keys()
+    before, after = (intermodal.load(folder).state_dict() for folder in (run / "1-fuse" / "initial", run / "model"))
+    for key in before:  # the VQ-VAE is frozen, everything else learned
+        assert torch.equal(before[key], after[key]) == key.startswith("vqmodel."), key
+
+
+def test_drawing_conversations(trained):
+    _, run = trained
+    processor = intermodal.load(run / "model").processor
+    source = open_talks("draws:scenes:core?forms=1", side=16)
+    talks = [source[index] for index in range(60)]
+    assert 1 <= sum(talk.meta[ALONE] for talk in talks) <= 14
+    begin, end = processor.planner.image_tokens.begin, processor.planner.image_tokens.end
+    for talk in talks[:10]:
+        conversation = processor.conversation(talk.messages)
+        processor.audit(conversation)
+        batch = processor.batch(conversation)
+        learned = batch.ids[batch.supervised].tolist()
+        assert learned[0] == begin
+        assert learned[-2] == end
+        assert len(learned) == processor.planner.grid**2 + 3  # begin, codes, end, end of turn
+        alone = picture_alone(batch, processor)
+        assert alone.ids.tolist() == [processor.bos_id, *learned, *batch.ids.tolist()[batch.ids.tolist().index(end) + 2 :]]
+        assert alone.supervised.tolist()[0] is False
+    fetcher = TalkFetcher([source], processor, 0, 512, 512)
+    marked = next(index for index, talk in enumerate(talks) if talk.meta[ALONE])
+    assert fetcher.read(0, marked).ids[0] == processor.bos_id
+    assert fetcher.read(0, marked).ids[1] == begin
+
+
+def test_packs_of_words_and_pictures_in_any_order_are_exact(trained):
+    _, run = trained
+    model = intermodal.load(run / "model", dtype="float64")
+    processor = model.processor
+    specs = ("draws:scenes:core?forms=1", "captions:scenes:core?forms=1", "questions:scenes:core")
+    singles = [processor(open_talks(spec, side=16)[index].messages) for spec in specs for index in (3, 4)]
+
+    def run_(batch):
+        model.zero_grad()
+        total, count = next_token_loss(model.hidden(batch), model.head_weight, batch, z_loss=1e-3)
+        total.backward()
+        return total.detach(), count, model.model.embed_tokens.weight.grad.clone()
+
+    alone, packed = [run_(single) for single in singles], run_(TokenBatch.pack(singles))
+    torch.testing.assert_close(packed[0], sum(one[0] for one in alone))
+    assert packed[1] == sum(one[1] for one in alone)
+    torch.testing.assert_close(packed[2], sum(one[2] for one in alone), rtol=1e-9, atol=1e-11)
+
+
+def test_z_loss_and_statistics_are_the_plain_formulas(trained):
+    _, run = trained
+    model = intermodal.load(run / "model")
+    batch = TokenBatch.pack([model.processor(open_talks("draws:scenes:core?forms=1", side=16)[i].messages) for i in range(3)])
+    rows, ids = targets(batch)
+    with torch.no_grad():
+        hidden = model.hidden(batch)
+        scores = model.unembed(hidden)[rows]
+        plain, _ = next_token_loss(hidden, model.head_weight, batch)
+        with_z, _ = next_token_loss(hidden, model.head_weight, batch, chunk=7, z_loss=0.01)
+        torch.testing.assert_close(with_z - plain, 0.01 * (scores.logsumexp(-1) ** 2).sum(), rtol=1e-3, atol=1e-3)
+        found = score_statistics(hidden, model.head_weight, batch, torch.tensor(model.config.image_tokens.ids))
+    assert found["log_z"] == pytest.approx(scores.logsumexp(-1).mean().item(), rel=1e-4)
+    assert found["highest_score"] == pytest.approx(scores.max().item(), rel=1e-5)
+    chances = scores.softmax(-1)
+    assert found["entropy"] == pytest.approx(-(chances * chances.log()).sum(-1).mean().item(), rel=1e-3)
+    drawn = ids >= min(model.config.image_tokens.ids)
+    losses = F.cross_entropy(scores, ids, reduction="none")
+    assert found["loss_image"] == pytest.approx(losses[drawn].mean().item(), rel=1e-4)
+    assert found["loss_text"] == pytest.approx(losses[~drawn].mean().item(), rel=1e-4)
+
+
+def test_what_is_no_vq_vae_is_refused(trained, tmp_path):
+    recipe, run = trained
+    with pytest.raises(IntermodalError, match="wants a VQ-VAE"):
+        train_stages(replace(recipe, model=replace(recipe.model, vq=str(run / "model"))), tmp_path, quiet=True)
