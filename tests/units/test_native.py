@@ -113,3 +113,88 @@ def test_what_is_no_vq_vae_is_refused(trained, tmp_path):
     recipe, run = trained
     with pytest.raises(IntermodalError, match="wants a VQ-VAE"):
         train_stages(replace(recipe, model=replace(recipe.model, vq=str(run / "model"))), tmp_path, quiet=True)
+
+
+def test_unlocking_pictures_leaves_words_as_they_are(trained, tmp_path):
+    _, run = trained
+    made = load_recipe(RECIPES / "unlock_images.py", tiny=True)
+    stage = replace(made.stages[0], train=replace(made.stages[0].train, threads=1, precision="fp32"))
+    recipe = replace(made, model=replace(made.model, start=str(run / "model")), stages=(stage,))
+    train_stages(recipe, tmp_path / "out", quiet=True)
+    before, after = intermodal.load(run / "model"), intermodal.load(tmp_path / "out" / "model")
+    tokens = before.config.image_tokens
+    pictures = [*tokens.ids, tokens.begin, tokens.end]
+    words = [row for row in range(len(before.head_weight)) if row not in pictures]
+    talk = [{"role": "user", "content": "how many dogs are there ?"}, {"role": "assistant", "content": "two"}]
+    assert torch.equal(before.logits(talk)[:, words], after.logits(talk)[:, words])
+    for key, value in before.state_dict().items():
+        moved = after.state_dict()[key]
+        if key in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(moved[words], value[words])
+            assert not torch.equal(moved[list(tokens.ids)], value[list(tokens.ids)])
+        else:
+            assert torch.equal(moved, value), key
+    wrong = replace(stage, learn=(("model.*", 1.0),))
+    with pytest.raises(IntermodalError, match="learns too"):
+        train_stages(replace(recipe, stages=(wrong,)), tmp_path / "no", quiet=True)
+
+
+def test_the_judge_learns_and_verdicts_are_fair():
+    from intermodal.data.facts import Facts, Group
+    from intermodal.data.scenes import SceneConfig, Scenes
+    from intermodal.evaluate.judge import Judge, labels, shares, verdicts
+
+    source = Scenes(SceneConfig(side=64, pair_share=1.0, most=1))
+    scene = source.scene(3)
+    judge = Judge()
+    wanted = labels(scene, 64, judge.concepts)
+    assert wanted.sum() == 4  # two things, each in one half across and one half down
+
+    class Perfect:
+        concepts = judge.concepts
+
+        def __call__(self, pixels):
+            return (wanted * 20 - 10)[None].expand(len(pixels), -1, -1)
+
+    true, first, second = scene.facts, *scene.facts.groups
+    other = next(c for c in judge.concepts if c not in (first.concept, second.concept))
+    turned = Facts(
+        true.groups, {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[true.relation], "white"
+    )
+    swapped = Facts((Group(other), second), true.relation, "white")
+    found = verdicts(Perfect(), [scene.pixels] * 3, [true, turned, swapped])
+    assert [verdict.place for verdict in found] == [True, False, False]
+    assert [verdict.things for verdict in found][:2] == [[True, True], [True, True]]
+    assert shares(found[:2]) == {"things": 1.0, "whole": 1.0, "place": 0.5}
+    assert sum(found[2].things) == 1
+
+
+@pytest.mark.parametrize("poison", [50.0, float("nan")])
+def test_a_run_that_diverges_goes_back_and_past_the_data(trained, tmp_path, monkeypatch, poison):
+    from intermodal.train import stages
+    from intermodal.train.loop import NotFinite
+
+    recipe, _ = trained
+    loop = replace(recipe.stages[0].train, steps=12, save_every=4, rollback=3.0)
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], train=loop),))
+    calls, plain = [], stages.next_token_loss
+
+    def poisoned(*arguments, **settings):
+        loss, count = plain(*arguments, **settings)
+        calls.append(1)
+        return (loss * poison if len(calls) == 7 else loss), count
+
+    monkeypatch.setattr(stages, "next_token_loss", poisoned)
+    train_stages(recipe, tmp_path / "saved", quiet=True)
+    events = [json.loads(line) for line in (tmp_path / "saved" / "1-fuse" / "rollbacks.jsonl").read_text().splitlines()]
+    assert len(events) == 1
+    assert events[0]["to"] == 4
+    assert len(calls) == 12 + (events[0]["from"] - 4) + (poison != poison)
+    rows = [json.loads(line) for line in (tmp_path / "saved" / "1-fuse" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 12
+    assert all(torch.isfinite(v).all() for v in intermodal.load(tmp_path / "saved" / "model").state_dict().values())
+    if poison != poison:
+        calls.clear()
+        off = replace(recipe, stages=(replace(recipe.stages[0], train=replace(loop, rollback=None)),))
+        with pytest.raises(NotFinite):
+            train_stages(off, tmp_path / "off", quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
 from .metrics import Display, Metrics
 from .optim import learning_rate, update_average
+
+ROLLBACKS = 5
+STEADY, RECENT = 4, 20
+"""How many logged losses tell what is usual: at least, and at most."""
 
 
 class Stopped(IntermodalError):
@@ -54,6 +59,9 @@ class Trainer(ABC):
         self.average: dict[str, Tensor] | None = None
         if recipe.optim.ema is not None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.recent: list[float] = []
+        """Losses of the last logged steps."""
+        self.rollbacks = 0
         self.step = 0
         if self.resumed_from is not None:
             meta = checkpoint.restore(self.resumed_from, world, self.model, self.optimizer, self.average)
@@ -88,7 +96,13 @@ class Trainer(ABC):
                 batches = iter(self.loader) if self.step < steps else iter(())
                 for fetched in batches:
                     logging = (self.step + 1) % recipe.train.log_every == 0 or self.step + 1 == steps
-                    values = self._train_step(fetched, logging)
+                    try:
+                        values = self._train_step(fetched, logging)
+                    except NotFinite as error:
+                        if not self._rolled_back(str(error)):
+                            raise
+                        clock, since = time.perf_counter(), self.step
+                        continue
                     self.step += 1
                     if logging:
                         seconds = time.perf_counter() - clock
@@ -98,6 +112,11 @@ class Trainer(ABC):
                         if metrics is not None:
                             metrics.write(self.step, values)
                         display.step(self.step, self._note(values), values["samples_per_second"])
+                        if self._diverged(values["loss"]):
+                            why = f"the loss is {values['loss']:.3f} at step {self.step}, and was about {self._usual():.3f}"
+                            if self._rolled_back(why):
+                                clock, since = time.perf_counter(), self.step
+                                continue
                     stop = self.world.any(self.asked_to_stop is not None)
                     every = recipe.train.save_every
                     if stop or self.step == steps or (every and self.step % every == 0):
@@ -114,6 +133,31 @@ class Trainer(ABC):
                 if metrics is not None:
                     metrics.close()
         return self._finish()
+
+    def _usual(self) -> float:
+        return statistics.median(self.recent)
+
+    def _diverged(self, loss: float) -> bool:
+        limit = self.recipe.train.rollback
+        far = limit is not None and len(self.recent) >= STEADY and loss > limit * self._usual()
+        if not far:
+            self.recent = [*self.recent[1 - RECENT :], loss]
+        return far
+
+    def _rolled_back(self, why: str) -> bool:
+        """Go back to the newest checkpoint's weights; data goes on from here. False where rolling back is off or has not helped."""
+        last = checkpoint.latest(self.folder)
+        if self.recipe.train.rollback is None or last is None or self.rollbacks >= ROLLBACKS:
+            return False
+        self.rollbacks += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        came_to = self.step
+        self.step = checkpoint.restore(last, self.world, self.model, self.optimizer, self.average)["step"]
+        if self.world.main:
+            self.console.print(f"[yellow]{why}: back from step {came_to} to {self.step}, past the data between[/yellow]")
+            with (self.folder / "rollbacks.jsonl").open("a") as file:
+                file.write(json.dumps({"from": came_to, "to": self.step, "why": why}) + "\n")
+        return True
 
     def _loader(self, sources: Sequence[Any], fetcher: Any) -> Loader:
         """This rank's steps of the sources. Whatever of them cannot be read at all (a shard cut short) is told and counted now."""

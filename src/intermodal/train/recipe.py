@@ -92,6 +92,9 @@ class LoopConfig:
     log_every: int = 10
     save_every: int | None = None
     """Steps between checkpoints; the last step is always saved."""
+    rollback: float | None = None
+    """When a logged loss is this many times the median of those before it, or not finite, go back to the newest checkpoint and pass over
+    the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
     keep: int = 2
     """How many checkpoints stay on disk."""
 
@@ -198,6 +201,9 @@ class Stage:
     data: TalksConfig = field(default_factory=TalksConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0))
     train: LoopConfig = field(default_factory=LoopConfig)
+    image_rows_only: bool = False
+    """Of the embedding and output tables that learn, only the rows of picture codes and their marks do (Anole, arXiv 2407.06135): what a
+    native model says about words stays as it is, to the bit."""
     z_loss: float = 0.0
     """Weight of log Z squared in the loss; Chameleon's authors use 1e-5."""
     cache_tower: bool = False

@@ -143,6 +143,8 @@ class StageTrainer(Trainer):
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
+        if self.recipe.image_rows_only:
+            keep_word_rows(self.model, self.optimizer)
         config = self.model.config
         side = data.side or getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
         sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
@@ -216,6 +218,29 @@ class StageTrainer(Trainer):
         if self.world.size > 1:
             dist.barrier()
         return self.model
+
+
+def keep_word_rows(model: Generative, optimizer: torch.optim.Optimizer) -> None:
+    """Let only the rows of picture codes and their marks learn in the tables over the vocabulary; nothing of the tables decays.
+
+    Raises:
+        IntermodalError: the model's vocabulary holds no pictures, or something else than those tables learns.
+    """
+    if not isinstance(model, Chameleon):
+        raise IntermodalError(f"image_rows_only is for models whose vocabulary holds pictures, and a {model.family}'s does not")
+    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if others := sorted(learning.keys() - tables):
+        raise IntermodalError(
+            f"image_rows_only keeps words as they are, but {others[0]} learns too; learn only {', '.join(sorted(tables))}"
+        )
+    tokens = model.config.image_tokens
+    rows = torch.zeros(len(model.head_weight), 1, dtype=torch.bool)
+    rows[[*tokens.ids, tokens.begin, tokens.end]] = True
+    for parameter in learning.values():
+        parameter.register_hook(lambda gradient: gradient * rows.to(gradient.device))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
 
 
 def sum_gradients(model: torch.nn.Module, world: World) -> None:

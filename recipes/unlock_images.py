@@ -1,0 +1,29 @@
+"""Teach a Chameleon that reads pictures to draw them (Anole, arXiv 2407.06135): only the rows of picture codes in the embedding and output
+tables learn, so what it says about words does not move. Name the model in `model.start` and captioned pictures in the data; a released
+model needs its VQ decoder beside it (docs/native.md).
+"""
+
+from dataclasses import replace
+
+from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
+
+
+def recipe(tiny: bool = False) -> StagedRecipe:
+    stage = Stage(
+        "unlock",
+        learn=(("lm_head.weight", 1.0), ("model.embed_tokens.weight", 1.0)),
+        image_rows_only=True,
+        data=TalksConfig(train=("draws:scenes:core?forms=1",), batch=32, tokens=8192),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, warmup=20),
+        train=LoopConfig(steps=500, log_every=10),
+    )
+    full = StagedRecipe("unlock_images", NativeConfig(start="chameleon"), (stage,))
+    if not tiny:
+        return full
+    small = replace(
+        stage,
+        data=replace(stage.data, batch=4, workers=0, tokens=1024),
+        optim=replace(stage.optim, warmup=1),
+        train=replace(stage.train, steps=3, log_every=1),
+    )
+    return replace(full, stages=(small,))
