@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
 
-SCENES = "scenes:core?pair_share=0.4&colour_share=0.4&most=2&forms=1"
+SCENES = "scenes:core?pair_share=0.3&most=1&colour_share=0.1&plain=true&forms=1"
+
+SPRITES = "sprites:core?article=true&variations=1000"
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:
@@ -14,7 +16,10 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         "fuse",
         learn=(("model.*", 1.0), ("lm_head.*", 1.0)),
         data=TalksConfig(
-            train=(f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}"), weights=(3.0, 1.0, 1.0), batch=32, tokens=4096
+            train=(f"draws:{SPRITES}", f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}"),
+            weights=(2.0, 2.0, 1.0, 0.5),
+            batch=32,
+            tokens=4096,
         ),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=50),
         train=LoopConfig(steps=1200, threads=2, log_every=20),

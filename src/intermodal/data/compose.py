@@ -48,10 +48,18 @@ class Scene:
 
 
 def draw(
-    facts: Facts, style: str, side: int, rng: random.Random, *, seed: int = 0, fonts: str = "train", recolour: float = 0.0
+    facts: Facts,
+    style: str,
+    side: int,
+    rng: random.Random,
+    *,
+    seed: int = 0,
+    fonts: str = "train",
+    recolour: float = 0.0,
+    plain: bool = False,
 ) -> Scene:
     """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture."""
-    pixels = _background(facts.background, side, rng)
+    pixels = np.full((side, side, 3), 255, np.uint8) if plain else _background(facts.background, side, rng)
     top = 0
     if facts.word:
         top = _print_word(pixels, facts.word, rng, fonts)

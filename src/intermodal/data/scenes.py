@@ -42,6 +42,8 @@ class SceneConfig:
     """Largest count of a group; two groups never have more than eight objects together."""
     word_share: float = 0.0
     """Share of scenes with a printed word."""
+    plain: bool = False
+    """White ground everywhere, unshaded: what a small model that draws need not spend its codes on."""
     forms: int = 5
     """How many phrasings of a caption: 3 leaves out the long ones, which name the background."""
     fonts: Literal["train", "test"] = "train"
@@ -72,7 +74,8 @@ class Scenes:
         config, rng = self.config, self._rng(index)
         facts = self._facts(rng)
         style = rng.choice(config.styles)
-        return draw(facts, style, config.side, rng, seed=index, fonts=config.fonts, recolour=config.recolour)
+        settings = {"fonts": config.fonts, "recolour": config.recolour, "plain": config.plain}
+        return draw(facts, style, config.side, rng, seed=index, **settings)
 
     def facts(self, index: int) -> Facts:
         """What scene number `index` says, without drawing it."""
@@ -103,4 +106,5 @@ class Scenes:
             colour = rng.choice(tuple(COLOURS)) if rng.random() < config.colour_share else None
             groups.append(Group(concept, count, colour))
         word = rng.choice(WORDS) if rng.random() < config.word_share else None
-        return Facts(tuple(groups), rng.choice(RELATIONS) if pair else None, rng.choice(tuple(BACKGROUNDS)), word)
+        ground = rng.choice(tuple(BACKGROUNDS))
+        return Facts(tuple(groups), rng.choice(RELATIONS) if pair else None, "white" if config.plain else ground, word)

@@ -32,7 +32,7 @@ from .report import STYLE, inline
 from .vqa import accuracy, ask, held_out_questions, majority
 
 RECIPES = SIGLIP_RECIPE.parent
-VQ_SHARE = 0.35
+VQ_SHARE = 0.3
 """Of the time, for the VQ-VAE."""
 TRIAL_STEPS = 24
 SHOWN = 24
@@ -72,7 +72,7 @@ def report(
     *,
     count: int = 120,
     guidance: float = 2.0,
-    judge_steps: int = 700,
+    judge_steps: int = 1500,
     console: Console | None = None,
 ) -> Path:
     """Judge a trained model and draw `report.html` into `out`."""
