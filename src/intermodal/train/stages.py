@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..data.packing import Packs, TalkFetcher
 from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
+from ..inputs.chat import ChatProcessor
+from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import DiskCache, fingerprint
 from ..losses_tokens import next_token_loss, score_statistics, targets
 from ..models.chameleon import Chameleon
@@ -149,7 +152,8 @@ class StageTrainer(Trainer):
         side = data.side or getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
         sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
         longest = self.model.config_text.context
-        fetcher = TalkFetcher(sources, self.model.processor, data.seed, data.tokens, longest, self._tower_cache())
+        processor = _for_workers(self.model.processor, self.world.device)
+        fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
         fetcher.audit()
         self.loader = self._loader(sources, fetcher)
 
@@ -218,6 +222,16 @@ class StageTrainer(Trainer):
         if self.world.size > 1:
             dist.barrier()
         return self.model
+
+
+def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcessor:
+    """A processor whose VQ-VAE, if it has one, is on the CPU: data workers are forked, and CUDA does not survive that."""
+    planner = processor.planner
+    if device.type == "cpu" or not isinstance(planner, CodePlanner):
+        return processor
+    other = copy.copy(processor)
+    other.planner = replace(planner, vq=copy.deepcopy(planner.vq).cpu() if planner.vq is not None else None)
+    return other
 
 
 def keep_word_rows(model: Generative, optimizer: torch.optim.Optimizer) -> None:
