@@ -77,7 +77,7 @@ def report(
 ) -> Path:
     """Judge a trained model and draw `report.html` into `out`."""
     console = console or Console()
-    draws = next(spec for spec in recipe.stages[-1].data.train if spec.startswith("draws:"))
+    draws = next(spec for spec in recipe.stages[-1].data.train if spec.startswith("draws:scenes"))
     talks = open_talks(draws, side=model.config.side)
     assert isinstance(talks, DrawTalks)
     assert isinstance(talks.source, Scenes)
