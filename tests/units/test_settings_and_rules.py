@@ -58,18 +58,32 @@ def test_wrong_overrides_name_the_field(assignment, words):
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))
 def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
     from intermodal.train.contrastive import train
-    from intermodal.train.recipe import StagedRecipe
+    from intermodal.train.recipe import NativeConfig, StagedRecipe, VQRecipe
     from intermodal.train.stages import train_stages
+    from intermodal.train.vqvae import train_vqvae
 
-    recipe = load_recipe(ROOT / "recipes" / file, tiny=True)
+    def tiny(name):
+        made = load_recipe(ROOT / "recipes" / name, tiny=True)
+        return made if isinstance(made, StagedRecipe) else replace(made, train=replace(made.train, threads=1))
+
+    recipe, folders = tiny(file), [tmp_path]
     if isinstance(recipe, StagedRecipe):
-        train(load_recipe(ROOT / "recipes" / "siglip.py", tiny=True), tmp_path / "tower", quiet=True)
-        recipe = replace(recipe, model=replace(recipe.model, vision=str(tmp_path / "tower" / "model")))
+        if isinstance(recipe.model, NativeConfig):
+            train_vqvae(tiny("vqvae.py"), tmp_path / "vq", quiet=True)
+            model = replace(tiny("native.py").model, vq=str(tmp_path / "vq" / "model"))
+            if recipe.model.start is not None:
+                train_stages(replace(tiny("native.py"), model=model), tmp_path / "start", quiet=True)
+                model = replace(recipe.model, start=str(tmp_path / "start" / "model"))
+        else:
+            train(tiny("siglip.py"), tmp_path / "tower", quiet=True)
+            model = replace(recipe.model, vision=str(tmp_path / "tower" / "model"))
+        recipe = replace(recipe, model=model)
         train_stages(recipe, tmp_path / "run", quiet=True)
         folders = [tmp_path / "run" / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
+    elif isinstance(recipe, VQRecipe):
+        train_vqvae(recipe, tmp_path, quiet=True)
     else:
-        train(replace(recipe, train=replace(recipe.train, threads=1)), tmp_path, quiet=True)
-        folders = [tmp_path]
+        train(recipe, tmp_path, quiet=True)
     for folder in folders:
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3]

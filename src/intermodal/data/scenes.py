@@ -106,5 +106,5 @@ class Scenes:
             colour = rng.choice(tuple(COLOURS)) if rng.random() < config.colour_share else None
             groups.append(Group(concept, count, colour))
         word = rng.choice(WORDS) if rng.random() < config.word_share else None
-        ground = rng.choice(tuple(BACKGROUNDS))
-        return Facts(tuple(groups), rng.choice(RELATIONS) if pair else None, "white" if config.plain else ground, word)
+        relation, ground = rng.choice(RELATIONS) if pair else None, rng.choice(tuple(BACKGROUNDS))
+        return Facts(tuple(groups), relation, "white" if config.plain else ground, word)
