@@ -12,7 +12,7 @@ from ..errors import SampleError, nearest
 from .questions import questions
 from .readers import SourceError, open_source
 from .scenes import Scenes
-from .source import Source
+from .source import Sample, Source
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FILES = (".jsonl", ".json")
@@ -80,14 +80,15 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
 
 
 @dataclass
-class CaptionTalks:
-    """A picture, and the assistant says its caption (stage 1 of LLaVA, in its plain form)."""
+class PairTalks:
+    """Conversations from pictures with captions."""
 
     source: Source
+    kind = ""
 
     @property
     def name(self) -> str:
-        return f"captions-{self.source.name}"
+        return f"{self.kind}-{self.source.name}"
 
     @property
     def problems(self) -> list[tuple[str, str]]:
@@ -97,41 +98,36 @@ class CaptionTalks:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Talk:
-        sample = self.source[index]
-        texts = [text for text in sample.texts if text.strip()]
-        if not texts:
-            raise SampleError("no caption")
-        caption = random.Random(f"{self.name}/{index}").choice(texts)
-        return Talk(sample.key, [user(sample.image), {"role": "assistant", "content": caption}], sample.meta)
-
-
-@dataclass
-class DrawTalks:
-    """A caption, and the assistant draws it. One in ten comes without its caption, which guidance needs to compare with."""
-
-    source: Source
-    alone: float = 0.1
-
-    @property
-    def name(self) -> str:
-        return f"draws-{self.source.name}"
-
-    @property
-    def problems(self) -> list[tuple[str, str]]:
-        return getattr(self.source, "problems", [])
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Talk:
+    def _pair(self, index: int) -> tuple[Sample, str, random.Random]:
+        """Sample number `index`, one of its captions, and the generator that chose it."""
         sample = self.source[index]
         texts = [text for text in sample.texts if text.strip()]
         if not texts:
             raise SampleError("no caption")
         rng = random.Random(f"{self.name}/{index}")
+        return sample, rng.choice(texts), rng
+
+
+class CaptionTalks(PairTalks):
+    """A picture, and the assistant says its caption (stage 1 of LLaVA, in its plain form)."""
+
+    kind = "captions"
+
+    def __getitem__(self, index: int) -> Talk:
+        sample, caption, _ = self._pair(index)
+        return Talk(sample.key, [user(sample.image), {"role": "assistant", "content": caption}], sample.meta)
+
+
+class DrawTalks(PairTalks):
+    """A caption, and the assistant draws it. One in ten comes without its caption, which guidance needs to compare with."""
+
+    kind = "draws"
+    alone = 0.1
+
+    def __getitem__(self, index: int) -> Talk:
+        sample, caption, rng = self._pair(index)
         drawn = {"role": "assistant", "content": [{"type": "image", "image": sample.image}]}
-        return Talk(sample.key, [user(None, f"draw {rng.choice(texts)}"), drawn], {**sample.meta, ALONE: rng.random() < self.alone})
+        return Talk(sample.key, [user(None, f"draw {caption}"), drawn], {**sample.meta, ALONE: rng.random() < self.alone})
 
 
 @dataclass
