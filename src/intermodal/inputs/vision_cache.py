@@ -45,7 +45,6 @@ class MemoryCache:
 
     def __init__(self, limit: int = MEMORY):
         self.limit, self.held = limit, 0
-        self.hits = self.misses = 0
         self._items: OrderedDict[str, States] = OrderedDict()
         self._weights: Any = None
 
@@ -58,9 +57,7 @@ class MemoryCache:
 
     def get(self, key: str) -> States | None:
         if key not in self._items:
-            self.misses += 1
             return None
-        self.hits += 1
         self._items.move_to_end(key)
         return self._items[key]
 

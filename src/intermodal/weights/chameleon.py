@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.chat import CHAT_FILES, ChatProcessor
-from ..inputs.codes import CodePlanner, ImageTokens
+from ..inputs.codes import BEGIN, DIGITS, END, CodePlanner, ImageTokens
 from ..inputs.image import HALF, ImageProcessor, read_processor
 from ..models.chameleon import Chameleon, ChameleonConfig
 from ..models.decoder import DecoderConfig
@@ -154,8 +154,6 @@ def to_hf(model: Chameleon) -> dict[str, Any]:
 
 def vocabulary_map(config: ChameleonConfig) -> dict[str, int]:
     """The names that `ImageTokens.from_vocabulary` reads back."""
-    from ..inputs.codes import BEGIN, DIGITS, END
-
     letters = {digit: letter for letter, digit in DIGITS.items()}
     names = {f"IMGIMG{''.join(letters[d] for d in str(code))}Z": token for code, token in enumerate(config.image_tokens.ids)}
     return {PLACEHOLDER: config.image_id, BEGIN: config.image_tokens.begin, END: config.image_tokens.end, **names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import torch
 from tokenizers import processors
 
 from ..inputs.codes import BEGIN, END, ImageTokens
@@ -14,7 +13,7 @@ from ..models.chameleon import Chameleon, ChameleonConfig
 from ..models.decoder import DecoderConfig
 from ..models.vqvae import VQVAE
 from .chameleon import PLACEHOLDER, chat_processor
-from .stitch import CHATML, flatten
+from .stitch import CHATML, flatten, initialise_decoder
 
 BOS, TURN, STOP = "<s>", "<|im_start|>", "<|im_end|>"
 
@@ -34,18 +33,7 @@ def fresh_chameleon(config: DecoderConfig, vq: VQVAE, texts: list[str], vocabula
     text = replace(config, vocab_size=words + vq.config.codes)
     side = vq.config.resolution
     model = Chameleon(ChameleonConfig(text, vq.config, tokens, names[PLACEHOLDER], side))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("vqmodel."):
-                continue
-            if parameter.ndim < 2 or ".q_norm." in name or ".k_norm." in name:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std *= (2 * config.depth) ** -0.5
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+    initialise_decoder(model, seed)
     model.vqmodel.load_state_dict(vq.state_dict())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -17,7 +17,7 @@ from ..inputs.text import train_tokenizer
 from ..inputs.tiles import LlavaPlanner
 from ..models.clip import CLIP, DualEncoder
 from ..models.decoder import DecoderConfig
-from ..models.generative import LanguageModel
+from ..models.generative import Generative, LanguageModel
 from ..models.llava import Llava, LlavaConfig
 from ..models.vit import ClipVisionTower, SiglipVisionTower
 from .decoder import text_to_hf
@@ -103,16 +103,7 @@ def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed
         single="$A", pair="$A $B"
     )  # the template ends turns, not the tokenizer
     model = LanguageModel(replace(config, vocab_size=tokenizer.get_vocab_size()), "llama")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std *= (2 * config.depth) ** -0.5
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+    initialise_decoder(model, seed)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -124,6 +115,23 @@ def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
     model.processor = ChatProcessor.from_files(files, {})
     return model.eval()
+
+
+@torch.no_grad()
+def initialise_decoder(model: Generative, seed: int) -> None:
+    """Starting weights of a decoder and its output layer, the same for a seed on every machine: normal by fan-in, residual outputs smaller
+    by 1/sqrt(2 depth), embeddings small, norms one and zero. A tower is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("model.", "lm_head.")):
+            continue
+        if parameter.ndim < 2 or ".q_norm." in name or ".k_norm." in name:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std *= (2 * model.config_text.depth) ** -0.5
+        parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
 
 def _weights(vision: DualEncoder, language: LanguageModel, config: LlavaConfig, seed: int) -> dict[str, Tensor]:
