@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..batch import TokenBatch
 from ..errors import IntermodalError
-from ..inputs.chat import ChatProcessor, NoSupervision
+from ..inputs.chat import ChatProcessor, Conversation, NoSupervision
 from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import VisionCache
 from ..nn.attention import Segments
@@ -43,6 +43,16 @@ class Packs:
     @property
     def read(self) -> int:
         return sum(len(batch) for batch in self.batches)
+
+
+@dataclass
+class Found:
+    """A conversation that can be trained on, its pictures' tokens not yet made."""
+
+    conversation: Conversation
+    batch: TokenBatch
+    alone: bool
+    """Only its first picture is learned."""
 
 
 def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -84,7 +94,8 @@ class TalkFetcher(Dataset):
     def __getitem__(self, references: tuple[int, list[tuple[int, int]]]) -> Packs:
         _, wanted = references
         rejects: list[Reject] = []
-        singles = [self._usable(which, at, rejects) for which, at in wanted]
+        found = [self._usable(which, at, rejects) for which, at in wanted]
+        singles = self._finished(found)
         packed = bins([len(single.ids) for single in singles], self.budget)
         return Packs([TokenBatch.pack([singles[i] for i in sorted(chosen)]) for chosen in packed], rejects)
 
@@ -94,19 +105,27 @@ class TalkFetcher(Dataset):
         Raises:
             IntermodalError: it cannot be used, and why.
         """
+        return self._finished([self._read(which, index)])[0]
+
+    def _read(self, which: int, index: int) -> Found:
         talk = self.sources[which][index]
         conversation = self.processor.conversation(talk.messages)
         self.processor.audit(conversation)
         if len(conversation.ids) > self.longest:
             raise NoSupervision(f"{len(conversation.ids)} tokens, more than the {self.longest} that fit (data.tokens, the context)")
-        batch = self.processor.batch(conversation, talk.key, self.cache)
-        return picture_alone(batch, self.processor) if talk.meta.get(ALONE) else batch
+        batch = self.processor.batch(conversation, talk.key, self.cache, codes=False)
+        return Found(conversation, batch, bool(talk.meta.get(ALONE)))
 
-    def _usable(self, which: int, at: int, rejects: list[Reject]) -> TokenBatch:
+    def _finished(self, found: Sequence[Found]) -> list[TokenBatch]:
+        """The batches with their pictures' tokens, which a VQ-VAE makes faster for many pictures than one by one."""
+        self.processor.write_codes([one.conversation for one in found], [one.batch for one in found])
+        return [picture_alone(one.batch, self.processor) if one.alone else one.batch for one in found]
+
+    def _usable(self, which: int, at: int, rejects: list[Reject]) -> Found:
         source, index = self.sources[which], at
         for attempt in range(ATTEMPTS):
             try:
-                return self.read(which, index)
+                return self._read(which, index)
             except IntermodalError as error:
                 rejects.append(Reject(f"{source.name}/{index}", str(error)))
                 index = number_of(f"{source.name}/{at}/{attempt}") % len(source)

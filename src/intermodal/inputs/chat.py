@@ -221,8 +221,15 @@ class ChatProcessor:
         """One conversation as a batch of one, its pixels made."""
         return self.batch(self.conversation(messages, reply=reply, **variables), key)
 
-    def batch(self, conversation: Conversation, key: str = "", cache: VisionCache | None = None) -> TokenBatch:
-        """A conversation as a batch of one. Items that `cache` knows come with what the tower said of them, without pixels."""
+    def batch(
+        self, conversation: Conversation, key: str = "", cache: VisionCache | None = None, *, codes: bool = True
+    ) -> TokenBatch:
+        """A conversation as a batch of one.
+
+        Args:
+            cache: items that it knows come with what the tower said of them, without pixels.
+            codes: where pictures are tokens of the vocabulary, write them; without, `write_codes` does so for many conversations at once.
+        """
         ids = conversation.ids
         visual = rows = None
         if self.planner is None:
@@ -232,14 +239,24 @@ class ChatProcessor:
             if conversation.items:
                 rows = torch.tensor(conversation.expanded.visual).nonzero().squeeze(1)
                 if isinstance(self.planner, CodePlanner):  # pictures are tokens like words: nothing is left for a tower
-                    codes = self.planner.codes(conversation.items, conversation.plans)
-                    ids = torch.tensor(ids).index_copy(0, rows, codes).tolist()
                     rows = None
                 else:
                     visual = self._visual(self.planner, conversation, cache)
-        return TokenBatch(
-            torch.tensor(ids), Segments([len(ids)]), positions, torch.tensor(conversation.supervised), visual, rows, [key]
-        )
+        supervised = torch.tensor(conversation.supervised)
+        batch = TokenBatch(torch.tensor(ids), Segments([len(ids)]), positions, supervised, visual, rows, [key])
+        if codes:
+            self.write_codes([conversation], [batch])
+        return batch
+
+    def write_codes(self, conversations: Sequence[Conversation], batches: Sequence[TokenBatch]) -> None:
+        """Put the tokens of pictures into batches of one that were made without, all pictures through the VQ-VAE together."""
+        items = [item for conversation in conversations for item in conversation.items]
+        if not items or not isinstance(self.planner, CodePlanner):
+            return
+        codes = self.planner.codes(items, [plan for conversation in conversations for plan in conversation.plans])
+        rows = [torch.tensor(conversation.expanded.visual).nonzero().squeeze(1) for conversation in conversations]
+        for batch, at, tokens in zip(batches, rows, codes.split([len(at) for at in rows]), strict=True):
+            batch.ids[at] = tokens
 
     @staticmethod
     def _visual(planner: Planner, conversation: Conversation, cache: VisionCache | None) -> Visual:

@@ -24,6 +24,8 @@ from .tiles import Whole
 if TYPE_CHECKING:
     from ..models.vqvae import VQVAE
 
+PIXELS_AT_ONCE = 1 << 20
+"""Of all pictures that the VQ-VAE encodes together: its first level keeps 128 numbers for each."""
 DIGITS = {letter: str(digit) for digit, letter in enumerate("ABCDEFGHIJ")}
 
 
@@ -107,9 +109,10 @@ class CodePlanner:
         """The tokens of all pictures, (pictures * grid * grid,), row by row."""
         if self.vq is None:
             raise IntermodalError("pictures become tokens by the model's VQ-VAE, and this processor has none; load the whole model")
-        device = self.vq.quantize.embedding.weight.device
-        pixels = self.pixels(items, plans).to(device, self.vq.quantize.embedding.weight.dtype)
-        return self.image_tokens.tokens(self.vq.encode(pixels).cpu()).flatten()
+        weight = self.vq.quantize.embedding.weight
+        pixels = self.pixels(items, plans).to(weight.device, weight.dtype)
+        parts = [self.vq.encode(part).cpu() for part in pixels.split(max(1, PIXELS_AT_ONCE // self.side**2))]
+        return self.image_tokens.tokens(torch.cat(parts)).flatten()
 
     def picture(self, ids: Tensor) -> Image.Image:
         """Tokens of one picture (grid * grid,), row by row -> the picture."""
