@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,35 +140,62 @@ def test_unlocking_pictures_leaves_words_as_they_are(trained, tmp_path):
         train_stages(replace(recipe, stages=(wrong,)), tmp_path / "no", quiet=True)
 
 
-def test_the_judge_learns_and_verdicts_are_fair():
-    from intermodal.data.facts import Facts, Group
+def test_verdicts_follow_what_stands_in_each_cell():
+    from intermodal.data.facts import OPPOSITE, Facts, Group
     from intermodal.data.scenes import SceneConfig, Scenes
-    from intermodal.evaluate.judge import Judge, labels, shares, verdicts
+    from intermodal.evaluate.judge import Judge, fresh_tower, labels, shares, verdicts
 
     source = Scenes(SceneConfig(side=64, pair_share=1.0, most=1))
     scene = source.scene(3)
-    judge = Judge()
-    wanted = labels(scene, 64, judge.concepts)
-    assert wanted.sum() == 4  # two things, each in one half across and one half down
+    judge = Judge(fresh_tower(64))
+    assert judge(torch.zeros(2, 3, 64, 64)).shape == (2, 16, len(judge.concepts) + 1)
+    wanted = labels(scene, judge.grid, judge.concepts)
+    named = [judge.concepts.index(group.concept) for group in scene.facts.groups]
+    assert set(wanted.tolist()) == {*named, len(judge.concepts)}
 
     class Perfect:
-        concepts = judge.concepts
+        concepts, grid = judge.concepts, judge.grid
 
         def __call__(self, pixels):
-            sides = (wanted * 20 - 10)[None].expand(len(pixels), -1, -1)
-            return sides.amax(-1), sides
+            return (torch.nn.functional.one_hot(wanted, len(self.concepts) + 1) * 20.0).expand(len(pixels), -1, -1)
 
     true, first, second = scene.facts, *scene.facts.groups
     other = next(c for c in judge.concepts if c not in (first.concept, second.concept))
-    turned = Facts(
-        true.groups, {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[true.relation], "white"
-    )
+    turned = Facts(true.groups, OPPOSITE[true.relation], "white")
     swapped = Facts((Group(other), second), true.relation, "white")
     found = verdicts(Perfect(), [scene.pixels] * 3, [true, turned, swapped])
     assert [verdict.place for verdict in found] == [True, False, False]
     assert [verdict.things for verdict in found][:2] == [[True, True], [True, True]]
     assert shares(found[:2]) == {"things": 1.0, "whole": 1.0, "place": 0.5}
     assert sum(found[2].things) == 1
+
+
+def test_a_cell_holds_what_stands_over_its_middle():
+    from intermodal.data.compose import Scene
+    from intermodal.data.facts import Facts, Group
+    from intermodal.evaluate.judge import labels
+
+    facts = Facts((Group(7), Group(9)), "left of", "white")
+    boxes = [(0, [(0, 0, 30, 30)]), (1, [(50, 50, 54, 54)])]
+    scene = Scene(facts, 0, "noto", boxes, np.zeros((64, 64, 3), np.uint8))
+    # the large one covers the middles of four cells; the small one none, and stands where its own middle is
+    assert labels(scene, 4, [7, 9]).view(4, 4).tolist() == [[0, 0, 2, 2], [0, 0, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1]]
+
+
+def test_a_judge_learns_to_name_what_it_sees():
+    from intermodal.data.scenes import SceneConfig, Scenes
+    from intermodal.evaluate.judge import labels, pixels_of, train_judge
+
+    config = SceneConfig(side=32, plain=True, pair_share=0.0, most=1, colour_share=0.0, styles=("noto",))
+    short, longer = (train_judge(config, steps=steps, batch=16, progress=False) for steps in (2, 120))
+    scenes = [Scenes(config).scene(index) for index in range(64)]
+    truth = torch.stack([labels(scene, 4, short.concepts) for scene in scenes])
+    with torch.no_grad():
+        before, after = (
+            torch.nn.functional.cross_entropy(judge(pixels_of([s.pixels for s in scenes])).flatten(0, 1), truth.flatten())
+            for judge in (short, longer)
+        )
+    assert after < before * 0.6
 
 
 @pytest.mark.parametrize("poison", [50.0, float("nan")])

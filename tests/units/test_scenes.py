@@ -10,6 +10,7 @@ import pytest
 from intermodal.data import sprites
 from intermodal.data.facts import OPPOSITE, Facts, Group, countable, is_held_out, plural
 from intermodal.data.scenes import SceneConfig, Scenes
+from intermodal.errors import IntermodalError
 from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
 
 
@@ -116,3 +117,31 @@ def test_baselines_are_what_they_claim():
     assert all(0 <= v <= 1 for part in (found.text_only, found.raw_pixels) for v in part.values())
     assert sprite_pixels(48, "core")["top-1"] > 0.3
     assert sprite_pixels(48, "core", style="noto")["top-1"] == 1.0, "a style that is among the items finds itself"
+
+
+def test_signs_are_words_at_their_size_in_fonts_of_their_side():
+    from intermodal.data.compose import HELD_OUT_FONT, fonts_of
+    from intermodal.data.readers import open_source
+    from intermodal.data.talks import open_talks
+
+    signs = open_source("signs?least=6&most=24", side=64)
+    assert [signs[3].texts, signs[3].image.tolist()] == [
+        signs[3].texts,
+        open_source("signs?least=6&most=24", side=64)[3].image.tolist(),
+    ]
+    drawn = [signs.sign(index) for index in range(200)]
+    assert {sign.height for sign in drawn} >= set(range(6, 12))
+    assert max(sign.height for sign in drawn) <= 24
+    assert fonts_of("test") == [HELD_OUT_FONT]
+    assert HELD_OUT_FONT not in fonts_of("train")
+    for sign in drawn[:40]:
+        # letters stand out from the ground, and the taller the font, the more rows they take
+        light = sign.pixels.astype(float).mean(-1)
+        rows = np.flatnonzero(np.abs(light - np.median(light)).max(1) > 60)
+        assert sign.height * 0.3 <= len(rows) <= sign.height * 1.3 + 2
+    assert signs.sign(5, height=8).height == 8
+    talk = open_talks("questions:signs", side=64)[4]
+    assert talk.messages[0]["content"][-1]["text"] == "what does the sign say ?"
+    assert talk.messages[1]["content"] == talk.meta["word"]
+    with pytest.raises(IntermodalError, match="questions:signs"):
+        open_talks("blind:signs")

@@ -59,7 +59,7 @@ def draw(
     plain: bool = False,
 ) -> Scene:
     """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture."""
-    pixels = np.full((side, side, 3), 255, np.uint8) if plain else _background(facts.background, side, rng)
+    pixels = np.full((side, side, 3), 255, np.uint8) if plain else ground(facts.background, side, rng)
     top = 0
     if facts.word:
         top = _print_word(pixels, facts.word, rng, fonts)
@@ -70,7 +70,7 @@ def draw(
     return Scene(facts, seed, style, boxes, pixels)
 
 
-def _background(name: str, side: int, rng: random.Random) -> np.ndarray:
+def ground(name: str, side: int, rng: random.Random) -> np.ndarray:
     """A plain, shaded, striped or speckled ground around the named colour."""
     base = np.array(BACKGROUNDS[name], np.float32)
     pixels = np.empty((side, side, 3), np.float32)
@@ -155,9 +155,9 @@ def _place(
         premultiplied = np.concatenate([colours.astype(np.uint8), premultiplied[..., 3:]], axis=-1)
     limit = pixels.shape[0] - side
     at_x, at_y = min(max(round(x), 0), limit), min(max(round(y), 0), limit)
-    ground = pixels[at_y : at_y + side, at_x : at_x + side]
+    under = pixels[at_y : at_y + side, at_x : at_x + side]
     keep = 255 - premultiplied[..., 3:].astype(np.uint16)
-    ground[:] = premultiplied[..., :3] + ((ground * keep + 127) // 255).astype(np.uint8)
+    under[:] = premultiplied[..., :3] + ((under * keep + 127) // 255).astype(np.uint8)
     rows, columns = np.flatnonzero(premultiplied[..., 3].any(1)), np.flatnonzero(premultiplied[..., 3].any(0))
     if not len(rows):
         return at_x, at_y, at_x + side, at_y + side
@@ -188,8 +188,13 @@ def font_files() -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.glob("DejaVu*.ttf") if "Display" not in path.name))
 
 
+def fonts_of(side: str) -> list[str]:
+    """Names of the fonts of the "train" or of the "test" side."""
+    return [path.name for path in font_files() if (path.name == HELD_OUT_FONT) == (side == "test")]
+
+
 @lru_cache(maxsize=256)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     path = next(path for path in font_files() if path.name == name)
     return ImageFont.truetype(str(path), size)
 
@@ -197,16 +202,15 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 def _print_word(pixels: np.ndarray, word: str, rng: random.Random, fonts: str) -> int:
     """Print a word across the top in a readable colour; returns the first free row below it."""
     side = pixels.shape[0]
-    names = [path.name for path in font_files() if (path.name == HELD_OUT_FONT) == (fonts == "test")]
-    name, size = rng.choice(names), max(8, round(side * rng.uniform(0.12, 0.2)))
-    font = _font(name, size)
-    while size > 6 and font.getlength(word) > side - 4:
+    name, size = rng.choice(fonts_of(fonts)), max(8, round(side * rng.uniform(0.12, 0.2)))
+    face = font(name, size)
+    while size > 6 and face.getlength(word) > side - 4:
         size -= 1
-        font = _font(name, size)
+        face = font(name, size)
     bright = pixels[: size + 2].mean() > 128
     picture = Image.fromarray(pixels)
-    left, upper, right, lower = font.getbbox(word)
+    left, upper, right, lower = face.getbbox(word)
     x = rng.randint(1, max(1, round(side - (right - left) - 1)))
-    ImageDraw.Draw(picture).text((x - left, 1 - upper), word, font=font, fill=(15, 15, 15) if bright else (245, 245, 245))
+    ImageDraw.Draw(picture).text((x - left, 1 - upper), word, font=face, fill=(15, 15, 15) if bright else (245, 245, 245))
     pixels[:] = np.asarray(picture)
     return int(lower - upper) + 3

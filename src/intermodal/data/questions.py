@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .facts import NUMBERS, OPPOSITE, Facts, plural
 
 KINDS = ("count", "where", "colour", "sign")
+SIGN_QUESTION = "what does the sign say ?"
 
 
 @dataclass(frozen=True)
@@ -31,5 +32,5 @@ def questions(facts: Facts) -> list[Question]:
         out.append(Question("where", f"where is the {first} ?", f"{facts.relation} the {second}"))
         out.append(Question("where", f"where is the {second} ?", f"{OPPOSITE[facts.relation]} the {first}"))
     if facts.word:
-        out.append(Question("sign", "what does the sign say ?", facts.word))
+        out.append(Question("sign", SIGN_QUESTION, facts.word))
     return out

@@ -34,9 +34,9 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
 
     Args:
         spec: `scenes:core`, `scenes:all` (with settings of `SceneConfig` as `?pair_share=0.3&forms=3`), `sprites:core`,
-            `sprites:all`, `tuxpaint:<.deb or folder>`, `hf:<owner/name>[:split]`, or
-            a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with `{000..009}` and `*` expanded.
-            `?image=COLUMN&text=COLUMN` after a table's path names its columns.
+            `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>`,
+            `hf:<owner/name>[:split]`, or a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with
+            `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path names its columns.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table names by http(s) address.
 
@@ -45,6 +45,7 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     """
     from .drawn import SpriteConfig, SpriteSource
     from .scenes import SceneConfig, Scenes
+    from .signs import SignConfig, Signs
     from .tuxpaint import TuxPaint
 
     kind, _, rest = spec.partition(":")
@@ -57,6 +58,9 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
         if kind == "sprites":
             return SpriteSource(override(SpriteConfig(side=side, concepts=which), settings))
         return Scenes(override(SceneConfig(side=side, concepts=which, seed=seed), settings))
+    if spec.split("?")[0] == "signs":
+        settings = [assignment for assignment in spec.partition("?")[2].split("&") if assignment]
+        return Signs(override(SignConfig(side=side, seed=seed), settings))
     if kind == "tuxpaint":
         return TuxPaint(rest)
     if kind == "hf":

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SampleError, nearest
-from .questions import questions
+from .questions import SIGN_QUESTION, questions
 from .readers import SourceError, open_source
 from .scenes import Scenes
+from .signs import Signs
 from .source import Sample, Source
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -48,7 +49,8 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
     Args:
         spec: `captions:SOURCE` shows a picture and says its caption, for any source of `readers.open_source`;
             `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
-            `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture);
+            `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture), `questions:signs?...` what a
+            sign says;
             or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`.
         side: pixels of a side for sources that draw their pictures.
 
@@ -68,8 +70,10 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
         return DrawTalks(source)
     if kind in ("questions", "blind"):
         source = open_source(rest, side=side, seed=seed)
+        if isinstance(source, Signs) and kind == "questions":
+            return SignTalks(source)
         if not isinstance(source, Scenes):
-            raise SourceError(f"{spec!r}: questions are made from the facts of scenes: {kind}:scenes:core or {kind}:scenes:all")
+            raise SourceError(f"{spec!r}: questions are made from facts: {kind}:scenes:core, {kind}:scenes:all or questions:signs")
         return SceneTalks(source, blind=kind == "blind")
     if Path(spec).suffix in FILES:
         return FileTalks(Path(spec).expanduser())
@@ -154,6 +158,25 @@ class SceneTalks:
             picture = None if number or scene is None else scene.image
             messages += [user(picture, question.text), {"role": "assistant", "content": question.answer}]
         return Talk(f"{self.name}/{index}", messages, scene.truth() if scene else {})
+
+
+@dataclass
+class SignTalks:
+    """A sign, and what it says."""
+
+    signs: Signs
+
+    @property
+    def name(self) -> str:
+        return f"questions-{self.signs.name}"
+
+    def __len__(self) -> int:
+        return len(self.signs)
+
+    def __getitem__(self, index: int) -> Talk:
+        sign = self.signs.sign(index)
+        answer = {"role": "assistant", "content": sign.word}
+        return Talk(f"{self.name}/{index}", [user(sign.image, SIGN_QUESTION), answer], {"word": sign.word, "height": sign.height})
 
 
 class FileTalks:

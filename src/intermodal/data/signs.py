@@ -1,0 +1,80 @@
+"""Signs: one printed word on a ground, at any size and place: reading and nothing else, to measure from which height letters are read."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .compose import font, fonts_of, ground
+from .facts import BACKGROUNDS
+from .scenes import WORDS
+from .source import Sample
+
+READABLE = 128
+"""Grounds brighter than this take dark letters."""
+
+
+@dataclass(frozen=True)
+class SignConfig:
+    side: int = 64
+    """Pixels of a side."""
+    least: int = 8
+    most: int = 20
+    """Smallest and largest size of the font in pixels; a small letter is half as high. A word that would not fit is printed smaller."""
+    words: int = len(WORDS)
+    """How many of the words are used."""
+    fonts: Literal["train", "test"] = "train"
+    seed: int = 0
+
+
+@dataclass
+class Sign:
+    word: str
+    height: int
+    """Size of the font in pixels."""
+    pixels: np.ndarray
+    """(side, side, 3) uint8."""
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+
+@dataclass
+class Signs:
+    """An endless, seeded source: item i is the same sign on every machine and in every process."""
+
+    config: SignConfig = field(default_factory=SignConfig)
+    length: int = 1 << 40
+
+    def __post_init__(self) -> None:
+        self.name = f"signs-{self.config.fonts}-{self.config.seed}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        sign = self.sign(index)
+        return Sample(f"{self.name}/{index}", sign.pixels, [sign.word], {"word": sign.word, "height": sign.height})
+
+    def sign(self, index: int, height: int | None = None) -> Sign:
+        """Sign number `index`, in letters of `height` where given."""
+        config, rng = self.config, random.Random(f"signs/{self.config.seed}/{self.config.fonts}/{index}")
+        # sizes are even on a logarithmic scale: one step from 8 to 10 pixels tells as much as one from 16 to 20
+        drawn = round(config.least * (config.most / config.least) ** rng.random())
+        word, size = rng.choice(WORDS[: config.words]), height or drawn
+        pixels = ground(rng.choice(tuple(BACKGROUNDS)), config.side, rng)
+        name = rng.choice(fonts_of(config.fonts))
+        while size > config.least and font(name, size).getlength(word) > config.side - 2:
+            size -= 1
+        left, top, right, bottom = font(name, size).getbbox(word)
+        at = [rng.uniform(1, max(1.0, config.side - 1 - length)) for length in (right - left, bottom - top)]
+        light = int(pixels.mean()) > READABLE
+        picture = Image.fromarray(pixels)
+        colour = tuple(rng.randint(0, 70) if light else rng.randint(200, 255) for _ in range(3))
+        ImageDraw.Draw(picture).text((round(at[0] - left), round(at[1] - top)), word, font=font(name, size), fill=colour)
+        return Sign(word, size, np.asarray(picture))
