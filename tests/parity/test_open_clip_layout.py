@@ -6,8 +6,10 @@ open_clip is not needed here: its names are written out below, and the values co
 import json
 
 import hf_checkpoints as hf
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import intermodal
@@ -386,6 +388,60 @@ def test_published_preprocessing_settings_make_the_pixels(interpolation, mode, c
     assert hf.distance(model.processor.images(pictures).pixels, want) <= 1e-6
     saved = intermodal.save(model, tmp_path / "saved", layout="open_clip")
     assert hf.distance(intermodal.load(saved).processor.images(pictures).pixels, want) <= 1e-6
+
+
+@pytest.mark.parametrize("fill", [0, 128])
+def test_longest_fits_the_whole_picture_and_pads_it(fill, checkpoint, tmp_path):
+    """open_clip `transform.py`: ResizeKeepRatio(longest=1), then CenterCropOrPad on `fill_color`; the size of PIL's `contain`."""
+    folder = write_published(tmp_path / "published", "clip-quick-7", checkpoint("clip-quick-7")[1])
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"].update(resize_mode="longest", interpolation="bicubic", fill_color=fill)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    mean, std = (np.array(config["preprocess_cfg"][key], np.float32) for key in ("mean", "std"))
+    model = intermodal.load(folder)
+    pictures = [hf.picture(*size, seed=2) for size in [(44, 30), (30, 71), (90, 50), (17, 17), (200, 7), (7, 5)]]
+    for picture, pixels in zip(pictures, model.processor.images(pictures).pixels, strict=True):
+        inner = ImageOps.contain(picture.convert("RGB"), (30, 30), Image.Resampling.BICUBIC)
+        canvas = Image.new("RGB", (30, 30), (fill,) * 3)
+        canvas.paste(inner, ((30 - inner.width) // 2, (30 - inner.height) // 2))
+        want = (np.asarray(canvas, np.float32) / 255 - mean) / std
+        assert np.abs(pixels.numpy() - want.transpose(2, 0, 1)).max() <= 1e-6
+    saved = intermodal.load(intermodal.save(model, tmp_path / "saved", layout="open_clip"))
+    assert torch.equal(saved.processor.images(pictures).pixels, model.processor.images(pictures).pixels)
+    # 90 x 50 becomes 30 x 17, six rows down
+    assert model.processor.images.affine((90, 50))((0, 0, 90, 50)) == pytest.approx((0, 6, 30, 23))
+    with pytest.raises(CheckpointError, match="letterboxed"):
+        intermodal.save(model, tmp_path / "hf")
+    config["preprocess_cfg"]["resize_mode"] = "widest"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="widest"):
+        intermodal.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("clean", "said", "meant"),
+    [
+        ("canonicalize", "A  Big_Dog, isn't it?", "a big dog isnt it"),
+        ("lower", " A  Big\tDog &amp; cat", "a big dog & cat"),
+        ("whitespace", " a  big\n dog &amp;amp; cat", "a big dog & cat"),
+    ],
+)
+def test_text_is_cleaned_as_tokenizer_kwargs_say(clean, said, meant, tmp_path):
+    hf.save_whole("clip", tmp_path / "transformers")
+    folder = intermodal.save(intermodal.load(tmp_path / "transformers"), tmp_path / "open_clip", layout="open_clip")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    plain = intermodal.load(folder).processor.texts
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = intermodal.load(folder)
+    assert model.processor.texts.ids([said]) == plain.ids([meant])
+    assert model.processor.texts.ids([said])[0] != model.processor.texts.ids([meant + " x"])[0]
+    saved = intermodal.load(intermodal.save(model, tmp_path / "saved", layout="open_clip"))
+    assert saved.processor.texts.ids([said]) == plain.ids([meant])
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "soap"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="soap"):
+        intermodal.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ A scene has one or two groups of equal objects. A group has a concept, a count, 
 relation (left of, right of, above, below). All that a caption says is a fact of the picture, so every wrong caption is wrong for a
 known reason. Splits are by fact: a combination (concept, relation, concept), (concept, count) or (concept, colour) belongs to one
 side for ever, by its hash, so that a model that memorises pairs fails on the test side.
+
+Scenes may come as twins: the second differs from the first in one respect, so that in one batch each is the other's hard negative.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ class SceneConfig:
     """Largest count of a group; two groups never have more than eight objects together."""
     word_share: float = 0.0
     """Share of scenes with a printed word."""
+    twins: float = 0.0
+    """Share of scenes with an odd number that are the one before them with one fact changed (a count, the relation, a colour, a thing):
+    same style and ground, laid out anew."""
+    mirror: bool = False
+    """Turn every second drawing left to right: an augmentation, as styles differ in which way a thing looks."""
     plain: bool = False
     """White ground everywhere, unshaded: what a small model that draws need not spend its codes on."""
     forms: int = 5
@@ -72,14 +79,22 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """Scene number `index` with its facts and boxes."""
         config, rng = self.config, self._rng(index)
-        facts = self._facts(rng)
-        style = rng.choice(config.styles)
-        settings = {"fonts": config.fonts, "recolour": config.recolour, "plain": config.plain}
+        facts, style = self._told(index, rng)
+        settings = {"fonts": config.fonts, "recolour": config.recolour, "mirror": config.mirror, "plain": config.plain}
         return draw(facts, style, config.side, rng, seed=index, **settings)
 
     def facts(self, index: int) -> Facts:
         """What scene number `index` says, without drawing it."""
-        return self._facts(self._rng(index))
+        return self._told(index, self._rng(index))[0]
+
+    def _told(self, index: int, rng: random.Random) -> tuple[Facts, str]:
+        """Facts and style; those of the scene before with one fact changed where this is a twin."""
+        if index % 2 and self.config.twins and rng.random() < self.config.twins:
+            facts, style = self._told(index - 1, self._rng(index - 1))
+            changed = [other for other in facts.wrong(rng, self.pool).values() if self._belongs(other)]
+            if changed:
+                return rng.choice(changed), style
+        return self._facts(rng), rng.choice(self.config.styles)
 
     def _rng(self, index: int) -> random.Random:
         return random.Random(f"{self.config.seed}/{self.config.split}/{index}")
@@ -88,12 +103,14 @@ class Scenes:
         """Facts of this split, by rejection: the test side is about one combination in ten, so this ends soon."""
         while True:
             facts = self._any_facts(rng)
-            combinations = facts.combinations()
-            held_out = [is_held_out(c) for c in combinations]
-            if self.config.split == "train" and not any(held_out):
+            if self._belongs(facts):
                 return facts
-            if self.config.split == "test" and any(held_out):
-                return facts
+
+    def _belongs(self, facts: Facts) -> bool:
+        """Whether facts are of this split, with no larger counts than the config allows."""
+        most = min(self.config.most, 8 // len(facts.groups))
+        held_out = any(is_held_out(combination) for combination in facts.combinations())
+        return held_out == (self.config.split == "test") and all(group.count <= most for group in facts.groups)
 
     def _any_facts(self, rng: random.Random) -> Facts:
         config = self.config

@@ -99,6 +99,10 @@ class ImageProcessor:
     std: tuple[float, ...] | None = HALF
     rounded: bool = False
     """After a shortest-edge resize the longer side is rounded (Chameleon's authors) and not truncated (torchvision, Hugging Face)."""
+    letterbox: bool = False
+    """Resize the longer side to fit `size`, a square, and centre the picture on `fill`: open_clip's `resize_mode: longest`."""
+    fill: int = 0
+    """Grey level around a letterboxed picture."""
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -129,11 +133,16 @@ class ImageProcessor:
         if self.size:
             picture = picture.resize(self._before_crop(picture.size), Image.Resampling(self.resample))
         pixels = np.asarray(picture)
+        if self.letterbox:
+            return centred(pixels, self.output_size, self.fill)
         return centre_crop(pixels, self.crop) if self.crop else pixels
 
     def _before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) that a picture of (width, height) is resized to."""
         if not isinstance(self.size, int):
+            if self.letterbox:
+                shrink = max(size[0] / self.size[1], size[1] / self.size[0])
+                return max(1, round(size[0] / shrink)), max(1, round(size[1] / shrink))
             return self.size[1], self.size[0]
         if not self.size:
             return size
@@ -145,6 +154,9 @@ class ImageProcessor:
         """From the pixels of a picture of (width, height) to those of what comes out."""
         width, height = self._before_crop(size)
         resized = Affine.resize(size, (width, height))
+        if self.letterbox:
+            rows, columns = self.output_size
+            return resized.then(Affine.pad((columns - width) // 2, (rows - height) // 2))
         return resized.then(Affine.pad(-((width - self.crop[1]) // 2), -((height - self.crop[0]) // 2))) if self.crop else resized
 
     def for_size(self, side: int) -> ImageProcessor:
@@ -174,6 +186,12 @@ class ImageProcessor:
         )
 
     def to_hf(self, family: str) -> dict[str, Any]:
+        """Raises CheckpointError: the recipe is open_clip's letterbox, which no processor of transformers has."""
+        if self.letterbox:
+            raise CheckpointError(
+                "these pictures are letterboxed (open_clip's resize_mode: longest), which no CLIP or SigLIP processor of transformers "
+                "does; save with layout='open_clip', or set processor.images to another ImageProcessor first"
+            )
         size = {"shortest_edge": self.size} if isinstance(self.size, int) else {"height": self.size[0], "width": self.size[1]}
         resize = {"do_resize": True, "size": size} if self.size else {"do_resize": False}
         name = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family]
@@ -312,6 +330,15 @@ def centre_crop(pixels_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     canvas[down : down + height, right : right + width] = pixels_HWC
     top, left = top + down, left + right
     return canvas[max(0, top) : min(tall, top + size[0]), max(0, left) : min(wide, left + size[1])]
+
+
+def centred(pixels_HWC: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
+    """A picture in the middle of (height, width); an odd row or column left over goes below and to the right."""
+    height, width = pixels_HWC.shape[:2]
+    out = np.full((*size, 3), fill, np.uint8)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    out[top : top + height, left : left + width] = pixels_HWC
+    return out
 
 
 def read_processor(folder: Path) -> dict[str, Any]:

@@ -24,19 +24,29 @@ class PairProcessor:
             raise ValueError("this checkpoint came without tokenizer files: only its image side can be used")
         return self.tokenizer
 
-    def save(self, folder: Path) -> None:
-        """Write `preprocessor_config.json` and the tokenizer's files, byte for byte as they were read."""
+    def save(self, folder: Path, *, layout: str = "hf") -> None:
+        """Write `preprocessor_config.json` and the tokenizer's files, byte for byte as they were read.
+
+        Raises:
+            CheckpointError: Hugging Face's layout cannot say how the pictures are made. (In open_clip's its own config says it.)
+        """
+        if layout == "open_clip" and isinstance(self.images, ImageProcessor) and self.images.letterbox:
+            (folder / "preprocessor_config.json").unlink(missing_ok=True)
+        else:
+            self._save_pictures(folder)
+        kept = self.tokenizer.files if self.tokenizer else {}
+        for name in set(TOKENIZER_FILES) - kept.keys():
+            (folder / name).unlink(missing_ok=True)  # another model's tokenizer in a folder that is saved over
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+
+    def _save_pictures(self, folder: Path) -> None:
         settings = self.images.to_hf(self.family)
         processor_class = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}[self.family]
         (folder / "preprocessor_config.json").write_text(
             json.dumps({**settings, "processor_class": processor_class}, indent=2) + "\n"
         )
         _forget_nested(folder / "processor_config.json")
-        kept = self.tokenizer.files if self.tokenizer else {}
-        for name in set(TOKENIZER_FILES) - kept.keys():
-            (folder / name).unlink(missing_ok=True)  # another model's tokenizer in a folder that is saved over
-        for name, data in kept.items():
-            (folder / name).write_bytes(data)
 
 
 def _forget_nested(file: Path) -> None:

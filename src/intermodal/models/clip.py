@@ -168,9 +168,10 @@ class SigLIP(DualEncoder):
 def initialise(model: DualEncoder, seed: int = 0) -> DualEncoder:
     """Fill a fresh model with its starting weights, the same for a seed on every machine.
 
-    Linear layers are normal with std 1/sqrt(fan in) (residual outputs smaller by 1/sqrt(2 depth)), embeddings small normals,
-    norms one and zero; scale and bias as the config says: 1/0.07 for CLIP, (10, -10) for SigLIP (PITFALLS D6: transformers' zeros
-    start a batch of 32,768 at a loss of 22,713 instead of 11.5).
+    Linear layers are normal with std 1/sqrt(fan in) (residual outputs smaller by 1/sqrt(2 depth)), norms one and zero. Token embeddings
+    have std 1 and positions half of that: as loud as the patches they are added to, so that places and words differ from the first step
+    (from 0.02, the field's habit for long runs, a short run is spent on making them so: LOG.md). Scale and bias are as the config says:
+    1/0.07 for CLIP, (10, -10) for SigLIP (PITFALLS D6: transformers' zeros start a batch of 32,768 at a loss of 22,713 instead of 11.5).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,13 +189,13 @@ def initialise(model: DualEncoder, seed: int = 0) -> DualEncoder:
             module.weight.fill_(1)
             module.bias.zero_()
         elif isinstance(module, nn.Embedding):
-            normal(module.weight, 0.02)
+            normal(module.weight, 1.0)
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("class_embedding", "probe"):
             normal(parameter, parameter.shape[-1] ** -0.5)
         elif leaf == "position_embedding":
-            normal(parameter, 0.02)
+            normal(parameter, 0.5)
     model.logit_scale.fill_(math.log(model.config.init_scale))
     if model.logit_bias is not None:
         model.logit_bias.fill_(model.config.init_bias)

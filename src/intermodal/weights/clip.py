@@ -195,17 +195,17 @@ def build(family: str, config: DualConfig) -> DualEncoder:
 
 def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]) -> PairProcessor:
     """The image processor and tokenizer of a dual encoder's directory."""
+    from . import open_clip  # its module needs this one
+
     settings = images.read_processor(folder)
     vision = config.vision
     if family == "siglip2":
         defaults = {**images.SIGLIP2_DEFAULTS, "patch_size": vision.patch_size}
         pictures: images.ImageProcessor | images.NaflexProcessor = images.NaflexProcessor.from_hf(settings, defaults)
+    elif not settings and "model_cfg" in raw:
+        pictures = open_clip.pictures(raw, vision.image_size)
     else:
         defaults = images.CLIP_DEFAULTS if family == "clip" else images.SIGLIP_DEFAULTS
-        if not settings and "model_cfg" in raw:
-            from .open_clip import image_settings  # its module needs this one
-
-            settings = image_settings(raw, vision.image_size)
         if not settings:  # no file: the class's recipe at the tower's own size
             side = vision.image_size
             square = {"height": side, "width": side}
@@ -213,6 +213,8 @@ def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]
         pictures = images.ImageProcessor.from_hf(settings, defaults)
     text = config.text
     tokenizer = texts.from_folder(folder, family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
+    if tokenizer is not None and "model_cfg" in raw:
+        tokenizer.clean = open_clip.text_clean_up(raw) or tokenizer.clean
     return PairProcessor(pictures, tokenizer, family)
 
 

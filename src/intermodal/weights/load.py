@@ -149,7 +149,7 @@ def save(model: Any, folder: str | Path, *, layout: str = "hf", shard_bytes: int
     else:
         raise CheckpointError(f"unknown layout {layout!r}: hf or open_clip{nearest(layout, ('hf', 'open_clip'))}")
     if model.processor is not None:
-        model.processor.save(target)
+        model.processor.save(target, **({"layout": layout} if layout != "hf" else {}))
     return target
 
 

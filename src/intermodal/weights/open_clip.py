@@ -7,7 +7,9 @@ non-causal text tower). Source of names and defaults: open_clip `model.py`, `tra
 from __future__ import annotations
 
 import copy
+import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import read_json
 from ..inputs.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from ..inputs.text import canonicalise, lower_case
 from ..models.clip import DualConfig, DualEncoder
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
@@ -241,19 +244,58 @@ def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
     return DualConfig(vision=vision, text=text, embed_width=width)
 
 
-def image_settings(raw: dict[str, Any], side: int) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` in the words of an image processor file."""
+def pictures(raw: dict[str, Any], side: int) -> ImageProcessor:
+    """The image processor that open_clip's `preprocess_cfg` asks for. Source: open_clip `transform.py`, `image_transform` in evaluation.
+
+    Raises:
+        CheckpointError: a resize mode that open_clip does not have.
+    """
     cfg = raw.get("preprocess_cfg", {})
-    squash = cfg.get("resize_mode", "shortest") == "squash"
-    square = {"height": side, "width": side}
-    return {
-        "size": square if squash else {"shortest_edge": side},
-        "do_center_crop": not squash,
-        "crop_size": square,
-        "resample": {"bicubic": 3, "bilinear": 2}.get(cfg.get("interpolation", "bicubic"), 3),
-        "image_mean": cfg.get("mean", CLIP_MEAN),
-        "image_std": cfg.get("std", CLIP_STD),
-    }
+    mode, square = cfg.get("resize_mode", "shortest"), (side, side)
+    if mode not in RESIZE_MODES:
+        raise CheckpointError(f"open_clip_config.json: resize_mode {mode!r} is not one of {', '.join(RESIZE_MODES)}")
+    return ImageProcessor(
+        size=side if mode == "shortest" else square,
+        crop=square if mode == "shortest" else None,
+        resample={"bicubic": 3, "bilinear": 2}.get(cfg.get("interpolation", "bicubic"), 3),
+        mean=tuple(cfg.get("mean") or CLIP_MEAN),
+        std=tuple(cfg.get("std") or CLIP_STD),
+        letterbox=mode == "longest",
+        fill=int(cfg.get("fill_color") or 0),
+    )
+
+
+def text_clean_up(raw: dict[str, Any]) -> Callable[[str], str] | None:
+    """What `text_cfg.tokenizer_kwargs.clean` asks to do to a text before it becomes tokens; None where the files say nothing.
+
+    open_clip also repairs broken encodings (the `ftfy` package) before; texts here are taken to be sound.
+    Source: open_clip `tokenizer.py`, `get_clean_fn`.
+
+    Raises:
+        CheckpointError: a clean-up that open_clip does not have.
+    """
+    name = (raw.get("model_cfg", {}).get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("clean")
+    if name is None:
+        return None
+    if name not in CLEAN_UPS:
+        raise CheckpointError(f"open_clip_config.json: the text clean-up {name!r} is not one of {', '.join(CLEAN_UPS)}")
+    return CLEAN_UPS[name]
+
+
+def _single_spaces(text: str) -> str:
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def _lower(text: str) -> str:
+    return lower_case(_single_spaces(text))
+
+
+def _canonical(text: str) -> str:
+    return canonicalise(html.unescape(html.unescape(text)))
+
+
+RESIZE_MODES = ("shortest", "longest", "squash")
+CLEAN_UPS = {"whitespace": _single_spaces, "lower": _lower, "canonicalize": _canonical}
 
 
 def write(model: DualEncoder, folder: Path) -> None:
@@ -310,12 +352,13 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
         model_cfg.update(custom_text=True, init_logit_bias=-10)
     preprocess: dict[str, Any] = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD), "interpolation": "bicubic"}
     if model.processor is not None and isinstance(model.processor.images, ImageProcessor):
-        pictures = model.processor.images
+        images = model.processor.images
         preprocess = {
-            "mean": list(pictures.mean or ()),
-            "std": list(pictures.std or ()),
-            "interpolation": {3: "bicubic", 2: "bilinear"}[int(pictures.resample)],
-            "resize_mode": "shortest" if isinstance(pictures.size, int) else "squash",
+            "mean": list(images.mean or ()),
+            "std": list(images.std or ()),
+            "interpolation": {3: "bicubic", 2: "bilinear"}[int(images.resample)],
+            "resize_mode": "longest" if images.letterbox else "shortest" if isinstance(images.size, int) else "squash",
+            **({"fill_color": images.fill} if images.fill else {}),
         }
     written: dict[str, Any] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     if family == "siglip":
