@@ -101,6 +101,34 @@ def test_two_ranks_equal_one_and_resume_across(tmp_path):
         assert_near(rank, alone, "from one rank to two")
 
 
+def stream_on_rank(rank, size, folder, source, resume):
+    recipe = tiny(4, data={"train": (f"hf:{source}",), "weights": None})
+    model = train(recipe, folder, resume=resume, quiet=True)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_stream_resumes_on_two_ranks_bit_for_bit(tmp_path):
+    """Each rank goes on in its own part of the stream; one rank alone is told why it cannot."""
+    from PIL import Image
+
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        lines = []
+        for number in range(9):
+            picture = tmp_path / f"{shard}-{number}.png"
+            Image.new("RGB", (9, 9), (number * 25, shard * 200, 60)).save(picture)
+            lines.append(json.dumps({"image": str(picture), "caption": f"{number} of {shard}"}) + "\n")
+        (tmp_path / "shards" / f"{shard}.jsonl").write_text("".join(lines))
+    whole = on_ranks(2, stream_on_rank, tmp_path / "run", tmp_path / "shards", False)
+    forget_after(tmp_path / "run", 2)
+    resumed = on_ranks(2, stream_on_rank, tmp_path / "run", tmp_path / "shards", True)
+    for name, parameter in whole[0].items():
+        assert torch.equal(parameter, resumed[0][name]), name
+        assert torch.equal(resumed[0][name], resumed[1][name]), name
+    with pytest.raises(IntermodalError, match="2 ranks"):
+        stream_on_rank(0, 1, tmp_path / "run", tmp_path / "shards", True)
+
+
 def test_exported_equals_loaded(tmp_path):
     model = train(tiny(3), tmp_path / "run", quiet=True)
     loaded = intermodal.load(tmp_path / "run" / "model")

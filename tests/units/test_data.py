@@ -12,7 +12,7 @@ from PIL import Image
 from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.stream import StreamSource
-from intermodal.errors import SampleError
+from intermodal.errors import IntermodalError, SampleError
 from intermodal.inputs.image import ImageProcessor
 from intermodal.inputs.processor import PairProcessor
 from intermodal.inputs.text import fresh, train_tokenizer
@@ -251,6 +251,28 @@ def stream_of(tmp_path):
     files = [str(tmp_path / f"s{shard}.jsonl") for shard in range(2)]
     dataset = load_dataset("json", data_files=files, split="train", streaming=True)
     return StreamSource("stream", dataset, record_to_sample, block=4)
+
+
+def test_ranks_share_a_stream_and_resume_only_on_as_many(tmp_path):
+    """Every record of a pass goes to exactly one rank; a rank's state is of its own part."""
+    parts = []
+    for rank in range(2):
+        stream = stream_of(tmp_path)
+        stream.next()  # a tokenizer was counted from it: the run begins at the beginning all the same
+        stream.split(rank, 2)
+        count = 5 if rank == 0 else 4  # the second shard holds an unreadable record
+        parts.append([stream.next().texts[0] for _ in range(count)])
+        again = stream_of(tmp_path)
+        again.split(rank, 2)
+        for _ in range(3):
+            again.next()
+        resumed = stream_of(tmp_path)
+        resumed.split(rank, 2)
+        resumed.restore(json.loads(json.dumps(again.state())))
+        assert [resumed.next().texts[0] for _ in range(count - 3)] == parts[-1][3:]
+    assert sorted(parts[0] + parts[1]) == sorted(f"shard {s} record {n}" for s in range(2) for n in range(5) if (s, n) != (1, 2))
+    with pytest.raises(IntermodalError, match="2 ranks"):
+        stream_of(tmp_path).restore(again.state())
 
 
 def test_streams_resume_exactly_and_count_rejects(tmp_path):

@@ -3,6 +3,8 @@
 Records are decoded as they are read, so that an unusable one is replaced by the next and nothing is skipped unseen. The order is
 shuffled block by block; a state is the stream's own state at the start of a block and the place within it, so resuming reads the
 block again and goes on exactly where it stopped (a plain shuffle buffer loses its content).
+
+On several ranks each reads its own part: whole shards where their number divides, else every so many records (`datasets`' rule).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import SampleError
+from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
 from .source import Sample
 
@@ -23,9 +25,25 @@ class StreamSource:
     def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Sample], *, seed: int = 0, block: int = 1024):
         self.name, self.dataset, self.to_sample = name, dataset, to_sample
         self.seed, self.block = seed, block
-        self.epoch = self.blocks = self.at = 0
         self.rejects: list[tuple[str, str]] = []
-        self._block_epoch, self._block_state = 0, copy.deepcopy(dataset.state_dict())
+        self.part = (0, 1)
+        """This rank, and how many there are."""
+        self._whole, self._beginning = dataset, copy.deepcopy(dataset.state_dict())
+        self._rewind()
+
+    def split(self, rank: int, ranks: int) -> None:
+        """Back to the beginning, and from now on only this rank's part of the records."""
+        self._whole.load_state_dict(copy.deepcopy(self._beginning))
+        self.dataset, self.part = self._whole, (rank, ranks)
+        if ranks > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            self.dataset = split_dataset_by_node(self._whole, rank, ranks)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.epoch = self.blocks = self.at = 0
+        self._block_epoch, self._block_state = 0, copy.deepcopy(self.dataset.state_dict())
         self._samples: list[Sample] | None = None
         self._iterator: Iterator[dict[str, Any]] | None = None
 
@@ -44,9 +62,16 @@ class StreamSource:
         return self._samples[self.at - 1]
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self._block_epoch, "blocks": self.blocks, "at": self.at, "stream": self._block_state}
+        place = {"epoch": self._block_epoch, "blocks": self.blocks, "at": self.at, "ranks": self.part[1]}
+        return {**place, "stream": self._block_state}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Raises IntermodalError: the state was kept on another number of ranks, whose parts were others."""
+        if state["ranks"] != self.part[1]:
+            raise IntermodalError(
+                f"{self.name} is a stream and was read by {state['ranks']} ranks, now there are {self.part[1]}: each has read another part. "
+                f"Resume on {state['ranks']} ranks, or start a new run from the trained model"
+            )
         self.epoch, self.blocks, self.at = state["epoch"], state["blocks"], state["at"]
         self._block_epoch, self._block_state = state["epoch"], state["stream"]
         self.dataset.set_epoch(self.epoch)

@@ -32,9 +32,15 @@ def save(
     optimizer,
     average: dict[str, torch.Tensor] | None,
     meta: dict[str, Any],
+    data: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write step `step`; the folder appears under its name only when it is whole. Older ones beyond `keep` are removed."""
+    """Write step `step`; the folder appears under its name only when it is whole. Older ones beyond `keep` are removed.
+
+    Args:
+        meta: the same on every rank.
+        data: where this rank is in the data: on streams every rank is somewhere else.
+    """
     final = folder_of(run, step)
     partial = final.with_name(final.name + ".partial")
     if world.main:
@@ -48,6 +54,7 @@ def save(
     with _no_single_process_warning():
         dcp.save(state, checkpoint_id=str(partial), no_dist=world.size == 1)
     torch.save(_random_state(), partial / f"random-{world.rank}.pt")
+    (partial / f"data-{world.rank}.json").write_text(json.dumps(data))
     if world.main:
         (partial / META).write_text(json.dumps({**meta, "step": step, "ranks": world.size}))
     _wait(world)
@@ -67,7 +74,7 @@ def latest(run: Path) -> Path | None:
 
 
 def restore(folder: Path, world: World, model: nn.Module, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
-    """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data.
+    """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data, with this rank's `data`.
 
     Raises:
         CheckpointError: the checkpoint is not whole, or is of another model.
@@ -94,9 +101,11 @@ def restore(folder: Path, world: World, model: nn.Module, optimizer, average: di
     parameters = dict(model.named_parameters())
     for name in unused:
         optimizer.state.pop(parameters[name], None)
-    if meta["ranks"] == world.size:
+    same = meta["ranks"] == world.size
+    if same:
         _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
-    return meta
+    data = json.loads((folder / f"data-{world.rank if same else 0}.json").read_text())
+    return {**meta, "data": data}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import to_dict
 from ..data.loader import Loader, Mixture, Rejects
+from ..data.stream import StreamSource
 from ..errors import IntermodalError
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
@@ -164,6 +165,8 @@ class Trainer(ABC):
         data, world = self.recipe.data, self.world
         rejects = Rejects(self.folder / "rejects.jsonl" if world.main else None, data.max_reject_share)
         for source in sources:
+            if isinstance(source, StreamSource):
+                source.split(world.rank, world.size)
             for key, reason in getattr(source, "problems", []):
                 rejects.note(key, reason)
                 if world.main:
@@ -222,8 +225,8 @@ class Trainer(ABC):
             torch.distributed.barrier()
 
     def _save(self) -> None:
-        meta = {"data": self.loader.state(), "recipe": to_dict(self.recipe)}
-        checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.recipe.train.keep)
+        meta, data, keep = {"recipe": to_dict(self.recipe)}, self.loader.state(), self.recipe.train.keep
+        checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, data, keep)
 
     @contextmanager
     def _stop_signals(self):
