@@ -50,8 +50,9 @@ def forget_after(folder, step):
         {"train": {"micro_batch": 3, "loss": "sigmoid"}, "optim": {"ema": 0.9}},
         {"data": {"train": ("sprites:core", "scenes:core"), "weights": (1.0, 2.0), "crop_scale": (0.6, 1.0)}},
         {"data": {"workers": 1}},
+        {"optim": {"name": "muon", "matrix_lr_factor": 2.0}},
     ],
-    ids=["plain", "cached-ema", "mixture-crops", "worker"],
+    ids=["plain", "cached-ema", "mixture-crops", "worker", "muon"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     dropout = replace(tiny().model.vision, dropout=0.2)
@@ -78,8 +79,8 @@ def assert_near(mine, wanted, what):
         torch.testing.assert_close(mine[name], parameter, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
-def run_on_rank(rank, size, folder, mode, resume, steps):
-    recipe = tiny(steps, train={"parallel": mode, "micro_batch": 2 if mode == "fsdp" else None})
+def run_on_rank(rank, size, folder, mode, resume, steps, name="adamw"):
+    recipe = tiny(steps, train={"parallel": mode, "micro_batch": 2 if mode == "fsdp" else None}, optim={"name": name})
     # Adam's first steps are the sign of a gradient: where it is all but zero, a rounding in another order turns it. A larger eps
     # makes the update a smooth function of the gradient, so that 1e-6 speaks of the ranks and not of float32.
     recipe = replace(recipe, optim=replace(recipe.optim, eps=1e-3))
@@ -99,6 +100,18 @@ def test_two_ranks_equal_one_and_resume_across(tmp_path):
     forget_after(tmp_path / "one", 2)
     for rank in on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 4):
         assert_near(rank, alone, "from one rank to two")
+
+
+def test_muon_on_two_ranks_equals_one(tmp_path):
+    """Sharded matrices are gathered before they are made orthogonal. The iteration magnifies small singular values, and their rounding."""
+    alone = run_on_rank(0, 1, tmp_path / "one", "ddp", False, 3, "muon")
+    for mode in ("ddp", "fsdp"):
+        for rank in on_ranks(2, run_on_rank, tmp_path / mode, mode, False, 3, "muon"):
+            for name, parameter in alone.items():
+                if not name.endswith("k_proj.bias"):
+                    torch.testing.assert_close(
+                        rank[name], parameter, rtol=0, atol=1e-5, msg=lambda m, what=(mode, name): f"{what} {m}"
+                    )
 
 
 def stream_on_rank(rank, size, folder, source, resume):

@@ -195,19 +195,19 @@ def test_only_named_parts_move(recipe, trained, tmp_path):
 
 
 def test_a_frozen_tower_keeps_nothing_for_the_backward(recipe, trained):
-    from intermodal.train.optim import adamw_by_pattern
+    from intermodal.train.optim import optimizer_by_pattern
 
     model = intermodal.load(trained / "model").train()
-    adamw_by_pattern(model, (("projector.*", 1.0),), recipe.stages[0].optim)
+    optimizer_by_pattern(model, (("projector.*", 1.0),), recipe.stages[0].optim)
     talk = open_talks("captions:scenes:core", side=32)[0]
     batch = model.processor(talk.messages)
     assert not model.features(batch.visual.pixels).requires_grad
     next_token_loss(model.hidden(batch), model.head_weight, batch)[0].backward()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"projector"}
     with pytest.raises(IntermodalError, match=r"no parameter fits 'connector.\*'"):
-        adamw_by_pattern(model, (("connector.*", 1.0),), recipe.stages[0].optim)
+        optimizer_by_pattern(model, (("connector.*", 1.0),), recipe.stages[0].optim)
     with pytest.raises(IntermodalError, match="no parameter learns"):
-        adamw_by_pattern(model, (("projector.*", 0.0),), recipe.stages[0].optim)
+        optimizer_by_pattern(model, (("projector.*", 0.0),), recipe.stages[0].optim)
 
 
 def test_an_interrupted_stage_resumes_bit_for_bit(recipe, trained, tmp_path):

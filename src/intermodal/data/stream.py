@@ -69,8 +69,8 @@ class StreamSource:
         """Raises IntermodalError: the state was kept on another number of ranks, whose parts were others."""
         if state["ranks"] != self.part[1]:
             raise IntermodalError(
-                f"{self.name} is a stream and was read by {state['ranks']} ranks, now there are {self.part[1]}: each has read another part. "
-                f"Resume on {state['ranks']} ranks, or start a new run from the trained model"
+                f"{self.name} is a stream and was read by {state['ranks']} ranks, now there are {self.part[1]}: each has read another "
+                f"part. Resume on {state['ranks']} ranks, or start a new run from the trained model"
             )
         self.epoch, self.blocks, self.at = state["epoch"], state["blocks"], state["at"]
         self._block_epoch, self._block_state = state["epoch"], state["stream"]

@@ -29,7 +29,7 @@ from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
 from .gradcache import backward_in_parts
 from .loop import Trainer
-from .optim import adamw
+from .optim import optimizer_for
 from .recipe import ModelConfig, Recipe
 
 
@@ -117,7 +117,7 @@ class PairTrainer(Trainer):
                 block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
         self.model.to(self.world.device).train()
         wrap(self.model, self.world, recipe.train.parallel)
-        self.optimizer = adamw(self.model, recipe.optim)
+        self.optimizer = optimizer_for(self.model, recipe.optim)
 
     def _loader_and_model(self) -> Loader:
         recipe, data = self.recipe, self.recipe.data

@@ -23,7 +23,7 @@ from ..errors import IntermodalError
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
 from .metrics import Display, Metrics
-from .optim import learning_rate, update_average
+from .optim import learning_rate, multiplies_bf16, update_average
 
 ROLLBACKS = 5
 STEADY, RECENT = 4, 20
@@ -252,8 +252,7 @@ class Trainer(ABC):
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """bf16 autocast or nothing. "auto" asks the processor: without bf16 instructions, bf16 products are several times slower."""
     if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
+        precision = "bf16" if multiplies_bf16(device) else "fp32"
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

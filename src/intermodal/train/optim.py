@@ -5,30 +5,28 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import IntermodalError
 from .recipe import OptimConfig
 
-
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip `optim.py:67-75`)."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scalars = [p for name, p in learning if name in ("logit_scale", "logit_bias")]
-    decay = [p for _, p in learning if p.ndim >= 2]
-    plain = [p for name, p in learning if p.ndim < 2 and name not in ("logit_scale", "logit_bias")]
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": plain, "weight_decay": 0.0, "factor": 1.0},
-        {"params": scalars, "weight_decay": 0.0, "factor": config.scalar_lr_factor},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+SCALARS = {"logit_scale", "logit_bias"}
+NOT_MATRICES = {"patch_embedding", "lm_head"}
+MOMENTUM = 0.95
 
 
-def adamw_by_pattern(model: nn.Module, learn: Sequence[tuple[str, float]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that a stage names; all others are frozen: no gradient, no optimizer state, no kept activations.
+def optimizer_for(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of a dual encoder or a VQ-VAE: everything learns, the loss's scale and bias at a rate of their own."""
+    factors = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return _optimizer(model, config, factors | dict.fromkeys(SCALARS & factors.keys(), config.scalar_lr_factor))
+
+
+def optimizer_by_pattern(model: nn.Module, learn: Sequence[tuple[str, float]], config: OptimConfig) -> torch.optim.AdamW:
+    """An optimizer over the parameters that a stage names; all others are frozen: no gradient, no optimizer state, no kept activations.
 
     Args:
         learn: (pattern, multiple of the rate); the last pattern that fits a parameter's name counts.
@@ -44,19 +42,104 @@ def adamw_by_pattern(model: nn.Module, learn: Sequence[tuple[str, float]], confi
             heads = sorted({name.split(".")[0] for name in names})
             raise IntermodalError(f"no parameter fits {pattern!r}; their names begin with {', '.join(heads)}")
         factors |= dict.fromkeys(fitting, factor)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        factor = factors.get(name, 0.0)
-        parameter.requires_grad_(factor > 0)
-        if factor > 0:
-            groups.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
-    if not groups:
+        parameter.requires_grad_(factors.get(name, 0.0) > 0)
+    factors = {name: factor for name, factor in factors.items() if factor > 0}
+    if not factors:
         raise IntermodalError("no parameter learns: every rate of the stage is 0")
+    return _optimizer(model, config, factors)
+
+
+def _optimizer(model: nn.Module, config: OptimConfig, factors: dict[str, float]) -> torch.optim.AdamW:
+    """Fused AdamW, or Muon; nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip
+    `optim.py:67-75`)."""
+    matrices = set(matrix_names(model)) if config.name == "muon" else set()
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in factors:
+            factor = factors[name] * (config.matrix_lr_factor if name in matrices else 1.0)
+            groups.setdefault((factor, parameter.ndim >= 2, name in matrices), []).append(parameter)
     settings = [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor}
-        for (factor, decays), parameters in groups.items()
+        {"params": held, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor, "orthogonal": orthogonal}
+        for (factor, decays, orthogonal), held in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = Muon if config.name == "muon" else torch.optim.AdamW
+    return kind(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def matrix_names(model: nn.Module) -> list[str]:
+    """Weights of linear layers, but for those that turn patches or hidden states into something else: what Muon is for."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name in linear if name.rsplit(".", 1)[-1] not in NOT_MATRICES]
+
+
+class Muon(torch.optim.AdamW):
+    """Momentum made orthogonal for the matrices of linear layers, AdamW for the rest.
+
+    The update of a matrix is the nearest orthogonal one to its Nesterov momentum, by five steps of a Newton-Schulz iteration, scaled by
+    0.2 sqrt(longer side) so that its entries are about as large as AdamW's and the same rates and decay fit (Jordan 2024; Liu et al.,
+    arXiv 2502.16982, section 2.2). Matrices of one shape are done in one batched product, in float32 on processors that multiply bf16
+    slowly: `torch.optim.Muon` rounds to bf16 everywhere, which is 25 times slower on such a machine. A sharded matrix is gathered first.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._orthogonal_step(group)
+
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter)}
+            state["step"] += 1
+            momentum = state["exp_avg"].mul_(MOMENTUM).add_(parameter.grad)
+            wanted = whole(parameter.grad.add(momentum, alpha=MOMENTUM))
+            by_shape.setdefault(wanted.shape, []).append((parameter, wanted))
+        for shape, found in by_shape.items():
+            updates = orthogonal(torch.stack([wanted for _, wanted in found])) * (0.2 * max(shape) ** 0.5)
+            for (parameter, _), update in zip(found, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(like(update.to(parameter.dtype), parameter), alpha=group["lr"])
+
+
+def orthogonal(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+    """(N, R, C) -> about U V^T of each matrix's singular value decomposition U S V^T: singular values between 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan 2024: steepest at zero, so that small singular values grow fast
+    x = matrices_NRC.bfloat16() if multiplies_bf16(matrices_NRC.device) else matrices_NRC.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are done in hardware: elsewhere PyTorch emulates them, several times slower than float32."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor laid out over the ranks as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

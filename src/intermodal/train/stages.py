@@ -31,7 +31,7 @@ from ..weights.load import load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
 from .loop import Trainer
-from .optim import adamw_by_pattern
+from .optim import optimizer_by_pattern
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
 
 
@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         for module in self.model.modules():
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer = adamw_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
+        self.optimizer = optimizer_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
         if self.recipe.image_rows_only:
             keep_word_rows(self.model, self.optimizer)
         config = self.model.config

@@ -21,7 +21,7 @@ from ..models.vqvae import VQVAE, initialise
 from ..parallel.setup import World, start
 from ..weights.load import load, save
 from .loop import Trainer
-from .optim import adamw
+from .optim import optimizer_for
 from .recipe import CodebookConfig, VQRecipe
 from .stages import sum_gradients
 
@@ -137,7 +137,7 @@ class VQTrainer(Trainer):
         vq.encoder.checkpoint_activations = recipe.train.checkpoint_activations
         if vq.decoder is not None:
             vq.decoder.checkpoint_activations = recipe.train.checkpoint_activations
-        self.optimizer = adamw(self.model, recipe.optim)
+        self.optimizer = optimizer_for(self.model, recipe.optim)
         side = recipe.model.resolution
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)

@@ -1,0 +1,69 @@
+"""Muon: against torch's own, and what it takes for a matrix."""
+
+import pytest
+import torch
+from torch import nn
+
+from intermodal.errors import IntermodalError
+from intermodal.train import optim
+from intermodal.train.recipe import OptimConfig
+
+
+def test_updates_are_orthogonal_in_every_shape():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 24), (2, 40, 16), (1, 16, 40)):
+        update = optim.orthogonal(torch.randn(shape, generator=generator))
+        values = torch.linalg.svdvals(update)
+        assert update.shape == shape
+        assert values.max() < 1.3
+        assert values.quantile(0.1) > 0.6  # a square random matrix has a few that five steps do not bring up
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_steps_are_those_of_torchs_muon(shape, monkeypatch):
+    """`torch.optim.Muon` scaled to match AdamW, which rounds to bf16 inside: so does ours for this comparison."""
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: True)
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2))) for _ in range(2))
+    group = {"params": [ours], "weight_decay": 0.1, "orthogonal": True, "factor": 1.0}
+    mine = optim.Muon([group], lr=0.02, fused=True)
+    oracle = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = theirs.detach().clone()
+    for _ in range(4):
+        gradient = torch.randn(shape, generator=generator)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        oracle.step()
+    moved, wanted = (ours - start).detach().flatten(), (theirs - start).detach().flatten()
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.999
+    assert (moved.norm() / wanted.norm() - 1).abs() < 0.01
+
+
+def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 8)
+            self.patch_embedding = nn.Linear(12, 8)
+            self.body = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8))
+            self.lm_head = nn.Linear(8, 5, bias=False)
+            self.position_embedding = nn.Parameter(torch.zeros(4, 8))
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    model, config = Small(), OptimConfig(name="muon", matrix_lr_factor=3.0, scalar_lr_factor=10.0, weight_decay=0.1)
+    assert optim.matrix_names(model) == ["body.0.weight", "body.2.weight"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_rate = {}
+    for group in optim.optimizer_for(model, config).param_groups:
+        for parameter in group["params"]:
+            by_rate[names[id(parameter)]] = (group["factor"], group["weight_decay"], group["orthogonal"])
+    assert by_rate.keys() == set(names.values())
+    assert by_rate["body.0.weight"] == (3.0, 0.1, True)
+    assert by_rate["lm_head.weight"] == by_rate["embed.weight"] == by_rate["position_embedding"] == (1.0, 0.1, False)
+    assert by_rate["body.1.weight"] == by_rate["body.0.bias"] == (1.0, 0.0, False)
+    assert by_rate["logit_scale"] == (10.0, 0.0, False)
+    staged = optim.optimizer_by_pattern(model, (("body.*", 0.5),), config)
+    assert {group["factor"] for group in staged.param_groups} == {1.5, 0.5}
+    assert not model.lm_head.weight.requires_grad
+    with pytest.raises(IntermodalError, match=r"heads\.\*"):
+        optim.optimizer_by_pattern(model, (("heads.*", 1.0),), config)
