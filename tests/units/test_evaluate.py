@@ -140,3 +140,15 @@ def test_search_ranks_by_the_sentence(tmp_path):
         assert search(Stub(), str(folder), word, 2)[0][0].endswith(name)
     embed_source(Stub(), str(folder), tmp_path / "e.parquet")
     assert search(Stub(), str(tmp_path / "e.parquet"), "green", 1)[0][0].endswith("g.png")
+
+
+def test_each_class_has_its_accuracy_and_commonest_mistake():
+    from intermodal.evaluate.zeroshot import per_class
+
+    classes, names = torch.eye(3), ["cat", "dog", "bus"]
+    image = torch.eye(3)[[0, 0, 1, 1, 1, 2]]
+    rows = per_class(image, classes, [0, 0, 0, 1, 2, 2], names)
+    assert list(rows) == ["bus", "cat", "dog"]
+    assert rows["bus"] == {"samples": 2, "top-1": 0.5, "taken for": "dog"}
+    assert rows["cat"] == {"samples": 3, "top-1": pytest.approx(2 / 3), "taken for": "dog"}
+    assert rows["dog"] == {"samples": 1, "top-1": 1.0, "taken for": None}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.tuxpaint import TuxPaint, fetch, read_captions, unpack
-from intermodal.errors import SampleError
+from intermodal.errors import IntermodalError, SampleError
 
 CAPTIONS = "A dog.\nde.utf8=Ein Hund.\nfr.utf8=Un chien.\nbroken line\nes.utf8=\n"
 
@@ -50,6 +50,27 @@ def test_stamps_are_read_from_the_package(tmp_path):
 
     assert open_image(dog.image).getpixel((0, 0)) == (10, 200, 30)
     assert open_image(samples["A car."].image).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_languages_and_sides_are_chosen_in_the_name(tmp_path):
+    unpack(package(tmp_path / "stamps.deb"), tmp_path / "set")
+    where = f"tuxpaint:{tmp_path / 'set'}"
+    both = open_source(f"{where}?languages=de,en")
+    assert [both[0].texts, both[1].texts] == [["A car."], ["Ein Hund.", "A dog."]]
+    with pytest.raises(SampleError, match="no caption in fr"):
+        open_source(f"{where}?languages=fr")[0]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        Image.new("RGB", (3, 3)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"Number {number}.\n")
+    train, test = (open_source(f"tuxpaint:{folder}?split={side}") for side in ("train", "test"))
+    sides = [{source[index].texts[0] for index in range(len(source))} for source in (train, test)]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 60
+    assert 1 <= len(sides[1]) <= 15
+    with pytest.raises(IntermodalError, match="languages"):
+        open_source(f"{where}?language=de")
 
 
 def test_no_file_leaves_the_folder(tmp_path):

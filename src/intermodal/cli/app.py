@@ -93,6 +93,7 @@ def evaluate(
     classes: Annotated[Path | None, typer.Option(help="Zero-shot: a file with one class name a line.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
     count: Annotated[int, typer.Option(help="At most this many samples.")] = 1000,
+    by_class: Annotated[bool, typer.Option("--by-class", help="Zero-shot: accuracy and commonest mistake of each class.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model: retrieval recall@1/5/10 both ways, or zero-shot top-1 and top-5.
@@ -105,14 +106,14 @@ def evaluate(
     """
     from ..evaluate.run import evaluate_source
 
-    scores = evaluate_source(model, source, task, classes=classes, templates=template, count=count, progress=not as_json)
-    _print(
-        scores,
-        as_json,
-        "\n".join(
-            f"{name:28s} {value:.4f}" if isinstance(value, float) else f"{name:28s} {value}" for name, value in scores.items()
-        ),
+    scores = evaluate_source(
+        model, source, task, classes=classes, templates=template, count=count, by_class=by_class, progress=not as_json
     )
+    rows = [f"{name:28s} {_number(value)}" for name, value in scores.items() if not isinstance(value, dict)]
+    for name, row in scores.get("per class", {}).items():
+        mistake = f"  taken for {row['taken for']}" if row["taken for"] else ""
+        rows.append(f"  {name:40s} {row['top-1']:.3f} of {row['samples']}{mistake}")
+    _print(scores, as_json, "\n".join(rows))
 
 
 @app.command()
@@ -299,7 +300,7 @@ def stats(
     """
     from ..data.preview import describe
 
-    found = describe(source, count, side)
+    found = describe(source, count, side, progress=not as_json)
     _print(found, as_json, "\n".join(_lines(found)))
 
 
@@ -327,6 +328,10 @@ def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
         else:
             out.append(f"{indent}{name:34s} {value:.3f}" if isinstance(value, float) else f"{indent}{name:34s} {value}")
     return out
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _print(values: dict[str, Any], as_json: bool, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from rich.progress import track
 
 from ..errors import SampleError
 from ..inputs.image import open_image
@@ -57,11 +58,12 @@ def sheet(cells: list[tuple[Image.Image, str]], side: int, columns: int = 6) -> 
     return canvas
 
 
-def describe(spec: str, count: int, side: int) -> dict[str, Any]:
+def describe(spec: str, count: int, side: int, progress: bool = False) -> dict[str, Any]:
     """Counts and caption lengths of any source; for scenes the share of every fact and all baselines."""
     source = open_source(spec, side=side)
     samples, reasons = [], Counter()
-    for index in range(count if isinstance(source, StreamSource) else min(count, len(source))):
+    looks = range(count if isinstance(source, StreamSource) else min(count, len(source)))
+    for index in track(looks, "looking", transient=True, disable=not progress):
         try:
             samples.append(source.next() if isinstance(source, StreamSource) else source[index])
         except SampleError as error:
@@ -81,18 +83,18 @@ def describe(spec: str, count: int, side: int) -> dict[str, Any]:
     if problems:
         out["problems"] = dict(problems[:10])
     if isinstance(source, Scenes):
-        out |= _scene_stats(samples, source, count, side)
+        out |= _scene_stats(samples, source, count, side, progress)
     return out
 
 
-def _scene_stats(samples, source: Scenes, count: int, side: int) -> dict[str, Any]:
+def _scene_stats(samples, source: Scenes, count: int, side: int, progress: bool) -> dict[str, Any]:
     from ..evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
 
     truths = [sample.meta for sample in samples]
     relations = Counter(t["relation"] or "single group" for t in truths)
     counts = Counter(g["count"] for t in truths for g in t["groups"])
     which = source.config.concepts
-    baselines = scene_baselines(SceneTask.make(count, side, which=which, style=None))
+    baselines = scene_baselines(SceneTask.make(count, side, which=which, style=None), progress=progress)
     majority = counts.most_common(1)[0]
     return {
         "facts": {

@@ -34,7 +34,8 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
 
     Args:
         spec: `scenes:core`, `scenes:all` (with settings of `SceneConfig` as `?pair_share=0.3&forms=3`), `sprites:core`,
-            `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>`,
+            `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>` (with settings of
+            `TuxPaintConfig`),
             `hf:<owner/name>[:split]`, or a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with
             `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path names its columns.
         side: pixels of a side for sources that draw their pictures.
@@ -46,7 +47,7 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     from .drawn import SpriteConfig, SpriteSource
     from .scenes import SceneConfig, Scenes
     from .signs import SignConfig, Signs
-    from .tuxpaint import TuxPaint
+    from .tuxpaint import TuxPaint, TuxPaintConfig
 
     kind, _, rest = spec.partition(":")
     if kind in ("scenes", "sprites"):
@@ -58,11 +59,12 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
         if kind == "sprites":
             return SpriteSource(override(SpriteConfig(side=side, concepts=which), settings))
         return Scenes(override(SceneConfig(side=side, concepts=which, seed=seed), settings))
-    if spec.split("?")[0] == "signs":
-        settings = [assignment for assignment in spec.partition("?")[2].split("&") if assignment]
+    name, _, asked = spec.partition("?")
+    settings = [assignment for assignment in asked.split("&") if assignment]
+    if name == "signs":
         return Signs(override(SignConfig(side=side, seed=seed), settings))
-    if kind == "tuxpaint":
-        return TuxPaint(rest)
+    if name.partition(":")[0] == "tuxpaint":
+        return TuxPaint(name.partition(":")[2], override(TuxPaintConfig(), settings))
     if kind == "hf":
         return open_hub(rest, seed=seed)
     path, _, query = spec.partition("?")

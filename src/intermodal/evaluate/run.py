@@ -17,7 +17,7 @@ from ..inputs.image import open_image
 from ..models.clip import DualEncoder
 from ..weights.load import load_encoder
 from .retrieval import recall
-from .zeroshot import TEMPLATES, accuracy, class_embeddings
+from .zeroshot import TEMPLATES, accuracy, class_embeddings, per_class
 
 CHUNK = 256
 
@@ -41,9 +41,10 @@ def evaluate_source(
     classes: Path | None = None,
     templates: Sequence[str] | None = None,
     count: int = 1000,
+    by_class: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores of a model on a source.
+    """Scores of a model on a source; zero-shot with `by_class` also for each class, worst first.
 
     Pictures that share a caption count as positives of it. Unusable samples are counted under `rejected`. `scenes:` means held-out
     combinations in the training styles.
@@ -84,7 +85,9 @@ def evaluate_source(
         if absent:
             raise IntermodalError(f"{classes}: {len(absent)} captions are not among the classes, the first: {absent[0]!r}")
         vectors = class_embeddings(encoder.embed_texts, names, templates or TEMPLATES)
-        return scores | {"classes": len(names)} | accuracy(image, vectors, [names.index(t[0]) for t in captions])
+        labels = [names.index(t[0]) for t in captions]
+        scores |= {"classes": len(names)} | accuracy(image, vectors, labels)
+        return scores | ({"per class": per_class(image, vectors, labels, names)} if by_class else {})
     return scores | retrieval_scores(image, encoder, captions)
 
 

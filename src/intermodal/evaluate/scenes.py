@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from ..data import sprites
@@ -82,7 +83,9 @@ class Baselines:
     raw_pixels: dict[str, float] = field(default_factory=dict)
 
 
-def scene_baselines(task: SceneTask, *, train_count: int = 4000, side: int = 16, seed: int = 0) -> Baselines:
+def scene_baselines(
+    task: SceneTask, *, train_count: int = 4000, side: int = 16, seed: int = 0, progress: bool = False
+) -> Baselines:
     """What needs no learning.
 
     Chance; a unigram model of the training captions that sees no picture ("text only"); a reader that knows every word that is in
@@ -90,7 +93,8 @@ def scene_baselines(task: SceneTask, *, train_count: int = 4000, side: int = 16,
     compared by its words.
     """
     source = Scenes(SceneConfig(side=task.scenes[0].pixels.shape[0], seed=seed))
-    train = [source.scene(index) for index in range(train_count)]
+    numbers = track(range(train_count), "drawing scenes to compare with", transient=True, disable=not progress)
+    train = [source.scene(index) for index in numbers]
     frequency = Counter(word for scene in train for caption in scene.captions()[:3] for word in caption.split())
     total = sum(frequency.values())
     neighbour = nearest_by_pixels([s.pixels for s in task.scenes], [s.pixels for s in train], side)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,20 @@ def accuracy(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int], at: Sequ
     top = (image_NE @ class_CE.T).topk(min(max(at), len(class_CE)), dim=1).indices.cpu()
     hit = top == truth[:, None]
     return {f"top-{k}": hit[:, :k].any(1).float().mean().item() for k in at}
+
+
+def per_class(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For each class that occurs: how many pictures, their top-1 accuracy, and what the others are taken for most; worst first."""
+    guesses = (image_NE @ class_CE.T).argmax(1).tolist()
+    found: dict[int, list[int]] = {}
+    for true, guess in zip(labels, guesses, strict=True):
+        found.setdefault(true, []).append(guess)
+    rows: dict[str, dict[str, Any]] = {}
+    for true, given in found.items():
+        wrong = Counter(guess for guess in given if guess != true).most_common(1)
+        row = {"samples": len(given), "top-1": given.count(true) / len(given)}
+        rows[names[true]] = row | {"taken for": names[wrong[0][0]] if wrong else None}
+    return dict(sorted(rows.items(), key=lambda item: item[1]["top-1"]))
 
 
 def confusions(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int]) -> dict[tuple[int, int], int]:
