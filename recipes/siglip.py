@@ -1,8 +1,9 @@
 """SigLIP from scratch on composed scenes and single sprites: the demo's recipe, found in LOG.md.
 
 Small on purpose: 16 patches, two layers, sixty nouns. What made it learn in minutes is the bias at a small batch's base rate, a faster
-rate for scale and bias, single sprites beside the scenes (varied in place and colour, so that no style is learned by heart), and not
-calling two pictures of one caption each other's negatives: with sixty nouns in a batch of 64 half of all such pairs would be told both.
+rate for scale and bias, orthogonal updates (Muon), single sprites beside the scenes (varied in place and colour, so that no style is
+learned by heart), some scenes with a twin that differs in one fact, and not calling two pictures of one caption each other's negatives:
+with sixty nouns in a batch of 64 half of all such pairs would be told both.
 """
 
 from intermodal.models.text import TextConfig
@@ -24,13 +25,13 @@ def recipe(tiny: bool = False) -> Recipe:
         data=DataConfig(
             train=(
                 "sprites:core?article=true&variations=2000&recolour=0.75",
-                "scenes:core?pair_share=0.3&forms=1&colour_share=0.2",
+                "scenes:core?pair_share=0.3&forms=1&colour_share=0.2&twins=0.2",
             ),
             weights=(1.0, 1.0),
             batch=64,
             workers=1,
         ),
-        optim=OptimConfig(lr=1e-3, warmup=40, weight_decay=0.05, scalar_lr_factor=10.0),
+        optim=OptimConfig(name="muon", lr=1e-3, matrix_lr_factor=3.0, warmup=40, weight_decay=0.05, scalar_lr_factor=10.0),
         train=TrainConfig(steps=6000, loss="sigmoid", duplicates="ignore", threads=2, log_every=25),
     )
     return tiny_version(full) if tiny else full

@@ -1,6 +1,7 @@
 """Generation: batches equal single calls, streams equal replies, files resume; the verbs that talk."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,9 +129,11 @@ def test_a_file_of_conversations_resumes(model, tmp_path):
     assert {row["line"] for row in whole} == {1, 2, 4, 5, 6, 7, 8, 9, 10}
     replies = {row["id"]: row["reply"] for row in whole if "id" in row}
     assert replies["q2"] == model.generate(QUESTIONS[2], max_new_tokens=6).text
-    out.write_text("\n".join(json.dumps(row) for row in whole[:4]) + "\n" + json.dumps(whole[4])[:9])  # killed while writing
+    replied, failed = ([row for row in whole if key in row] for key in ("reply", "error"))
+    first = [failed[0], *replied[:3]]
+    out.write_text("\n".join(json.dumps(row) for row in first) + "\n" + json.dumps(replied[3])[:9])  # killed while writing
     counts = reply_to_file(model, source, out, max_new_tokens=6, progress=False)
-    assert (counts.written + counts.rejected, counts.reused) == (5, 4)
+    assert (counts.written, counts.rejected, counts.reused) == (2, 4, 3)  # errors are tried again
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(again, key=lambda row: row["line"]) == sorted(whole, key=lambda row: row["line"])
     (tmp_path / "notes.txt").write_text("shopping\n")
@@ -138,6 +141,118 @@ def test_a_file_of_conversations_resumes(model, tmp_path):
         reply_to_file(model, source, tmp_path / "notes.txt", progress=False)
     with pytest.raises(IntermodalError, match="does not exist"):
         reply_to_file(model, tmp_path / "none.jsonl", out, progress=False)
+
+
+def test_a_file_of_replies_survives_a_kill_at_every_byte(model, tmp_path):
+    """Whatever was written last, also in the first row or within a character; other line ends of Unicode are no line ends."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [json.dumps({"id": "日本\u2028\x85 x", "messages": ask(text)}, ensure_ascii=False) for text in ("a\u2028b", "c")]
+    source.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = dict(max_new_tokens=3, progress=False)
+    assert reply_to_file(model, source, out, **settings).written == 2
+    whole = out.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(0, len(whole), 3):
+        out.write_bytes(whole[:cut])
+        counts = reply_to_file(model, source, out, **settings)
+        assert (counts.written, counts.reused) == ((2, 0) if cut < first else (1, 1)), cut
+        assert out.read_bytes() == whole, cut
+
+
+def test_replies_are_never_taken_for_those_of_another_question_or_setting(model, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"messages": ask("a")}) + "\n")
+    with pytest.raises(IntermodalError, match="did you mean 'temperature'"):
+        reply_to_file(model, source, out, temprature=1, progress=False)
+    assert not out.exists()
+    reply_to_file(model, source, out, max_new_tokens=3, progress=False)
+    with pytest.raises(IntermodalError, match=r"line 1: made from another"):
+        reply_to_file(model, source, out, max_new_tokens=4, progress=False)
+    source.write_text(json.dumps({"messages": ask("b")}) + "\n")
+    with pytest.raises(IntermodalError, match=r"line 1: made from another"):
+        reply_to_file(model, source, out, max_new_tokens=3, progress=False)
+    other = tmp_path / "list.jsonl"
+    other.write_text('{"line": 1}\nmilk\n')
+    with pytest.raises(IntermodalError, match="not a file of replies"):
+        reply_to_file(model, source, other, progress=False)
+    assert other.read_text() == '{"line": 1}\nmilk\n'
+
+
+MISSHAPEN = [
+    "hello",
+    [],
+    [{"content": "no role"}],
+    [{"role": "user", "content": None}],
+    [{"role": "user", "content": 5}],
+    [{"role": "user", "content": ["hi"]}],
+    [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+    [{"role": "user", "content": [{"type": "sound", "sound": "a.wav"}]}],
+]
+
+
+@pytest.mark.parametrize("messages", MISSHAPEN, ids=lambda messages: json.dumps(messages)[:50])
+def test_misshapen_messages_are_refused_and_do_not_stop_a_file(model, messages, tmp_path):
+    with pytest.raises(IntermodalError, match=r"messages must be|a message|a part|text part"):
+        model.generate(messages)
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": ask("a")}) + "\n")
+    counts = reply_to_file(model, source, tmp_path / "out.jsonl", max_new_tokens=3, progress=False)
+    assert (counts.written, counts.rejected) == (1, 1)
+
+
+def test_paths_are_from_the_files_folder_in_every_form(tmp_path):
+    from intermodal.inputs.messages import placed
+
+    parts = [
+        {"type": "image", "image": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "video", "video": ["a.png", "/b.png"]},
+        {"image": "~/a.png"},
+        {"type": "text", "text": "a.png"},
+    ]
+    found = placed([{"role": "user", "content": parts}], tmp_path)[0]["content"]
+    here = str(tmp_path / "a.png")
+    assert found[0]["image"] == found[1]["image_url"]["url"] == here
+    assert found[2] == parts[2]
+    assert found[3]["video"] == [here, "/b.png"]
+    assert found[4]["image"] == str(Path.home() / "a.png")
+    assert found[5] == parts[5]
+
+
+def test_a_stop_text_may_be_a_special_token(model):
+    """Special tokens are left out of texts, so they are compared as tokens."""
+    free = model.generate(ask("tell"), max_new_tokens=20)
+    token = model.processor.tokenizer.id_to_token(free.ids[5])
+    model.processor.tokenizer.add_special_tokens([token])
+    stopped = model.generate(ask("tell"), max_new_tokens=20, stop=token)
+    assert (stopped.finish, stopped.ids[-1]) == ("stop", free.ids[5])
+    assert len(stopped.ids) == free.ids.index(free.ids[5]) + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (dict(slots=0), "slots"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature=1e-40), "temperature"),
+        (dict(image_guidance=-1.0), "image_guidance"),
+    ],
+)
+def test_settings_out_of_range(model, settings, name):
+    with pytest.raises(IntermodalError, match=name):
+        model.generate_batch([ask("a")], **settings)
+
+
+def test_one_conversation_that_is_too_long_is_named(model):
+    with pytest.raises(TooLong, match="conversation 1: "):
+        model.generate_batch([ask("a"), ask("x" * 300)], max_new_tokens=3)
+
+
+def test_generation_under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(ask("tell"), max_new_tokens=4).usage["completion_tokens"] >= 1
 
 
 def test_the_verbs(folder, tmp_path):

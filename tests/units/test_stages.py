@@ -128,7 +128,7 @@ def test_a_file_of_conversations_rejects_bad_lines_by_number(tmp_path):
         FileTalks(tmp_path / "u.jsonl")[0]
     with pytest.raises(SourceError, match=r"holds no conversations.*did you mean 'questions'"):
         open_talks("question:scenes:core")
-    with pytest.raises(SourceError, match="facts of scenes"):
+    with pytest.raises(SourceError, match="made from facts"):
         open_talks("questions:sprites:core")
 
 

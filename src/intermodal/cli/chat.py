@@ -42,7 +42,7 @@ def generate(
     image_temperature: Annotated[float, typer.Option(help="Of picture codes; 0 is greedy.")] = 1.0,
     image_top_p: Annotated[float, typer.Option(help="The same for picture codes.")] = 1.0,
     guidance: Annotated[float, typer.Option(help="Pulls pictures towards the prompt; 1 is off, 3 the authors' choice.")] = 1.0,
-    slots: Annotated[int, typer.Option(help="Conversations under way at once.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Conversations under way at once.")] = 16,
     too_long: TooLong = "error",
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -131,8 +131,11 @@ def chat(
             break
         if word == "/new":
             messages, images, videos = [], [], []
-        elif word in ("/image", "/video") and rest:
-            (images if word == "/image" else videos).append(rest)
+        elif word in ("/image", "/video"):
+            if rest:
+                (images if word == "/image" else videos).append(rest)
+            else:
+                console.print(f"{word} needs a path", style="red")
         else:
             messages.append({"role": "user", "content": _content(said, images, videos)})
             try:
@@ -140,7 +143,10 @@ def chat(
                 parts = [{"type": kind, kind: value} for kind, value in reply.segments]
                 messages.append({"role": "assistant", "content": parts if reply.images else reply.text})
             except IntermodalError as error:
-                console.print(f"[red]{error}[/red]")
+                console.print(str(error), style="red", markup=False)
+                messages.pop()
+            except KeyboardInterrupt:
+                console.print("\n(interrupted; the question is taken back)", style="bright_black")
                 messages.pop()
             images, videos = [], []
 
@@ -179,7 +185,7 @@ def inspect(
             looked.append((name, conversation, verdict))
         except IntermodalError as error:
             looked.append((name, None, str(error)))
-            console.print(f"[bold]line {number}[/bold] [red]{error}[/red]")
+            console.print(Text(f"line {number} ", style="bold").append(str(error), style="red"))
             continue
         ids, media = conversation.ids, dict(conversation.expanded.runs)
         out, index = Text(), 0

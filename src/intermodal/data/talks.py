@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SampleError, nearest
+from ..inputs.messages import placed
 from .questions import SIGN_QUESTION, questions
 from .readers import SourceError, open_source
 from .scenes import Scenes
@@ -214,7 +215,7 @@ class FileTalks:
             except json.JSONDecodeError as error:
                 raise SampleError(f"line {index + 1} is not JSON: {error}") from error
         key = f"{self.name}/{record.get('id', index) if isinstance(record, dict) else index}"
-        return Talk(key, [_placed(message, self.folder) for message in messages_of(record)])
+        return Talk(key, placed(messages_of(record), self.folder))
 
 
 def user(picture: Any = None, text: str | None = None) -> dict[str, Any]:
@@ -266,22 +267,3 @@ def _parts(text: str, left: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
     if not parts:
         return text
     return [*parts, {"type": "text", "text": text}] if text else parts
-
-
-def _placed(message: Any, folder: Path) -> dict[str, Any]:
-    """Relative paths of pictures and clips, from the file's folder."""
-    if not isinstance(message, dict) or "role" not in message:
-        raise SampleError(f"a message needs a role and content, got {str(message)[:80]!r}")
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = []
-    for part in content:
-        if not isinstance(part, dict):
-            raise SampleError(f"a part of a message's content must be an object with a type, got {str(part)[:80]!r}")
-        for kind in ("image", "video"):
-            value = part.get(kind)
-            if isinstance(value, str) and not value.startswith(("data:", "http://", "https://")):
-                part = {**part, kind: str(folder / value)}
-        parts.append(part)
-    return {**message, "content": parts}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,10 @@ from typing import Any
 from rich.progress import Progress
 
 from ..errors import IntermodalError
+from ..inputs.messages import placed
 from ..models.generative import Generative
-from .engine import fitting
-from .sample import sampling_of
-
-CHUNK = 64
-"""Conversations that are loaded, and then written, together."""
+from .engine import Reply, finished
+from .sample import Sampling, sampling_of
 
 
 @dataclass
@@ -27,54 +26,65 @@ class Counts:
 
 
 def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16, progress: bool = True, **settings: Any) -> Counts:
-    """Read `source` and append a line to `out` for each conversation: `{"line", "id", "reply", "finish", "usage"}`.
+    """Read `source` and append a line to `out` for each conversation, as it is finished: `{"line", "id", "reply", "finish", "usage"}`.
 
     A line of `source` is `{"messages": [...]}`, with an "id" if wanted; paths of pictures are relative to the file. A line that cannot be
-    used gives `{"line", "error"}` and is counted.
+    used gives `{"line", "error"}`, is counted, and is tried again by the next run. Pictures that the model draws are written beside
+    `out` and named, with the texts between them, in `"segments"`. `"of"` names the conversation and the settings, so that a reply is
+    never taken for that of another; the model is not looked at.
 
     Raises:
-        IntermodalError: `source` does not exist, or `out` is not such a file.
+        IntermodalError: `source` does not exist, a setting is wrong, or `out` is no such file, or one of other conversations or settings.
     """
     if not source.exists():
         raise IntermodalError(f"{source} does not exist")
-    done, counts = _finished(out), Counts()
-    lines = [(number, text) for number, text in enumerate(source.read_text().splitlines(), 1) if text.strip()]
-    counts.reused = sum(number in done for number, _ in lines)
-    lines = [(number, text) for number, text in lines if number not in done]
+    sampling = sampling_of(settings)
+    sampling.check()
+    texts = source.read_bytes().decode("utf-8", errors="replace").split("\n")  # and at nothing else that Unicode calls a line's end
+    lines = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+    names = {number: _name(text, sampling) for number, text in lines}
+    done = _earlier(out, names)
+    counts = Counts(reused=sum(number in done for number, _ in lines))
+    left = [(number, text) for number, text in lines if number not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file, Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("replying", total=len(lines))
-        for start in range(0, len(lines), CHUNK):
-            for row in _chunk(model, lines[start : start + CHUNK], source.parent, slots, settings):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts.rejected += "error" in row
-                counts.written += "error" not in row
-                bar.advance(task)
+    samples = _Samples([text for _, text in left], source.parent)
+    with out.open("a", encoding="utf-8") as file, Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("replying", total=len(left))
+        for index, reply in finished(model, samples, sampling, slots=slots):
+            number = left[index][0]
+            row: dict[str, Any] = {"line": number, "of": names[number]}
+            if isinstance(reply, IntermodalError):
+                row |= {"error": str(reply)}
+                counts.rejected += 1
+            else:
+                row |= samples.id_of(index) | {"reply": reply.text, "finish": reply.finish, "usage": reply.usage}
+                row |= {"segments": _with_files(reply, out, number)} if reply.images else {}
+                counts.written += 1
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+            bar.advance(task)
     return counts
 
 
-def _chunk(
-    model: Generative, lines: list[tuple[int, str]], folder: Path, slots: int, settings: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    usable: list[tuple[int, dict[str, Any]]] = []
-    for number, text in lines:
-        try:
-            sample = read_sample(text, folder)
-            assert model.processor is not None
-            # what is wrong with one conversation must not stop the others
-            fitting(model.processor, sample["messages"], model.config_text.context, sampling_of(settings))
-            usable.append((number, sample))
-        except IntermodalError as error:
-            yield {"line": number, "error": str(error)}
-    replies = model.generate_batch([sample["messages"] for _, sample in usable], slots=slots, **settings)
-    for (number, sample), reply in zip(usable, replies, strict=True):
-        name = {"id": sample["id"]} if "id" in sample else {}
-        yield {"line": number, **name, "reply": reply.text, "finish": reply.finish, "usage": reply.usage}
+class _Samples(Sequence):
+    """The messages of each line, read when their turn comes."""
+
+    def __init__(self, lines: list[str], folder: Path):
+        self.lines, self.folder = lines, folder
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return read_sample(self.lines[index], self.folder)["messages"]
+
+    def id_of(self, index: int) -> dict[str, Any]:
+        sample = json.loads(self.lines[index])
+        return {"id": sample["id"]} if "id" in sample else {}
 
 
 def read_sample(text: str, folder: Path) -> dict[str, Any]:
-    """One line of a file of conversations, with paths made absolute.
+    """One line of a file of conversations, with paths taken from `folder`.
 
     Raises:
         IntermodalError: not JSON, or no messages.
@@ -83,32 +93,59 @@ def read_sample(text: str, folder: Path) -> dict[str, Any]:
         sample = json.loads(text)
     except json.JSONDecodeError as error:
         raise IntermodalError(f"not JSON: {error}") from None
-    if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list) or not sample["messages"]:
+    if not isinstance(sample, dict) or "messages" not in sample:
         raise IntermodalError('a line must be {"messages": [{"role": "user", "content": ...}, ...]}')
-    for message in sample["messages"]:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise IntermodalError(f"a message needs a role and a content, got {json.dumps(message)[:80]}")
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            for kind in ("image", "video"):
-                value = part.get(kind)
-                if isinstance(value, str) and not value.startswith(("data:", "http:", "https:", "file:", "/")):
-                    part[kind] = str(folder / value)
-    return sample
+    return {**sample, "messages": placed(sample["messages"], folder)}
 
 
-def _finished(out: Path) -> set[int]:
-    """Lines that an earlier run replied to. A last line cut short by a kill is dropped."""
+def _name(text: str, sampling: Sampling) -> str:
+    return hashlib.blake2b(f"{text.strip()}\n{sampling}".encode(), digest_size=6).hexdigest()
+
+
+def _with_files(reply: Reply, out: Path, number: int) -> list[list[str]]:
+    """The reply's segments, pictures written as files and named by their path from `out`'s folder."""
+    folder = out.with_name(f"{out.stem}-pictures")
+    folder.mkdir(exist_ok=True)
+    segments = []
+    for kind, value in reply.segments:
+        if kind == "image":
+            file = folder / f"{number}-{sum(seen == 'image' for seen, _ in segments) + 1}.png"
+            value.save(file)
+            value = f"{folder.name}/{file.name}"
+        segments.append([kind, value])
+    return segments
+
+
+def _earlier(out: Path, names: dict[int, str]) -> set[int]:
+    """Lines that an earlier run replied to. A last row cut short by a kill, and rows of errors, are taken out of the file.
+
+    Raises:
+        IntermodalError: the file holds something else, or replies to other conversations or by other settings.
+    """
     if not out.exists():
         return set()
-    rows, kept = [], []
-    for text in out.read_text().splitlines():
+    *whole, last = out.read_bytes().split(b"\n")
+    begun = b'{"line": '
+    foreign = IntermodalError(f"{out} exists and is not a file of replies; give another --out")
+    if not (last.startswith(begun) or begun.startswith(last)):
+        raise foreign
+    kept, done = [], set()
+    for raw in whole:
         try:
-            row = json.loads(text)
-            rows.append(int(row["line"]))
-            kept.append(text)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            if kept and text is not None:
-                continue
-            raise IntermodalError(f"{out} exists and is not a file of replies; give another --out") from None
-    out.write_text("".join(text + "\n" for text in kept))
-    return set(rows)
+            row = json.loads(raw)
+            number, name = row["line"], row["of"]
+        except (ValueError, KeyError, TypeError):
+            raise foreign from None
+        if "error" in row:
+            continue
+        if names.get(number) != name:
+            raise IntermodalError(
+                f"{out}, line {number}: made from another conversation or by other settings than are asked for now; give another --out"
+            )
+        kept.append(raw)
+        done.add(number)
+    if last or len(kept) != len(whole):
+        part = out.with_name(out.name + ".part")
+        part.write_bytes(b"".join(raw + b"\n" for raw in kept))
+        part.replace(out)
+    return done

@@ -89,31 +89,53 @@ Event = str | Partial | Reply
 def replies(
     model: Generative, conversations: Sequence[Any], sampling: Sampling, *, slots: int = 16, progress: bool = False
 ) -> list[Reply]:
-    """Replies to many conversations (lists of messages), in order."""
+    """Replies to many conversations (lists of messages), in order.
+
+    Raises:
+        IntermodalError: a conversation cannot be replied to; `finished` gives such errors one by one instead.
+    """
     out: list[Reply | None] = [None] * len(conversations)
-    done = (event for event in _events(model, conversations, sampling, slots) if isinstance(event[1], Reply))
+    done = finished(model, conversations, sampling, slots=slots)
     for index, reply in track(done, "replying", total=len(conversations), disable=not progress, transient=True):
-        out[index] = reply  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if isinstance(reply, IntermodalError):
+            raise reply if len(conversations) == 1 else type(reply)(f"conversation {index}: {reply}") from reply
+        out[index] = reply
     return out  # pyright: ignore[reportReturnType]
+
+
+def finished(
+    model: Generative, conversations: Sequence[Any], sampling: Sampling, *, slots: int = 16
+) -> Iterator[tuple[int, Reply | IntermodalError]]:
+    """(index, reply) of many conversations as each is done, or why it cannot be begun. A conversation is asked for when its turn comes."""
+    for index, event in _events(model, conversations, sampling, slots):
+        if isinstance(event, Reply | IntermodalError):
+            yield index, event
 
 
 def stream(model: Generative, messages: Any, sampling: Sampling) -> Iterator[Event]:
     """Pieces of text as they become certain, pictures as they grow, then the whole `Reply`."""
     for _, event in _events(model, [messages], sampling, 1, partial=True):
+        if isinstance(event, IntermodalError):
+            raise event
         yield event
 
 
 @torch.inference_mode()
 def _events(
     model: Generative, conversations: Sequence[Any], sampling: Sampling, slots: int, partial: bool = False
-) -> Iterator[tuple[int, Event]]:
+) -> Iterator[tuple[int, Event | IntermodalError]]:
     sampling.check()
+    if slots < 1:
+        raise IntermodalError(f"slots={slots}: at least one conversation must be under way")
     processor = model.processor
     if processor is None:
         raise IntermodalError("this model came without a tokenizer: it cannot chat")
     slots = min(slots, len(conversations))
     if not slots:
         return
+    ends = frozenset(
+        [*processor.end_ids, *(t for text in sampling.stop if (t := processor.tokenizer.token_to_id(text)) is not None)]
+    )
     if model.vision_cache is None and processor.planner is not None:
         model.vision_cache = MemoryCache()
     pictures = model.vision_cache
@@ -127,11 +149,17 @@ def _events(
         arrivals: list[tuple[int, _Run]] = []
         while waiting and free:
             index = waiting.pop()
-            conversation, dropped = fitting(processor, conversations[index], model.config_text.context, sampling)
+            try:
+                conversation, dropped = fitting(processor, conversations[index], model.config_text.context, sampling)
+            except IntermodalError as error:
+                yield index, error
+                continue
             prompt = processor.batch(conversation, cache=pictures).to(model.device)
             room = model.config_text.context - len(prompt.ids)
             generator = torch.Generator().manual_seed(sampling.seed)
             arrivals.append((free.pop(), _Run(index, prompt, generator, int(prompt.positions.max()) + 1, room, dropped)))
+        if not arrivals and not running:
+            break
         if arrivals:
             batch = TokenBatch.pack([run.prompt for _, run in arrivals])
             cache.begin([slot for slot, _ in arrivals], batch.segments)
@@ -145,7 +173,7 @@ def _events(
         rows = iter(model.unembed(hidden))
         for slot, run in step:
             scores = [next(rows) for _ in range(run.drawing.streams if run.drawing else 1)]
-            yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, canvas, partial))
+            yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, ends, canvas, partial))
             if run.drawing is None:
                 for guide in range(1, streams):  # a picture is done: its guides are forgotten
                     cache.free(slot + guide * slots)
@@ -186,7 +214,13 @@ def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slo
 
 
 def _advance(
-    run: _Run, scores: list[Tensor], processor: ChatProcessor, sampling: Sampling, canvas: Canvas | None, partial: bool
+    run: _Run,
+    scores: list[Tensor],
+    processor: ChatProcessor,
+    sampling: Sampling,
+    ends: frozenset[int],
+    canvas: Canvas | None,
+    partial: bool,
 ) -> Iterator[str | Partial]:
     """Choose the next token and take it into account; gives the text that has become certain and pictures that have grown."""
     if canvas is not None and run.drawing is not None:
@@ -195,7 +229,9 @@ def _advance(
     row = scores[0]
     if canvas is not None:
         row = canvas.text_scores(row, may_draw=run.room - len(run.said) >= canvas.length and _pictures(run) < sampling.max_images)
-    seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
+    seen: Tensor | tuple[int, ...] = ()
+    if sampling.repetition_penalty != 1:
+        seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
     run.said.append(choose(row, seen, sampling, run.generator))
     if canvas is not None and run.said[-1] == canvas.tokens.begin:
         before = processor.decode(run.said[run.since : -1])
@@ -206,7 +242,7 @@ def _advance(
             yield delta
         return
     run.words += 1
-    delta = _certain(run, processor, sampling)
+    delta = _certain(run, processor, sampling, ends)
     if run.finish:
         run.close_text()
     if delta:
@@ -234,10 +270,10 @@ def _draw(run: _Run, scores: list[Tensor], sampling: Sampling, canvas: Canvas, p
         run.finish = "length"
 
 
-def _certain(run: _Run, processor: ChatProcessor, sampling: Sampling) -> str:
+def _certain(run: _Run, processor: ChatProcessor, sampling: Sampling, ends: frozenset[int]) -> str:
     """Take the newest word token into account; returns the text that has become certain."""
     said = run.said[run.since :]
-    ended = said[-1] in processor.end_ids
+    ended = said[-1] in ends
     text = processor.decode(said[:-1] if ended else said)
     over = ended or run.words >= sampling.max_new_tokens or len(run.said) >= run.room
     cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]

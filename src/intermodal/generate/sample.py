@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -30,6 +31,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Text that ends a reply; it is not part of it."""
     seed: int = 0
+    """Of the draws: one stream of random numbers a conversation, so that a reply is the same alone and in a batch. Copies of one
+    conversation are therefore answered alike; give them other seeds, call by call."""
     max_images: int = 4
     """Pictures in one reply, where the model draws."""
     image_temperature: float = 1.0
@@ -52,12 +55,16 @@ class Sampling:
             "image_temperature": self.image_temperature < 0,
             "image_top_p": not 0 < self.image_top_p <= 1,
             "guidance": self.guidance < 0,
+            "image_guidance": self.image_guidance is not None and self.image_guidance < 0,
             "top_k": self.top_k < 0,
             "top_p": not 0 < self.top_p <= 1,
             "min_p": not 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty <= 0,
             "stop": any(not text for text in self.stop),
         }
+        numbers = {f.name: getattr(self, f.name) for f in fields(self)}
+        wrong |= {name: True for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)}
+        wrong |= {name: True for name in ("temperature", "image_temperature") if 0 < numbers[name] < 1e-6}  # scores would overflow
         for name, bad in wrong.items():
             if bad:
                 raise IntermodalError(f"{name}={getattr(self, name)!r} is out of range")
@@ -73,7 +80,7 @@ def sampling_of(settings: dict[str, Any]) -> Sampling:
     for name in settings:
         if name not in names:
             raise IntermodalError(f"there is no setting {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    stop = settings.get("stop", ())
+    stop = settings.get("stop") or ()
     return Sampling(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 

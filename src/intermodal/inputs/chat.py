@@ -23,6 +23,7 @@ from ..errors import CheckpointError, IntermodalError
 from ..nn.attention import Segments
 from .codes import CodePlanner
 from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
+from .messages import check_messages
 from .template import ChatTemplate, TemplateError
 from .text import content
 from .vision_cache import VisionCache, content_key
@@ -159,12 +160,14 @@ class ChatProcessor:
             variables: passed to the template.
 
         Raises:
-            TemplateError, MediaError: the messages do not fit the template or the model.
+            SampleError: these are no messages.
+            TemplateError, MediaError: they do not fit the template or the model.
         """
         if self.template is None:
             raise TemplateError(
                 "this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)"
             )
+        check_messages(messages)
         items = [item for part in _parts(messages) if (item := load_part(part, self.video)) is not None]
         if items and self.planner is None:
             raise TemplateError("this is a text-only model: it takes no pictures or videos")
@@ -201,8 +204,8 @@ class ChatProcessor:
             if isinstance(parts, list):
                 written = []
                 for part in parts:
-                    kind = part.get("type", "text")
-                    shown += kind not in ("text", "box")
+                    kind = part.get("type")
+                    shown += kind != "box" and "text" not in part
                     written.append({"type": "text", "text": self._box(part, shown, items, plans)} if kind == "box" else part)
                 parts = written
             out.append({**message, "content": parts})

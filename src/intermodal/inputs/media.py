@@ -165,15 +165,18 @@ def _picture(value: Any) -> Image.Image:
             raise MediaError("a data URI is not base64: it should begin with data:image/png;base64,")
     if isinstance(value, str):
         value = Path(value.removeprefix("file://")).expanduser()
-    return open_image(value)
+    try:
+        return open_image(value)
+    except TypeError as error:
+        raise MediaError(f"an image part cannot be read: {error}") from error
 
 
 def _frames(value: Any, fps: float) -> Clip:
-    if value is None or len(value) == 0:
+    if not isinstance(value, np.ndarray | list | tuple) or len(value) == 0:
         raise MediaError('a video part holds no frames; write {"type": "video", "video": path or list of pictures, "fps": ...}')
     if fps <= 0:
         raise MediaError(f"a video's fps must be positive, got {fps}")
-    frames = value if isinstance(value, np.ndarray) else [np.asarray(open_image(frame)) for frame in value]
+    frames = value if isinstance(value, np.ndarray) else [np.asarray(_picture(frame)) for frame in value]
     if len({frame.shape for frame in frames}) != 1 or frames[0].ndim != 3 or frames[0].shape[2] != 3:
         raise MediaError("the frames of a video must be RGB pictures of one size")
     return Clip(np.stack(list(frames)), tuple(index / fps for index in range(len(frames))), fps)

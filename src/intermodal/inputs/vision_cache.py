@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,8 @@ from .media import Clip, Plan, Planner
 
 MEMORY = 512 << 20
 """Bytes that a chat's cache may hold."""
+SAMPLED = 32
+"""Values of each of the tower's parameters that are compared."""
 
 
 class VisionCache(Protocol):
@@ -49,8 +52,8 @@ class MemoryCache:
         self._weights: Any = None
 
     def begin(self, tower: Mapping[str, Tensor]) -> None:
-        """Forget everything if the tower's weights are not those of the last time."""
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tower.values()]
+        """Forget everything if the tower's weights, or how it computes, are not those of the last time."""
+        weights = _state_of(tower)
         if weights != self._weights:
             self._items.clear()
             self._weights, self.held = weights, 0
@@ -69,6 +72,17 @@ class MemoryCache:
         self._items[key] = kept
         while self.held > self.limit:
             self.held -= _size(self._items.popitem(last=False)[1])
+
+
+def _state_of(tower: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What differs when a tower would say something else. Addresses and versions alone do not tell: a fused optimizer changes weights
+    and leaves both as they are, so a few values of every parameter are compared too."""
+    if not tower:
+        return ()
+    device = next(iter(tower.values())).device.type
+    places = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tower.values()]
+    samples = [p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].float() for p in tower.values()]
+    return places, torch.cat(samples).cpu().numpy().tobytes(), torch.is_autocast_enabled(device)
 
 
 def _size(states: States) -> int:

@@ -62,6 +62,7 @@ class Cache:
     def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float | None = None) -> Tensor:
         """Store the new keys and values and let the new queries see everything up to themselves: (T, H, K)."""
         keys, values = self.keys[layer], self.values[layer]
+        q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))  # under autocast they come in another type
         gqa = q_THK.shape[1] != k_TGK.shape[1]
         if self.single:
             slots, places = self.at
