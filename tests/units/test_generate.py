@@ -71,6 +71,36 @@ def test_a_stream_is_the_reply(model):
         assert last == model.generate(ask("tell"), max_new_tokens=40, **settings)
 
 
+def bytes_with_fallback():
+    """A tokenizer as Llama 2 has it: bytes as tokens, a run of which is decoded whole or not at all."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {"<unk>": 0, "▁a": 1, "b": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+@pytest.mark.parametrize("said", ["日".encode() + "本".encode()[:1], "a日".encode(), b"\xff", "日本".encode(), b"\xe6ab"], ids=repr)
+def test_what_was_streamed_stays_said(model, said, monkeypatch):
+    from intermodal.generate import engine
+
+    ids = [1, *(3 + byte for byte in said), 2]
+    answers = iter(ids)
+    tokens = bytes_with_fallback()
+    monkeypatch.setattr(engine, "choose", lambda *arguments: next(answers))
+    monkeypatch.setattr(model.processor, "decode", lambda ids, special=False: tokens.decode(list(ids)))
+    model.processor.end_ids = ()
+    *pieces, last = model.stream(ask("tell"), max_new_tokens=len(ids))
+    assert "".join(pieces) == last.text
+    if said.decode(errors="ignore").encode() == said:
+        assert last.text == tokens.decode(ids) == "a" + said.decode() + "b"
+    assert last.text.startswith("a")
+    assert last.text.endswith("b")
+
+
 def test_stop_texts_and_ends(model):
     free = model.generate(ask("tell"), max_new_tokens=40)
     assert (free.finish, free.usage["completion_tokens"]) == ("length", 40) or free.finish == "stop"

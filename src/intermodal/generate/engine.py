@@ -71,6 +71,12 @@ class _Run:
     """What has been said for certain in the text under way: whole characters, nothing that may turn out to be a stop text."""
     since: int = 0
     """Where in `said` the text under way begins."""
+    decoded: str = ""
+    """The text of `said[since:read]`."""
+    prefix: int = 0
+    read: int = 0
+    """Tokens before `read` are decoded, those from `prefix` on are decoded again with new ones: what a token says may depend on the one
+    before it."""
     words: int = 0
     """Tokens said outside pictures."""
     segments: list[tuple[str, Any]] = field(default_factory=list)
@@ -80,7 +86,8 @@ class _Run:
     def close_text(self) -> None:
         if self.text:
             self.segments.append(("text", self.text))
-        self.text, self.since = "", len(self.said)
+        self.text = self.decoded = ""
+        self.since = self.prefix = self.read = len(self.said)
 
 
 Event = str | Partial | Reply
@@ -234,7 +241,7 @@ def _advance(
         seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
     run.said.append(choose(row, seen, sampling, run.generator))
     if canvas is not None and run.said[-1] == canvas.tokens.begin:
-        before = processor.decode(run.said[run.since : -1])
+        before = _decoded(run, run.said[:-1], processor, last=True)
         delta, run.text = before[len(run.text) :], before
         run.close_text()
         run.drawing = canvas.start(run.prompt.ids.tolist(), run.said)
@@ -265,30 +272,39 @@ def _draw(run: _Run, scores: list[Tensor], sampling: Sampling, canvas: Canvas, p
         return
     run.said.append(canvas.tokens.end)  # forced, not drawn
     run.segments.append(("image", canvas.picture(drawing.codes)))
-    run.drawing, run.since = None, len(run.said)
+    run.drawing = None
+    run.close_text()
     if run.room <= len(run.said):
         run.finish = "length"
 
 
 def _certain(run: _Run, processor: ChatProcessor, sampling: Sampling, ends: frozenset[int]) -> str:
     """Take the newest word token into account; returns the text that has become certain."""
-    said = run.said[run.since :]
-    ended = said[-1] in ends
-    text = processor.decode(said[:-1] if ended else said)
+    ended = run.said[-1] in ends
+    said = run.said[:-1] if ended else run.said
     over = ended or run.words >= sampling.max_new_tokens or len(run.said) >= run.room
+    text = _decoded(run, said, processor, last=over)
     cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
     if cuts:
         text, over, ended = text[: min(cuts)], True, True
     elif not over:
-        text = text.rstrip("\ufffd")  # half a character: its other bytes are in the next token
         held = [length for stop in sampling.stop for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])]
         text = text[: len(text) - max(held, default=0)]
     if over:
         run.finish = "stop" if ended else "length"
-    elif not text.startswith(run.text):  # a tokenizer may still change the last piece (a space before a word)
-        return ""
     delta, run.text = text[len(run.text) :], text
     return delta
+
+
+def _decoded(run: _Run, said: Sequence[int], processor: ChatProcessor, *, last: bool) -> str:
+    """The text of `said[run.since:]`, without a character whose other bytes are still to come, unless nothing is. What was given once is
+    never changed: some decoders (SentencePiece's byte fallback) take a character back when the bytes after it are broken."""
+    before = processor.decode(said[run.prefix : run.read])
+    new = processor.decode(said[run.prefix :])[len(before) :]
+    if new and (last or not new.endswith("\ufffd")):
+        run.decoded += new
+        run.prefix, run.read = run.read, len(said)
+    return run.decoded
 
 
 def fitting(
