@@ -2,9 +2,7 @@
 (`intermodal train recipes/vqvae.py --out runs/vqvae`) and name it in `model.vq`.
 """
 
-from dataclasses import replace
-
-from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
+from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
 
 SCENES = "scenes:core?pair_share=0.3&most=1&colour_share=0.1&plain=true&forms=1"
 
@@ -26,13 +24,4 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         z_loss=1e-5,
     )
     full = StagedRecipe("native", NativeConfig(), (stage,))
-    if not tiny:
-        return full
-    decoder = replace(full.model.decoder, width=32, depth=2, heads=2, kv_heads=2, head_width=16, mlp_width=48)
-    small = replace(
-        stage,
-        data=replace(stage.data, batch=8, workers=0, tokens=512),
-        optim=replace(stage.optim, warmup=1),
-        train=replace(stage.train, steps=3, log_every=1),
-    )
-    return replace(full, model=replace(full.model, decoder=decoder, tokenizer_samples=32), stages=(small,))
+    return tiny_stages(full) if tiny else full

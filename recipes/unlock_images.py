@@ -3,9 +3,7 @@ tables learn, so what it says about words does not move. Name the model in `mode
 model needs its VQ decoder beside it (docs/native.md).
 """
 
-from dataclasses import replace
-
-from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig
+from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:
@@ -18,12 +16,4 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         train=LoopConfig(steps=500, log_every=10),
     )
     full = StagedRecipe("unlock_images", NativeConfig(start="chameleon"), (stage,))
-    if not tiny:
-        return full
-    small = replace(
-        stage,
-        data=replace(stage.data, batch=4, workers=0, tokens=1024),
-        optim=replace(stage.optim, warmup=1),
-        train=replace(stage.train, steps=3, log_every=1),
-    )
-    return replace(full, stages=(small,))
+    return tiny_stages(full) if tiny else full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -268,6 +269,38 @@ def demo_native(
     from ..evaluate.demo_native import run_native_demo
 
     typer.echo(f"report: {run_native_demo(out, seconds, steps, count=count, guidance=guidance)}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path | None, typer.Argument(help="A recipe with stages; by default recipes/compare_stitched.py.")] = None,
+    second: Annotated[Path | None, typer.Argument(help="Another; by default recipes/compare_native.py.")] = None,
+    out: Out = Path("runs/compare"),
+    seconds: Annotated[float, typer.Option(help="Training of one run, eyes and decoder; there are two runs a seed.")] = 300.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
+    steps: Annotated[int | None, typer.Option(help="Train everything exactly this many steps instead.")] = None,
+    tiny: Annotated[bool, typer.Option(help="The recipes' smallest versions, to see that it runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two recipes by measurement: equal data, equal training time, several seeds; by default a stitched and a native model.
+
+    Writes a page, a Markdown table and JSON. A comparison that was stopped goes on with the runs that are missing.
+
+    Example: `intermodal compare --seconds 300 --out runs/compare`
+    """
+    from ..errors import IntermodalError
+    from ..lab.compare import RECIPES, Settings
+    from ..lab.compare import compare as measure
+
+    if (first is None) != (second is None):
+        raise IntermodalError("give two recipes, or none for the project's own")
+    pair = (first or RECIPES / "compare_stitched.py", second or RECIPES / "compare_native.py")
+    small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
+    settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
+    page = measure(*pair, out, settings, tiny=tiny)
+    _print({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
+    if not as_json:
+        typer.echo(f"report: {page}")
 
 
 @data.command()

@@ -303,3 +303,18 @@ def tiny_version(recipe: Recipe) -> Recipe:
         optim=replace(recipe.optim, warmup=1),
         train=replace(recipe.train, steps=3, log_every=1, micro_batch=None, save_every=None),
     )
+
+
+def tiny_stages(recipe: StagedRecipe) -> StagedRecipe:
+    """The same for a recipe of stages."""
+    decoder = replace(recipe.model.decoder, width=32, depth=2, heads=2, kv_heads=2, head_width=16, mlp_width=48)
+    stages = tuple(
+        replace(
+            stage,
+            data=replace(stage.data, batch=8, workers=0, tokens=512),
+            optim=replace(stage.optim, warmup=1),
+            train=replace(stage.train, steps=3, log_every=1, save_every=None),
+        )
+        for stage in recipe.stages
+    )
+    return replace(recipe, model=replace(recipe.model, decoder=decoder, tokenizer_samples=64), stages=stages)

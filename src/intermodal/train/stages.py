@@ -67,8 +67,8 @@ def train_stages(
     return load(before)
 
 
-def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource]) -> Generative:
-    """The model a recipe starts from: loaded, stitched from its parts, or native."""
+def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource], seed: int = 0) -> Generative:
+    """The model a recipe starts from: loaded, stitched from its parts, or native; `seed` draws what is fresh in it."""
     if config.start is not None:
         model = load(config.start)
         if not isinstance(model, Generative):
@@ -80,13 +80,13 @@ def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSourc
             raise IntermodalError(
                 f"{config.vq} is a {type(vq).__name__}; model.vq wants a VQ-VAE (intermodal train recipes/vqvae.py)"
             )
-        return fresh_chameleon(config.decoder, vq, spoken(sources, config.tokenizer_samples), config.vocabulary)
+        return fresh_chameleon(config.decoder, vq, spoken(sources, config.tokenizer_samples), config.vocabulary, seed)
     vision = load_encoder(config.vision)
     if config.language is None:
-        language = fresh_decoder(config.decoder, spoken(sources, config.tokenizer_samples), config.vocabulary)
+        language = fresh_decoder(config.decoder, spoken(sources, config.tokenizer_samples), config.vocabulary, seed)
     else:
         language = load(config.language)
-    return stitch(vision, language, layer=config.layer)
+    return stitch(vision, language, layer=config.layer, seed=seed)
 
 
 def spoken(sources: Sequence[TalkSource], count: int) -> list[str]:
@@ -134,7 +134,7 @@ class StageTrainer(Trainer):
             self.model = load(initial)
         else:
             every = [open_talks(spec, seed=stage.data.seed) for stage in self.whole.stages for spec in stage.data.train]
-            self.model = build_model(self.whole.model, every)
+            self.model = build_model(self.whole.model, every, self.recipe.train.seed)
             if self.world.main and self.whole.model.start is None:
                 save(self.model, initial)
         if self.model.processor is None:

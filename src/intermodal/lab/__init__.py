@@ -1,0 +1,1 @@
+"""Experiments that the library runs on itself: families compared by measurement."""

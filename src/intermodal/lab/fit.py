@@ -1,0 +1,64 @@
+"""How many steps fit into a time here: short trials, so that a schedule is as long as its run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..train.contrastive import train
+from ..train.recipe import Recipe, StagedRecipe, VQRecipe
+from ..train.stages import train_stages
+from ..train.vqvae import train_vqvae
+
+TRIAL_STEPS = 24
+LEAST_STEPS = 10
+R = TypeVar("R", Recipe, VQRecipe)
+
+
+def fit(recipe: R, folder: Path, seconds: float, *, trial_steps: int = TRIAL_STEPS) -> R:
+    """The recipe with as many steps as fit into what a trial in `folder` leaves of `seconds`; never more than it had."""
+    began = time.perf_counter()
+    run = train_vqvae if isinstance(recipe, VQRecipe) else train
+    run(_short(recipe, trial_steps), folder, quiet=True)  # pyright: ignore[reportArgumentType]
+    per_step = recipe.data.batch / _speed(folder / "metrics.jsonl")
+    shutil.rmtree(folder)
+    steps = max(LEAST_STEPS, int((seconds - (time.perf_counter() - began)) / per_step))
+    return with_steps(recipe, min(steps, recipe.train.steps))
+
+
+def fit_stages(recipe: StagedRecipe, folder: Path, seconds: float, *, more: float = 1.0) -> StagedRecipe:
+    """The same for a recipe of stages, which keep their shares of the steps; the last stage's speed is taken for all.
+
+    Args:
+        more: what a step costs beside its own time, as a multiple (a twin trained as long).
+    """
+    began, last = time.perf_counter(), recipe.stages[-1]
+    train_stages(replace(recipe, stages=(_short(last, TRIAL_STEPS),)), folder, quiet=True)
+    per_step = last.data.batch / _speed(folder / f"1-{last.name}" / "metrics.jsonl") * more
+    shutil.rmtree(folder)
+    wanted = sum(stage.train.steps for stage in recipe.stages)
+    steps = min(wanted, max(LEAST_STEPS, int((seconds - (time.perf_counter() - began)) / per_step)))
+    return with_stage_steps(recipe, [max(2, round(steps * stage.train.steps / wanted)) for stage in recipe.stages])
+
+
+def with_steps(recipe: Any, steps: int) -> Any:
+    return replace(recipe, train=replace(recipe.train, steps=steps))
+
+
+def with_stage_steps(recipe: StagedRecipe, steps: Sequence[int]) -> StagedRecipe:
+    return replace(recipe, stages=tuple(with_steps(stage, count) for stage, count in zip(recipe.stages, steps, strict=True)))
+
+
+def _short(recipe: Any, steps: int) -> Any:
+    loop = replace(recipe.train, steps=steps, log_every=max(1, steps // 2), save_every=None)
+    return replace(recipe, train=loop)
+
+
+def _speed(metrics: Path) -> float:
+    """Samples a second of the trial's second half."""
+    return json.loads(metrics.read_text().splitlines()[-1])["samples_per_second"]

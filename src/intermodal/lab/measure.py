@@ -1,0 +1,216 @@
+"""What a model of conversations can be measured by: answers, captions, signs, what its eyes keep of a picture, what it draws."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import from_dict, to_dict
+from ..data.facts import Facts, plural
+from ..data.questions import SIGN_QUESTION
+from ..data.scenes import SceneConfig, Scenes
+from ..data.signs import SignConfig, Signs
+from ..data.talks import SceneTalks, open_talks, user
+from ..evaluate.demo_native import decoded, reconstructed
+from ..evaluate.judge import fresh_tower, pixels_of, shares, train_judge, verdicts
+from ..evaluate.retrieval import ranks
+from ..evaluate.vqa import accuracy, ask, held_out_questions, majority
+from ..models.chameleon import Chameleon
+from ..models.clip import SigLIP
+from ..models.generative import Generative
+from ..models.vit import SiglipVisionTower
+from ..train.recipe import StagedRecipe
+from ..train.vqvae import psnr
+from ..weights.load import load
+
+RIDGE = 1e-3
+READ_OUT = (800, 200)
+"""Pictures that the linear read-out is fitted on, and tested on."""
+JUDGE_SEED, DRAW_SEED = 5, 11
+
+
+def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path) -> dict[str, Any]:
+    """Every measure of one model; pictures that it draws are left in `folder`/drawn, to be judged with those of other runs."""
+    config = scene_config(recipe, side_of(model))
+    asked = held_out_questions(config, each=settings.questions)
+    answers = accuracy(asked, ask(model, asked))
+    out = {
+        "questions": answers,
+        "questions_majority": accuracy(asked, majority(config, asked)),
+        "captions": captions(model, config, settings.questions),
+        "signs": signs(model, recipe, settings.heights, settings.signs),
+        "tokens_per_image": tokens_per_image(model),
+        "kept": kept(model, config),
+    }
+    if isinstance(model, Chameleon):
+        draw(model, config, settings.drawn, folder / "drawn")
+    return out
+
+
+def side_of(model: Generative) -> int:
+    """Pixels of the pictures that are made for a model."""
+    config = model.config
+    return getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
+
+
+def scene_config(recipe: StagedRecipe, side: int) -> SceneConfig:
+    """The scenes that the recipe's last stage asks about, else the usual ones."""
+    for spec in recipe.stages[-1].data.train:
+        if spec.startswith("questions:scenes"):
+            talks = open_talks(spec, side=side)
+            assert isinstance(talks, SceneTalks)
+            return talks.scenes.config
+    return SceneConfig(side=side)
+
+
+def captions(model: Generative, config: SceneConfig, count: int) -> dict[str, float]:
+    """Captions of held-out scenes: exactly right, and the share of named things that are named."""
+    source = Scenes(replace(config, split="test", seed=DRAW_SEED))
+    facts = [source.facts(index) for index in range(count)]
+    said = model.generate_batch([[user(source.scene(index).image)] for index in range(count)], slots=64, max_new_tokens=32)
+    exact = [reply.text.strip() == fact.caption() for reply, fact in zip(said, facts, strict=True)]
+    named = [names(group.noun, reply.text) for reply, fact in zip(said, facts, strict=True) for group in fact.groups]
+    return {"exact": float(np.mean(exact)), "things": float(np.mean(named))}
+
+
+def names(noun: str, text: str) -> bool:
+    """Whether a text holds a noun, as one or as many, in whole words."""
+    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in (noun, plural(noun)))
+
+
+def signs(model: Generative, recipe: StagedRecipe, heights: Sequence[int], each: int) -> dict[str, float]:
+    """Words of signs in a font never trained on, read exactly right, by the font's size in pixels."""
+    spec = next((s for s in recipe.stages[-1].data.train if s.startswith("questions:signs")), "questions:signs")
+    trained = getattr(open_talks(spec, side=side_of(model)), "signs", None)
+    config: SignConfig = trained.config if trained else SignConfig(side=side_of(model))
+    source = Signs(replace(config, fonts="test", seed=DRAW_SEED, least=min(heights)))
+    shown = [(height, source.sign(index, height)) for height in heights for index in range(each)]
+    said = model.generate_batch([[user(sign.image, SIGN_QUESTION)] for _, sign in shown], slots=64, max_new_tokens=12)
+    right: dict[str, list[bool]] = {}
+    for (height, sign), reply in zip(shown, said, strict=True):
+        right.setdefault(str(height), []).append(reply.text.strip() == sign.word)
+    return {height: float(np.mean(found)) for height, found in right.items()}
+
+
+def tokens_per_image(model: Generative) -> int:
+    assert model.processor is not None
+    side = side_of(model)
+    conversation = model.processor.conversation([user(Image.new("RGB", (side, side)), "x")], reply=True)
+    return sum(len(plan) for plan in conversation.plans)
+
+
+@torch.no_grad()
+def kept(model: Generative, config: SceneConfig) -> dict[str, float | None]:
+    """What is left of a picture behind the eyes, as PSNR in dB: of the best linear map from a token's features to its patch of pixels, and
+    of the model's own decoder where it has one."""
+    source = Scenes(replace(config, seed=DRAW_SEED))
+    pictures = [source.scene(index).image for index in range(sum(READ_OUT))]
+    features_NTD = torch.cat([features(model, pictures[at : at + 100]) for at in range(0, len(pictures), 100)])
+    pixels = pixels_of(pictures)
+    grid = round(features_NTD.shape[1] ** 0.5)
+    size = pixels.shape[-1] // grid
+    patches_NTK = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    ones = features_NTD.new_ones(*features_NTD.shape[:2], 1)
+    x = torch.cat([features_NTD, ones], -1)
+    known, unknown = x[: READ_OUT[0]].flatten(0, 1), x[READ_OUT[0] :].flatten(0, 1)
+    gram = known.T @ known + RIDGE * len(known) * torch.eye(known.shape[1])
+    weights = torch.linalg.solve(gram, known.T @ patches_NTK[: READ_OUT[0]].flatten(0, 1))
+    error = ((unknown @ weights).clamp(-1, 1) - patches_NTK[READ_OUT[0] :].flatten(0, 1)).square().mean()
+    out: dict[str, float | None] = {"linear": psnr(error.item()), "decoder": None}
+    if isinstance(model, Chameleon):
+        again = reconstructed(model.vqmodel, pictures[READ_OUT[0] :])
+        out["decoder"] = psnr((pixels_of(again) - pixels[READ_OUT[0] :]).square().mean().item())
+    return out
+
+
+def features(model: Generative, pictures: Sequence[Image.Image]) -> Tensor:
+    """(N, T, D) what the eyes say of pictures of one size, before anything of the decoder's, each feature of about unit size."""
+    if isinstance(model, Chameleon):
+        vq = model.vqmodel
+        codes = vq.encode(pixels_of(pictures))
+        found = vq.quantize.table()[codes].flatten(1, 2)
+    else:
+        assert model.processor is not None
+        rows = []
+        for picture in pictures:
+            batch = model.processor([user(picture, "x")], reply=True)
+            assert batch.visual is not None
+            rows.append(model.states(batch.visual)[0])
+        found = torch.stack(rows)
+    return found / found.pow(2).mean().sqrt()
+
+
+def draw(model: Chameleon, config: SceneConfig, count: int, folder: Path) -> None:
+    """Draw held-out captions into `folder`, with what the judges compare them with: the real scenes, those through the codes, noise."""
+    source = Scenes(replace(config, split="test", seed=DRAW_SEED))
+    facts = [source.facts(index) for index in range(count)]
+    told = [[user(None, f"draw {fact.caption()}")] for fact in facts]
+    replies = model.generate_batch(
+        told, slots=32, max_new_tokens=4, max_images=1, image_temperature=0.9, image_top_p=0.95, guidance=2.0
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    grey = Image.new("RGB", (config.side, config.side), (128, 128, 128))
+    real = [source.scene(index).image for index in range(count)]
+    torch.manual_seed(0)
+    noise = decoded(model.vqmodel, torch.randint(model.config.vq.codes, (count, model.config.grid, model.config.grid)))
+    columns = {
+        "drawn": [reply.images[0] if reply.images else grey for reply in replies],
+        "real": real,
+        "codes": reconstructed(model.vqmodel, real),
+        "noise": noise,
+    }
+    for name, pictures in columns.items():
+        sheet = Image.new("RGB", (config.side * count, config.side))
+        for index, picture in enumerate(pictures):
+            sheet.paste(picture, (index * config.side, 0))
+        sheet.save(folder / f"{name}.png")
+    said = {"side": config.side, "began": sum(bool(reply.images) for reply in replies), "captions": [f.caption() for f in facts]}
+    (folder / "said.json").write_text(json.dumps({**said, "scenes": to_dict(config)}, indent=1) + "\n")
+
+
+def judge_drawings(folders: Sequence[Path], models: Sequence[str], steps: int) -> None:
+    """Write `scores.json` into folders of `draw`: a classifier of real scenes names what it sees, and a SigLIP ranks the captions.
+
+    Args:
+        models: SigLIP models of the comparison; the first gives the second judge, and its tower to the first.
+    """
+    siglips = [found for path in models if isinstance(found := load(path), SigLIP)]
+    siglip = siglips[0] if siglips else None
+    for folder in folders:
+        said = json.loads((folder / "said.json").read_text())
+        config = from_dict(SceneConfig, said["scenes"])
+        fits = siglip is not None and siglip.config.vision.image_size == config.side
+        tower = siglip.vision if siglip is not None and fits else fresh_tower(config.side)
+        assert isinstance(tower, SiglipVisionTower)
+        judge = train_judge(replace(config, seed=JUDGE_SEED), tower=tower, steps=steps, progress=False)
+        source = Scenes(replace(config, split="test", seed=DRAW_SEED))
+        facts = [source.facts(index) for index in range(len(said["captions"]))]
+        sheets = {name: _cut(folder / f"{name}.png", config.side) for name in ("drawn", "real", "codes", "noise")}
+        sheets["drawn for another caption"] = sheets["drawn"][1:] + sheets["drawn"][:1]
+        scores: dict[str, Any] = {"began": said["began"], "count": len(facts)}
+        for name, pictures in sheets.items():
+            scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": _found(siglip if fits else None, pictures, facts)}
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def _cut(sheet: Path, side: int) -> list[Image.Image]:
+    picture = Image.open(sheet).convert("RGB")
+    return [picture.crop((left, 0, left + side, side)) for left in range(0, picture.width, side)]
+
+
+def _found(model: SigLIP | None, pictures: Sequence[Image.Image], facts: Sequence[Facts]) -> float | None:
+    """Share of pictures whose own caption is among the five that SigLIP finds most like them."""
+    if model is None:
+        return None
+    captions = [fact.caption() for fact in facts]
+    places = ranks(model.embed_images(list(pictures)), model.embed_texts(captions), [[index] for index in range(len(captions))])
+    return (places < 5).float().mean().item()

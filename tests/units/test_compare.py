@@ -1,0 +1,120 @@
+"""The comparison: its measures on models whose answers are known, its runs and report at their smallest."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from intermodal.cli.app import app
+from intermodal.errors import IntermodalError
+from intermodal.lab import compare as lab
+from intermodal.lab import measure, report
+from intermodal.lab.fit import with_stage_steps
+from intermodal.train.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Both of the project's recipes, tiny, one seed."""
+    out = tmp_path_factory.mktemp("compare")
+    arguments = ["compare", "--tiny", "--steps", "3", "--seeds", "1", "--out", str(out / "run"), "--json"]
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    return out / "run", json.loads(said.output.splitlines()[-1]), arguments
+
+
+def test_every_row_of_the_lectures_table_is_measured(compared):
+    folder, result, _ = compared
+    labels = [label for label, _ in result["table"]]
+    for wanted in ("questions, count", "captions, exactly", "signs of 8 px", "linear read-out", "own decoder", "tokens an image",
+                   "tokens/s", "memory", "spikes", "highest score", "named things found, drawn for its caption"):  # fmt: skip
+        assert any(wanted in label for label in labels), wanted
+    rows = dict(result["table"])
+    assert rows["tokens an image"] == ["16", "6"]  # 4 x 4 patches; 2 x 2 codes, their begin and end
+    assert rows["kept by the eyes: own decoder, dB"][0] == "none"
+    assert rows["named things found, drawn for its caption"][0] == "none"
+    assert "%" in rows["named things found, drawn for its caption"][1]
+    assert all(run["peak_megabytes"] > 100 for runs in result["runs"].values() for run in runs)
+    assert any("cannot draw" in line for line in result["findings"])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") >= 5
+    assert "(48 px)" not in page
+    assert (folder / "report.md").read_text().startswith("# Stitched against native")
+    assert all((folder / f"{name}.png").stat().st_size > 1000 for name in report.PLOTS)
+
+
+def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
+    folder, result, arguments = compared
+    monkeypatch.setattr(lab, "_alone", None)  # nothing is left to run
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert json.loads(said.output.splitlines()[-1])["table"] == result["table"]
+    with pytest.raises(IntermodalError, match="other settings"):
+        lab.compare(RECIPES / "compare_stitched.py", RECIPES / "compare_native.py", folder, lab.Settings())
+    with pytest.raises(IntermodalError, match="only recipes with stages"):
+        lab.compare(RECIPES / "siglip.py", RECIPES / "compare_native.py", folder, lab.Settings())
+
+
+def test_both_sides_read_the_same_with_the_same_decoder():
+    stitched, native = (load_recipe(RECIPES / f"compare_{name}.py") for name in ("stitched", "native"))
+    ours, theirs = stitched.stages[0].data, native.stages[0].data
+    assert theirs.train[: len(ours.train)] == ours.train
+    assert theirs.weights[: len(ours.weights)] == ours.weights
+    shapes = [{**recipe.model.decoder.__dict__, "qk_layernorm": None} for recipe in (stitched, native)]
+    assert shapes[0] == shapes[1]
+    assert [stage.train.steps for stage in with_stage_steps(native, [7]).stages] == [7]
+
+
+def test_what_only_pixels_hold_is_lost_by_what_does_not_hold_them(monkeypatch):
+    """The read-out finds everything in features that are the pixels, and only the mean in features that say nothing."""
+    from intermodal.data.scenes import SceneConfig
+    from intermodal.evaluate.judge import pixels_of
+
+    monkeypatch.setattr(measure, "READ_OUT", (60, 20))
+    monkeypatch.setattr(measure, "RIDGE", 1e-7)
+
+    def own(model, pictures):
+        patches = pixels_of(pictures).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return patches if model == "pixels" else torch.zeros(len(pictures), 16, 3)
+
+    monkeypatch.setattr(measure, "features", own)
+    config = SceneConfig(side=32)
+    all_kept, nothing = (measure.kept(model, config)["linear"] for model in ("pixels", "nothing"))
+    assert all_kept > 40
+    assert 3 < nothing < 15
+
+
+def test_spikes_stand_out_from_what_was_usual():
+    falling = list(np.linspace(4, 1, 40))
+    assert lab.spikes(falling) == 0
+    assert lab.spikes([*falling[:20], 9.0, *falling[20:], 7.0]) == 2
+
+
+def test_nouns_are_found_as_words():
+    assert measure.names("apple", "two red apples left of a car")
+    assert measure.names("car", "two red apples left of a car")
+    assert not measure.names("car", "a scarf")
+
+
+def test_findings_need_every_seed():
+    def run(value, drawn=None):
+        scores = {"things": 0.3}
+        return {
+            "questions": {"all": value},
+            "captions": {"exact": 0.1},
+            "signs": {"8": value},
+            "kept": {"linear": 10 * value},
+            "tokens_per_second": 5.0,
+            "drawn": drawn and {"drawn": scores, "drawn for another caption": {"things": 0.1}, "real": {"things": 0.9}},
+        }
+
+    said = report.findings({"a": [run(0.5), run(0.6)], "b": [run(0.2, True), run(0.4, True)]})
+    assert "a is ahead with every seed: questions, all, signs of all heights, linear read-out of pixels." in said
+    assert any("overlap: captions, exactly right, training tokens/s" in line for line in said)
+    assert any("b draws: the judge finds 30 % of the named things, and 10 %" in line for line in said)
+    overlapping = report.findings({"a": [run(0.5), run(0.3)], "b": [run(0.2), run(0.4)]})
+    assert not any("ahead" in line for line in overlapping)
