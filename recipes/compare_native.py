@@ -1,7 +1,7 @@
 """The native side of `intermodal compare`: one decoder of the same size over words and picture codes. It reads what
 `compare_stitched.py` reads, and a third of its conversations ask it to draw, which the other side cannot.
 
-`model.vq="eyes"` is trained first by the comparison, from `recipes/vqvae.py`, within the same budget.
+`model.vq="eyes"` is trained first by the comparison, from `recipes/compare_vqvae.py`, within the same budget.
 """
 
 from dataclasses import replace

@@ -35,7 +35,7 @@ def test_every_row_of_the_lectures_table_is_measured(compared):
                    "tokens/s", "memory", "spikes", "highest score", "named things found, drawn for its caption"):  # fmt: skip
         assert any(wanted in label for label in labels), wanted
     rows = dict(result["table"])
-    assert rows["tokens an image"] == ["16", "6"]  # 4 x 4 patches; 2 x 2 codes, their begin and end
+    assert rows["tokens an image"] == ["16", "18"]  # 4 x 4 patches; 4 x 4 codes, their begin and end
     assert rows["kept by the eyes: own decoder, dB"][0] == "none"
     assert rows["named things found, drawn for its caption"][0] == "none"
     assert "%" in rows["named things found, drawn for its caption"][1]

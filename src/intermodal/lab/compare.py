@@ -55,7 +55,7 @@ def compare(
     settings: Settings,
     *,
     stitched_eyes: str | Path = RECIPES / "siglip.py",
-    native_eyes: str | Path = RECIPES / "vqvae.py",
+    native_eyes: str | Path = RECIPES / "compare_vqvae.py",
     tiny: bool = False,
     console: Console | None = None,
 ) -> Path:

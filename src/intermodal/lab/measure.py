@@ -144,7 +144,7 @@ def features(model: Generative, pictures: Sequence[Image.Image]) -> Tensor:
         for picture in pictures:
             batch = model.processor([user(picture, "x")], reply=True)
             assert batch.visual is not None
-            rows.append(model.states(batch.visual)[0])
+            rows.append(model.states(batch.visual)[0].flatten(0, -2))
         found = torch.stack(rows)
     return found / found.pow(2).mean().sqrt()
 
