@@ -19,8 +19,8 @@ def recipe(tiny: bool = False) -> StagedRecipe:
             batch=32,
             tokens=4096,
         ),
-        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=50),
-        train=LoopConfig(steps=1200, threads=2, log_every=20),
+        optim=OptimConfig(name="muon", lr=1.5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=50),
+        train=LoopConfig(steps=4000, threads=2, log_every=20),
         z_loss=1e-5,
     )
     full = StagedRecipe("native", NativeConfig(), (stage,))

@@ -12,7 +12,7 @@ from intermodal.cli.app import app
 from intermodal.errors import IntermodalError
 from intermodal.lab import compare as lab
 from intermodal.lab import measure, report
-from intermodal.lab.fit import with_stage_steps
+from intermodal.train.fit import with_stage_steps
 from intermodal.train.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

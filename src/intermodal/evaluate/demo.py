@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..data import sprites
 from ..errors import IntermodalError
 from ..models.clip import DualEncoder
 from ..train.contrastive import train
+from ..train.fit import fit, with_steps
 from ..train.recipe import Recipe, load_recipe
 from . import report
 from .scenes import SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
@@ -25,7 +25,6 @@ from .zeroshot import confusions
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
 TRIAL_STEPS = 40
-LEAST_STEPS = 20
 FORMS = 1
 """The recipe trains on the first phrasing only."""
 
@@ -41,9 +40,8 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
         raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
     recipe = load_recipe(RECIPE)
     shutil.rmtree(out, ignore_errors=True)
-    if steps is None:
-        steps = fitting_steps(recipe, out / "trial", seconds, console)
-    recipe = replace(recipe, train=replace(recipe.train, steps=steps, save_every=None))
+    recipe = fit(recipe, out / "trial", seconds, trial_steps=TRIAL_STEPS) if steps is None else with_steps(recipe, steps)
+    console.print(f"{recipe.train.steps} steps of {recipe.data.batch} pictures")
     began = time.perf_counter()
     model = train(recipe, out, console=console)
     took = time.perf_counter() - began
@@ -51,8 +49,8 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
     results = score(model, recipe)
     results["training"] = {
         "seconds": round(took, 1),
-        "steps": steps,
-        "images seen": steps * recipe.data.batch,
+        "steps": recipe.train.steps,
+        "images seen": recipe.train.steps * recipe.data.batch,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cores": torch.get_num_threads(),
     }
@@ -60,18 +58,6 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
     page = report.write(out, model, recipe, results)
     console.print(summary(results))
     return page
-
-
-def fitting_steps(recipe: Recipe, folder: Path, seconds: float, console: Console) -> int:
-    """How many steps fit into `seconds` here, by a short trial; the schedule is then as long as the run."""
-    trial = replace(recipe, train=replace(recipe.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2, save_every=None))
-    train(trial, folder, quiet=True)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    shutil.rmtree(folder)
-    fits = int(seconds * last["samples_per_second"] / recipe.data.batch)
-    steps = max(LEAST_STEPS, min(fits, recipe.train.steps))
-    console.print(f"{last['samples_per_second']:.0f} images/s here: {steps} steps of {recipe.data.batch} fit into {seconds:.0f} s")
-    return steps
 
 
 def score(model: DualEncoder, recipe: Recipe, count: int = 500) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from ..data.questions import KINDS
 from ..data.talks import SceneTalks, open_talks
 from ..errors import IntermodalError
+from ..train.fit import fit_stages, with_stage_steps
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from .demo import RECIPE as SIGLIP_RECIPE
@@ -25,7 +26,6 @@ from .report import inline
 from .vqa import Asked, accuracy, ask, held_out_questions, majority
 
 RECIPE = SIGLIP_RECIPE.with_name("llava.py")
-TRIAL_STEPS = 24
 ALIGN_SHARE, BLIND_COST = 0.2, 0.4
 """The first stage's share of the steps; what a step of the blind model costs beside one that sees (measured: shorter, nothing drawn)."""
 SHOWN_EACH = 6
@@ -50,9 +50,12 @@ def run_llava_demo(
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     if steps is None:
-        steps = _fitting(recipe, folder / "trial", seconds, console)
-    align = max(2, round(steps * ALIGN_SHARE))
-    recipe = _with_steps(recipe, (align, max(2, steps - align)))
+        recipe = fit_stages(recipe, folder / "trial", seconds, more=1 + BLIND_COST * (1 - ALIGN_SHARE))
+    else:
+        align = max(2, round(steps * ALIGN_SHARE))
+        recipe = with_stage_steps(recipe, (align, max(2, steps - align)))
+    counts = ", ".join(f"{stage.name} {stage.train.steps}" for stage in recipe.stages)
+    console.print(f"steps of {recipe.stages[-1].data.batch} conversations: {counts}")
     model = train_stages(recipe, folder, console=console)
     console.print("the same decoder without pictures, for comparison:")
     blind = train_stages(_blind(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
@@ -90,27 +93,6 @@ def summary(results: dict[str, Any]) -> Table:
     for kind in (*KINDS, "all"):
         table.add_row(kind, *(f"{results['accuracy'][column][kind]:.1%}" for column in columns))
     return table
-
-
-def _fitting(recipe: StagedRecipe, folder: Path, seconds: float, console: Console) -> int:
-    """Steps of both stages that fit, with the blind model's, by a trial of the second stage."""
-    last = recipe.stages[-1]
-    short = replace(last, train=replace(last.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2))
-    train_stages(replace(recipe, stages=(short,)), folder, quiet=True)
-    line = json.loads((folder / f"1-{last.name}" / "metrics.jsonl").read_text().splitlines()[-1])
-    shutil.rmtree(folder)
-    a_step = last.data.batch / line["samples_per_second"]
-    steps = max(10, int(seconds / (a_step * (1 + BLIND_COST * (1 - ALIGN_SHARE)))))
-    steps = min(steps, sum(stage.train.steps for stage in recipe.stages))
-    console.print(f"{line['samples_per_second']:.0f} conversations/s here: {steps} steps in two stages fit into {seconds:.0f} s")
-    return steps
-
-
-def _with_steps(recipe: StagedRecipe, steps: Sequence[int]) -> StagedRecipe:
-    stages = tuple(
-        replace(stage, train=replace(stage.train, steps=count)) for stage, count in zip(recipe.stages, steps, strict=True)
-    )
-    return replace(recipe, stages=stages)
 
 
 def _blind(recipe: StagedRecipe, start: Path) -> StagedRecipe:

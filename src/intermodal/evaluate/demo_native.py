@@ -18,24 +18,34 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.questions import KINDS
+from ..data.readers import open_source
 from ..data.scenes import Scenes
-from ..data.talks import DrawTalks, open_talks, user
+from ..data.talks import user
 from ..errors import IntermodalError
 from ..models.chameleon import Chameleon
+from ..models.clip import SigLIP
+from ..models.vit import SiglipVisionTower
 from ..models.vqvae import VQVAE
-from ..train.recipe import StagedRecipe, VQRecipe, load_recipe
+from ..train.contrastive import train
+from ..train.fit import fit, fit_stages, with_stage_steps, with_steps
+from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from ..train.vqvae import psnr, train_vqvae
 from .demo import RECIPE as SIGLIP_RECIPE
-from .judge import Verdict, pixels_of, shares, train_judge, verdicts
+from .judge import Verdict, pixels_of, retrieved, shares, train_judge, verdicts
 from .report import STYLE, inline
 from .vqa import accuracy, ask, held_out_questions, majority
 
 RECIPES = SIGLIP_RECIPE.parent
-VQ_SHARE = 0.3
-"""Of the time, for the VQ-VAE."""
-TRIAL_STEPS = 24
+VQ_SHARE, SIGLIP_SHARE = 0.25, 0.15
+"""Of the time, for the VQ-VAE and for the SigLIP that judges."""
 SHOWN = 24
+COLUMNS = {
+    "things": "named things found",
+    "whole": "all of them",
+    "place": "pairs found and placed right",
+    "siglip": "caption among SigLIP's first five",
+}
 
 
 def run_native_demo(
@@ -53,15 +63,30 @@ def run_native_demo(
         raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
-    vq_recipe, recipe = load_recipe(RECIPES / "vqvae.py"), load_recipe(RECIPES / "native.py")
-    vq_recipe = _vq_steps(vq_recipe, out / "trial", seconds * VQ_SHARE, steps)
+    vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("vqvae.py", "native.py", "siglip.py"))
+    # the judge sees what is drawn: one thing or two on white
+    pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe))))
+    if steps is None:
+        vq_recipe, pairs = (
+            fit(made, out / "trial", seconds * share) for made, share in ((vq_recipe, VQ_SHARE), (pairs, SIGLIP_SHARE))
+        )
+    else:
+        vq_recipe, pairs = with_steps(vq_recipe, steps), with_steps(pairs, steps)
     train_vqvae(vq_recipe, out / "vqvae", console=console)
+    siglip = train(pairs, out / "siglip", console=console)
+    assert isinstance(siglip, SigLIP)
     recipe = replace(recipe, model=replace(recipe.model, vq=str(out / "vqvae" / "model")))
-    recipe = _steps(recipe, out / "trial", seconds - (time.perf_counter() - began), steps)
+    left = seconds - (time.perf_counter() - began)
+    recipe = fit_stages(recipe, out / "trial", left) if steps is None else with_stage_steps(recipe, [steps])
     model = train_stages(recipe, out / "native", console=console)
     assert isinstance(model, Chameleon)
     took = time.perf_counter() - began
-    return report(model, recipe, out, {"seconds": round(took, 1)}, count=count, guidance=guidance, console=console)
+    return report(model, recipe, out, {"seconds": round(took, 1)}, siglip, count=count, guidance=guidance, console=console)
+
+
+def _scenes(recipe: StagedRecipe) -> str:
+    """The source of scenes that a recipe draws."""
+    return next(spec for spec in recipe.stages[-1].data.train if spec.startswith("draws:scenes")).removeprefix("draws:")
 
 
 def report(
@@ -69,20 +94,24 @@ def report(
     recipe: StagedRecipe,
     out: Path,
     training: dict[str, Any],
+    siglip: SigLIP,
     *,
     count: int = 120,
     guidance: float = 2.0,
-    judge_steps: int = 1500,
+    judge_steps: int = 700,
     console: Console | None = None,
 ) -> Path:
-    """Judge a trained model and draw `report.html` into `out`."""
+    """Judge a trained model and draw `report.html` into `out`.
+
+    Args:
+        siglip: the second judge, which ranks captions; its tower is what the first one, a classifier of real scenes, begins with.
+    """
     console = console or Console()
-    draws = next(spec for spec in recipe.stages[-1].data.train if spec.startswith("draws:scenes"))
-    talks = open_talks(draws, side=model.config.side)
-    assert isinstance(talks, DrawTalks)
-    assert isinstance(talks.source, Scenes)
-    config = talks.source.config
-    judge = train_judge(replace(config, seed=5), steps=judge_steps)
+    source = open_source(_scenes(recipe), side=model.config.side)
+    assert isinstance(source, Scenes)
+    assert isinstance(siglip.vision, SiglipVisionTower)
+    config = source.config
+    judge = train_judge(replace(config, seed=5), tower=siglip.vision, steps=judge_steps)
     held_out = Scenes(replace(config, split="test", seed=11))
     scenes = [held_out.scene(index) for index in range(count)]
     facts = [scene.facts for scene in scenes]
@@ -95,12 +124,16 @@ def report(
     again = reconstructed(model.vqmodel, [scene.image for scene in scenes])
     noise = decoded(model.vqmodel, torch.randint(model.config.vq.codes, (count, model.config.grid, model.config.grid)))
     found = verdicts(judge, drawn, facts)
+    columns = {
+        "drawn": drawn,
+        "real": [scene.image for scene in scenes],
+        "real, through the codes": again,
+        "drawn for another caption": drawn[1:] + drawn[:1],
+        "random codes": noise,
+    }
     judged = {
-        "drawn": shares(found),
-        "real": shares(verdicts(judge, [scene.pixels for scene in scenes], facts)),
-        "real, through the codes": shares(verdicts(judge, again, facts)),
-        "drawn for another caption": shares(verdicts(judge, drawn[1:] + drawn[:1], facts)),
-        "random codes": shares(verdicts(judge, noise, facts)),
+        name: {**shares(verdicts(judge, pictures, facts)), "siglip": retrieved(siglip, pictures, facts)}
+        for name, pictures in columns.items()
     }
     asked = [one for one in held_out_questions(config) if one.question.kind in asked_kinds(recipe)]
     answers = ask(model, asked, progress=True)
@@ -141,10 +174,10 @@ def decoded(vq: VQVAE, codes_NHW: torch.Tensor) -> list[Image.Image]:
 
 def summary(results: dict[str, Any]) -> Table:
     table = Table(title=f"{results['captions drawn']} held-out captions, as a judge sees them", box=box.SIMPLE)
-    for column in ("", "named things found", "all of them", "in the right place"):
+    for column in ("", *COLUMNS.values()):
         table.add_column(column, justify="right" if column else "left")
     for name, row in results["judged"].items():
-        table.add_row(name, *(f"{row[key]:.0%}" for key in ("things", "whole", "place")))
+        table.add_row(name, *(f"{row[key]:.0%}" for key in COLUMNS))
     answered = ", ".join(f"{kind} {value:.0%}" for kind, value in results["questions"]["model"].items())
     table.caption = f"questions: {answered}; reconstruction {results['psnr']:.1f} dB"
     return table
@@ -159,7 +192,7 @@ def _page(
     found: Sequence[Verdict],
 ) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{row[key]:.0%}</td>' for key in ('things', 'whole', 'place'))}</tr>"
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{row[key]:.0%}</td>' for key in COLUMNS)}</tr>"
         for name, row in results["judged"].items()
     )
     model, common = results["questions"]["model"], results["questions"]["most common answer"]
@@ -180,35 +213,11 @@ def _page(
         "<h1>One model that reads and draws</h1>"
         f"<p>{training['parameters']:,} parameters, VQ-VAE and decoder trained in {training['seconds']:.0f} s. The captions hold "
         f"combinations never trained on; {results['began a picture']} of {results['captions drawn']} replies began a picture. The judge "
-        "is a classifier of real scenes: a thing counts when it is among the likeliest, as many as the caption names.</p>"
-        "<table><tr><th></th><th>named things found</th><th>all of them</th><th>in the right place</th></tr>"
-        f"{rows}</table><h2>Drawn for held-out captions</h2><div class=grid>{''.join(cards)}</div>"
+        "is a classifier of real scenes: a thing counts when it is among the likeliest, as many as the caption names. The last column is "
+        f"the project's own SigLIP, which ranks all {results['captions drawn']} captions for each picture.</p>"
+        f"<table><tr><th></th>{''.join(f'<th>{column}</th>' for column in COLUMNS.values())}</tr>{rows}</table>"
+        f"<h2>Drawn for held-out captions</h2><div class=grid>{''.join(cards)}</div>"
         "<h2>Questions about held-out scenes, exactly right</h2>"
         f"<table><tr><th></th><th>model</th><th>most common answer</th></tr>{asked}</table>"
         f"<h2>Real scenes and what their codes keep ({results['psnr']:.1f} dB)</h2><div class=grid>{pairs}</div>\n"
     )
-
-
-def _vq_steps(recipe: VQRecipe, folder: Path, seconds: float, steps: int | None) -> VQRecipe:
-    if steps is None:
-        train_vqvae(replace(recipe, train=replace(recipe.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2)), folder, quiet=True)
-        steps = _fitting(folder / "metrics.jsonl", recipe.data.batch, seconds)
-        shutil.rmtree(folder)
-    return replace(recipe, train=replace(recipe.train, steps=steps))
-
-
-def _steps(recipe: StagedRecipe, folder: Path, seconds: float, steps: int | None) -> StagedRecipe:
-    stage = recipe.stages[0]
-    if steps is None:
-        began = time.perf_counter()
-        short = replace(stage, train=replace(stage.train, steps=TRIAL_STEPS, log_every=TRIAL_STEPS // 2))
-        train_stages(replace(recipe, stages=(short,)), folder, quiet=True)
-        seconds -= time.perf_counter() - began
-        steps = _fitting(folder / f"1-{stage.name}" / "metrics.jsonl", stage.data.batch, seconds)
-        shutil.rmtree(folder)
-    return replace(recipe, stages=(replace(stage, train=replace(stage.train, steps=steps)),))
-
-
-def _fitting(metrics: Path, batch: int, seconds: float) -> int:
-    speed = json.loads(metrics.read_text().splitlines()[-1])["samples_per_second"]
-    return max(10, int(seconds * speed / batch))

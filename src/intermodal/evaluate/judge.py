@@ -18,7 +18,9 @@ from ..data import sprites
 from ..data.compose import Scene
 from ..data.facts import Facts
 from ..data.scenes import SceneConfig, Scenes
+from ..models.clip import SigLIP
 from ..models.vit import SiglipVisionTower, VisionConfig
+from .retrieval import ranks
 
 TOWER = VisionConfig(128, 2, 4, 512, activation="gelu_pytorch_tanh", norm_eps=1e-6)
 STANDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -161,3 +163,10 @@ def shares(found: Sequence[Verdict]) -> dict[str, float]:
         "whole": sum(all(verdict.things) for verdict in found) / len(found),
         "place": sum(places) / max(1, len(places)),
     }
+
+
+def retrieved(model: SigLIP, pictures: Sequence[Image.Image], facts: Sequence[Facts], at: int = 5) -> float:
+    """Share of pictures whose own caption is among the first `at` that a SigLIP ranks for them: a second opinion."""
+    captions = [fact.caption() for fact in facts]
+    places = ranks(model.embed_images(list(pictures)), model.embed_texts(captions), [[index] for index in range(len(captions))])
+    return (places < at).float().mean().item()

@@ -116,9 +116,9 @@ def _run(path: str, eyes: dict[str, str], seed: int, folder: Path, settings: Set
     """Train one recipe with one seed and measure it; everything goes to `folder`/result.json."""
     import torch
 
+    from ..train.fit import fit_stages, with_stage_steps
     from ..train.stages import train_stages
     from . import measure
-    from .fit import fit_stages, with_stage_steps
 
     recipe: StagedRecipe = _seeded(load_recipe(path, tiny=tiny), seed)
     began = time.perf_counter()
@@ -170,8 +170,8 @@ def _with_eyes(
 ) -> tuple[StagedRecipe, int]:
     """The recipe with its tower or VQ-VAE trained, where it asks for that, and for how many steps."""
     from ..train.contrastive import train
+    from ..train.fit import fit, with_steps
     from ..train.vqvae import train_vqvae
-    from .fit import fit, with_steps
 
     model = recipe.model
     native = isinstance(model, NativeConfig)

@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import from_dict, to_dict
-from ..data.facts import Facts, plural
+from ..data.facts import plural
 from ..data.questions import SIGN_QUESTION
 from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
 from ..data.talks import SceneTalks, open_talks, user
 from ..evaluate.demo_native import decoded, reconstructed
-from ..evaluate.judge import fresh_tower, pixels_of, shares, train_judge, verdicts
-from ..evaluate.retrieval import ranks
+from ..evaluate.judge import fresh_tower, pixels_of, retrieved, shares, train_judge, verdicts
 from ..evaluate.vqa import accuracy, ask, held_out_questions, majority
 from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
@@ -198,19 +197,11 @@ def judge_drawings(folders: Sequence[Path], models: Sequence[str], steps: int) -
         sheets["drawn for another caption"] = sheets["drawn"][1:] + sheets["drawn"][:1]
         scores: dict[str, Any] = {"began": said["began"], "count": len(facts)}
         for name, pictures in sheets.items():
-            scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": _found(siglip if fits else None, pictures, facts)}
+            rank = retrieved(siglip, pictures, facts) if siglip is not None and fits else None
+            scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": rank}
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
 
 
 def _cut(sheet: Path, side: int) -> list[Image.Image]:
     picture = Image.open(sheet).convert("RGB")
     return [picture.crop((left, 0, left + side, side)) for left in range(0, picture.width, side)]
-
-
-def _found(model: SigLIP | None, pictures: Sequence[Image.Image], facts: Sequence[Facts]) -> float | None:
-    """Share of pictures whose own caption is among the five that SigLIP finds most like them."""
-    if model is None:
-        return None
-    captions = [fact.caption() for fact in facts]
-    places = ranks(model.embed_images(list(pictures)), model.embed_texts(captions), [[index] for index in range(len(captions))])
-    return (places < 5).float().mean().item()

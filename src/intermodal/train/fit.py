@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..train.contrastive import train
-from ..train.recipe import Recipe, StagedRecipe, VQRecipe
-from ..train.stages import train_stages
-from ..train.vqvae import train_vqvae
+from .contrastive import train
+from .recipe import Recipe, StagedRecipe, VQRecipe
+from .stages import train_stages
+from .vqvae import train_vqvae
 
 TRIAL_STEPS = 24
 LEAST_STEPS = 10
