@@ -5,15 +5,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import intermodal
 from intermodal.models.vqvae import VQVAE, VQConfig, initialise
 from intermodal.parallel.setup import start
 from intermodal.train.loop import Stopped
-from intermodal.train.recipe import CodebookConfig, load_recipe
-from intermodal.train.vqvae import CodebookState, VQTrainer, entropy_term, psnr, train_vqvae
+from intermodal.train.recipe import AdversarialConfig, CodebookConfig, load_recipe
+from intermodal.train.vq_terms import PatchCritic, Perceptual, balance, entropy_term
+from intermodal.train.vqvae import CodebookState, VQTrainer, psnr, train_vqvae
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
 from ranks import on_ranks
@@ -68,9 +71,17 @@ def test_training_learns_and_says_so(recipe, tmp_path):
     assert psnr(4.0) == 0
 
 
-@pytest.mark.parametrize("codebook", [CodebookConfig(), CodebookConfig(ema=None, revive=None, entropy=0.1)])
-def test_resume_is_bit_for_bit(recipe, tmp_path, codebook, monkeypatch):
-    recipe = replace(recipe, codebook=codebook)
+@pytest.mark.parametrize(
+    ("codebook", "adversarial"),
+    [
+        (CodebookConfig(), AdversarialConfig()),
+        (CodebookConfig(ema=None, revive=None, entropy=0.1), AdversarialConfig()),
+        (CodebookConfig(), AdversarialConfig(weight=0.5, start=2, width=8)),
+    ],
+    ids=["averages", "gradient", "critic"],
+)
+def test_resume_is_bit_for_bit(recipe, tmp_path, codebook, adversarial, monkeypatch):
+    recipe = replace(recipe, codebook=codebook, adversarial=adversarial)
     whole = train_vqvae(recipe, tmp_path / "whole", quiet=True)
     original = VQTrainer._train_step
 
@@ -112,6 +123,73 @@ def test_entropy_term_is_lowest_for_sure_and_even_codes():
     assert term(even) < term(one) - 1
     assert term(even) < term(between)
     assert term(even) == pytest.approx(-torch.log(torch.tensor(5.0)).item(), abs=1e-3)
+
+
+def test_painter_and_critic_do_not_move_each_other():
+    torch.manual_seed(0)
+    critic = PatchCritic(AdversarialConfig(width=8))
+    drawn, real = (torch.randn(2, 3, 16, 16, requires_grad=True) for _ in range(2))
+    assert critic(drawn).shape == (2, 1, 4, 4)
+    critic.fooled(drawn).backward()
+    assert drawn.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters())
+    drawn.grad = None
+    loss = critic.told_apart(drawn, real)
+    loss.backward()
+    assert drawn.grad is None
+    assert real.grad is None
+    assert all(p.grad.abs().sum() > 0 for name, p in critic.named_parameters() if name.endswith("weight"))
+    scores = critic(real).detach(), critic(drawn).detach()
+    plain = ((1 - scores[0]).clamp(min=0).mean() + (1 + scores[1]).clamp(min=0).mean()) / 2
+    torch.testing.assert_close(loss.detach(), plain)
+
+
+def test_the_painters_term_pulls_as_hard_as_the_likeness():
+    last = torch.randn(4, 4, requires_grad=True)
+    x = torch.randn(4)
+    likeness, fooled = (last @ x).square().sum(), 1e-3 * (last @ x).sum()
+    weight = balance(likeness, fooled, last)
+    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (likeness, weight * fooled)]
+    assert pulls[1] == pytest.approx(pulls[0].item(), rel=0.1)
+    assert not weight.requires_grad
+
+
+def test_the_critic_changes_what_is_learned_from_its_start_on(recipe, tmp_path):
+    plain = train_vqvae(recipe, tmp_path / "plain", quiet=True)
+    late = replace(recipe, adversarial=AdversarialConfig(weight=1.0, start=99))
+    now = replace(recipe, adversarial=AdversarialConfig(weight=1.0, start=3))
+    untouched, touched = (train_vqvae(made, tmp_path / name, quiet=True) for made, name in ((late, "late"), (now, "now")))
+    key = "decoder.conv_out.weight"
+    assert torch.equal(untouched.state_dict()[key], plain.state_dict()[key])
+    assert not torch.equal(touched.state_dict()[key], plain.state_dict()[key])
+    rows = [json.loads(line) for line in (tmp_path / "now" / "metrics.jsonl").read_text().splitlines()]
+    assert ["told_apart" in row for row in rows] == [False] * 3 + [True] * 3
+
+
+def test_likeness_to_a_trained_eye(recipe, tmp_path):
+    from intermodal.errors import IntermodalError
+    from intermodal.train.contrastive import train
+
+    train(load_recipe(RECIPE.with_name("siglip.py"), tiny=True), tmp_path / "eye", quiet=True)
+    eye = Perceptual(str(tmp_path / "eye" / "model"), torch.device("cpu"))
+    real = torch.rand(2, 3, 16, 16) * 2 - 1
+    drawn = real.clone().requires_grad_()
+    assert eye(drawn, real).item() == pytest.approx(0, abs=1e-9)
+    little, much = (eye(real + scale * torch.randn(real.shape), real).item() for scale in (0.05, 0.8))
+    assert 0 < little < much
+    eye(drawn * 0.5, real).backward()
+    assert drawn.grad.abs().sum() > 0
+    assert all(p.grad is None for p in eye.tower.parameters())
+    # the tower's own pixels: what its processor makes of the same picture
+    picture = Image.fromarray(((real[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).resize((32, 32), 0)
+    given = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    wanted = intermodal.load(tmp_path / "eye" / "model").processor.images([picture]).pixels
+    torch.testing.assert_close(given * eye.scale + eye.shift, wanted, atol=1e-5, rtol=0)
+    seen = replace(recipe, train=replace(recipe.train, perceptual=str(tmp_path / "eye" / "model")))
+    train_vqvae(seen, tmp_path / "seen", quiet=True)
+    assert "perceptual" in json.loads((tmp_path / "seen" / "metrics.jsonl").read_text().splitlines()[0])
+    with pytest.raises(IntermodalError, match="a CLIP or a fixed-size SigLIP"):
+        Perceptual(str(tmp_path / "seen" / "model"), torch.device("cpu"))
 
 
 def test_two_ranks_equal_one(recipe, tmp_path):

@@ -245,6 +245,22 @@ class VQTrainConfig(LoopConfig):
     reconstruction: Literal["l1", "l2"] = "l2"
     quantisation: float = 1.0
     """Weight of the quantisation loss."""
+    perceptual: str | None = None
+    """A CLIP or SigLIP directory whose tower says how alike two pictures look (LPIPS in form); None leaves the term out."""
+    perceptual_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """A critic of patches beside a VQ-VAE (VQGAN, section 3.1)."""
+
+    weight: float = 0.0
+    """Of the painter's term, after it has been balanced with the likeness; 0 trains no critic."""
+    start: int = 500
+    """The step from which on it counts: before, there is little to criticise."""
+    width: int = 32
+    layers: int = 2
+    """Convolutions that halve the side."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +272,7 @@ class VQRecipe:
     """A trained VQ-VAE to go on from; `model` is then not read but for its resolution and size."""
     model: VQConfig = field(default_factory=VQConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: VQTrainConfig = field(default_factory=VQTrainConfig)

@@ -22,8 +22,9 @@ from ..parallel.setup import World, start
 from ..weights.load import load, save
 from .loop import Trainer
 from .optim import optimizer_for
-from .recipe import CodebookConfig, VQRecipe
+from .recipe import AdversarialConfig, CodebookConfig, VQRecipe
 from .stages import sum_gradients
+from .vq_terms import PatchCritic, Perceptual, balance, entropy_term
 
 
 def train_vqvae(
@@ -112,11 +113,13 @@ class CodebookState(nn.Module):
 
 
 class VQTraining(nn.Module):
-    """The model and its codebook's memory, saved together in checkpoints."""
+    """The model, its codebook's memory and its critic, saved together in checkpoints."""
 
-    def __init__(self, vq: VQVAE, config: CodebookConfig):
+    def __init__(self, vq: VQVAE, config: CodebookConfig, adversarial: AdversarialConfig):
         super().__init__()
         self.vq, self.codebook = vq, CodebookState(vq.config.codes, vq.config.code_width, config)
+        with torch.random.fork_rng(devices=()):  # until the critic begins, a run is the same as without one
+            self.critic = PatchCritic(adversarial) if adversarial.weight else None
 
 
 class VQTrainer(Trainer):
@@ -129,7 +132,8 @@ class VQTrainer(Trainer):
             vq = load(recipe.start)
         else:
             vq = initialise(VQVAE(recipe.model), recipe.train.seed)
-        self.model = VQTraining(vq, recipe.codebook).to(self.world.device).train()
+        self.model = VQTraining(vq, recipe.codebook, recipe.adversarial).to(self.world.device).train()
+        self.perceptual = Perceptual(recipe.train.perceptual, self.world.device) if recipe.train.perceptual else None
         if recipe.codebook.ema is not None:
             vq.quantize.embedding.weight.requires_grad_(False)
             beta = recipe.model.beta  # the averages move the codes: only the commitment is left of the loss
@@ -155,9 +159,15 @@ class VQTrainer(Trainer):
             z, ids, quantisation = vq.quantize(latents.float())
             drawn = vq.decode_latents(z)
         error = F.l1_loss(drawn.float(), pixels) if recipe.train.reconstruction == "l1" else F.mse_loss(drawn.float(), pixels)
+        terms: dict[str, Tensor] = {}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(drawn.float(), pixels)
+            error = error + recipe.train.perceptual_weight * terms["perceptual"]
         loss = error + recipe.train.quantisation * quantisation
         if recipe.codebook.entropy:
             loss = loss + recipe.codebook.entropy * entropy_term(latents.float(), vq)
+        if self.model.critic is not None and self.step >= recipe.adversarial.start:
+            loss = loss + self._adversarial(self.model.critic, drawn.float(), pixels, error, terms)
         self._check_finite(loss.detach(), fetched)
         (loss / self.world.size).backward()
         sum_gradients(self.model, self.world)
@@ -182,6 +192,7 @@ class VQTrainer(Trainer):
             "revived": self.revived,
             "lr": rate,
             "gradient_norm": norm.item(),
+            **{name: value.item() for name, value in terms.items()},  # of this rank
         }
         if perplexity < recipe.codebook.alarm * recipe.model.codes and self.step > recipe.optim.warmup and not self.alarmed:
             self.alarmed = True
@@ -193,6 +204,14 @@ class VQTrainer(Trainer):
         self.used.zero_()
         self.revived = 0
         return values
+
+    def _adversarial(self, critic: PatchCritic, drawn: Tensor, pixels: Tensor, error: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The painter's term and the critic's loss together: neither's gradient reaches the other's weights."""
+        decoder = self.model.vq.decoder
+        assert decoder is not None
+        fooled, apart = critic.fooled(drawn), critic.told_apart(drawn, pixels)
+        terms |= {"fooled": fooled.detach(), "told_apart": apart.detach()}
+        return self.recipe.adversarial.weight * balance(error, fooled, decoder.conv_out.weight) * fooled + apart
 
     def _note(self, values: dict[str, Any]) -> str:
         return (
@@ -208,16 +227,6 @@ class VQTrainer(Trainer):
         if self.world.main:
             save(vq, self.folder / "model")
         return vq
-
-
-def entropy_term(latents_NDHW: Tensor, vq: VQVAE, temperature: float = 0.01) -> Tensor:
-    """How unsure each latent is of its code, minus how evenly codes are used on the whole: to be made small (MAGVIT-2, section 3)."""
-    z = latents_NDHW.permute(0, 2, 3, 1).flatten(0, 2)
-    z = F.normalize(z, dim=-1) if vq.config.unit_codes else z
-    chances = (-(torch.cdist(z, vq.quantize.table()) ** 2) / temperature).softmax(-1)
-    each = -(chances * chances.clamp(min=1e-8).log()).sum(-1).mean()
-    mean = chances.mean(0)
-    return each + (mean * mean.clamp(min=1e-8).log()).sum()
 
 
 def psnr(mse: float) -> float:
