@@ -14,8 +14,8 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         "fuse",
         learn=(("model.*", 1.0), ("lm_head.*", 1.0)),
         data=TalksConfig(
-            train=(f"draws:{SPRITES}", f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}"),
-            weights=(2.0, 2.0, 1.0, 0.5),
+            train=(f"draws:{SPRITES}", f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}", f"steps:{SCENES}"),
+            weights=(2.0, 2.0, 1.0, 0.5, 0.25),
             batch=32,
             tokens=4096,
         ),

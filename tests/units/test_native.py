@@ -140,6 +140,35 @@ def test_unlocking_pictures_leaves_words_as_they_are(trained, tmp_path):
         train_stages(replace(recipe, stages=(wrong,)), tmp_path / "no", quiet=True)
 
 
+def test_steps_add_to_what_was_drawn(trained, tmp_path):
+    """Words and pictures in turn; the second picture is the first with the second group, nothing moved. All of it is learned."""
+    from intermodal.data.talks import StepTalks
+
+    talks = open_talks("steps:scenes:core?plain=true&forms=1", side=64)
+    assert isinstance(talks, StepTalks)
+    talk, scene = talks[3], talks.scenes.scene(3)
+    said = talk.messages[1]["content"]
+    assert [part["type"] for part in said] == ["text", "image", "text", "image"]
+    assert said[2]["text"] == f"then {scene.facts.caption()}"
+    first, second = (np.asarray(part["image"]) for part in said[1::2])
+    assert np.array_equal(second, scene.pixels)
+    changed = (first != second).any(-1)
+    box = np.zeros_like(changed)
+    for left, top, right, bottom in scene.boxes[1][1]:
+        box[top:bottom, left:right] = True
+    assert changed.any()
+    assert not (changed & ~box).any()
+    model = intermodal.load(trained[1] / "model")
+    small = open_talks("steps:scenes:core?plain=true&forms=1", side=model.config.side)
+    conversation = model.processor.conversation(small[3].messages)
+    model.processor.audit(conversation)
+    assert sum(conversation.supervised) > 2 * model.config.grid**2
+    reply = model.generate([small[3].messages[0]], max_new_tokens=8, max_images=2)
+    assert [kind for kind, _ in reply.segments].count("image") <= 2
+    with pytest.raises(IntermodalError, match="steps are made from facts"):
+        open_talks("steps:sprites:core")
+
+
 def test_verdicts_follow_what_stands_in_each_cell():
     from intermodal.data.facts import OPPOSITE, Facts, Group
     from intermodal.data.scenes import SceneConfig, Scenes

@@ -58,14 +58,18 @@ def draw(
     recolour: float = 0.0,
     mirror: bool = False,
     plain: bool = False,
+    groups: int | None = None,
 ) -> Scene:
-    """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture."""
+    """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture.
+
+    With `groups`, only so many of them are drawn, each where it stands in the whole scene (for an `rng` in the same state).
+    """
     pixels = np.full((side, side, 3), 255, np.uint8) if plain else ground(facts.background, side, rng)
     top = 0
     if facts.word:
         top = _print_word(pixels, facts.word, rng, fonts)
     boxes = []
-    for index, (group, region) in enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)):
+    for index, (group, region) in list(enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)))[:groups]:
         paint = random_paint(rng) if recolour and group.colour is None and rng.random() < recolour else None
         turned = mirror and rng.random() < 0.5
         cells = _cells(region, group.count, rng)

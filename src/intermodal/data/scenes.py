@@ -76,12 +76,12 @@ class Scenes:
         scene = self.scene(index)
         return Sample(f"{self.name}/{index}", scene.pixels, scene.captions()[: self.config.forms], scene.truth())
 
-    def scene(self, index: int) -> Scene:
-        """Scene number `index` with its facts and boxes."""
+    def scene(self, index: int, groups: int | None = None) -> Scene:
+        """Scene number `index` with its facts and boxes; with `groups`, only its first ones are drawn, where they stand."""
         config, rng = self.config, self._rng(index)
         facts, style = self._told(index, rng)
         settings = {"fonts": config.fonts, "recolour": config.recolour, "mirror": config.mirror, "plain": config.plain}
-        return draw(facts, style, config.side, rng, seed=index, **settings)
+        return draw(facts, style, config.side, rng, seed=index, groups=groups, **settings)
 
     def facts(self, index: int) -> Facts:
         """What scene number `index` says, without drawing it."""

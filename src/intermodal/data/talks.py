@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SampleError, nearest
 from ..inputs.messages import placed
+from .facts import Facts
 from .questions import SIGN_QUESTION, questions
 from .readers import SourceError, open_source
 from .scenes import Scenes
@@ -51,7 +52,7 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
         spec: `captions:SOURCE` shows a picture and says its caption, for any source of `readers.open_source`;
             `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
             `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture), `questions:signs?...` what a
-            sign says;
+            sign says; `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
             or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`.
         side: pixels of a side for sources that draw their pictures.
 
@@ -76,11 +77,16 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
         if not isinstance(source, Scenes):
             raise SourceError(f"{spec!r}: questions are made from facts: {kind}:scenes:core, {kind}:scenes:all or questions:signs")
         return SceneTalks(source, blind=kind == "blind")
+    if kind == "steps":
+        source = open_source(rest, side=side, seed=seed)
+        if not isinstance(source, Scenes):
+            raise SourceError(f"{spec!r}: steps are made from facts: steps:scenes:core or steps:scenes:all")
+        return StepTalks(Scenes(replace(source.config, pair_share=1.0)))
     if Path(spec).suffix in FILES:
         return FileTalks(Path(spec).expanduser())
     raise SourceError(
         f"{spec!r} holds no conversations: captions:SOURCE, draws:SOURCE, questions:scenes:core, a .jsonl or a .json file"
-        f"{nearest(kind, ('captions', 'draws', 'questions'))}"
+        f"{nearest(kind, ('captions', 'draws', 'questions', 'steps'))}"
     )
 
 
@@ -159,6 +165,35 @@ class SceneTalks:
             picture = None if number or scene is None else scene.image
             messages += [user(picture, question.text), {"role": "assistant", "content": question.answer}]
         return Talk(f"{self.name}/{index}", messages, scene.truth() if scene else {})
+
+
+@dataclass
+class StepTalks:
+    """A scene of two groups, which the assistant draws in two steps: words, a picture of the first group, words, the whole picture."""
+
+    scenes: Scenes
+
+    @property
+    def name(self) -> str:
+        return f"steps-{self.scenes.name}"
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Talk:
+        facts = self.scenes.facts(index)
+        first, second = (self.scenes.scene(index, groups).image for groups in (1, None))
+        said = [
+            {"type": "text", "text": f"first {facts.groups[0].phrase()}"},
+            {"type": "image", "image": first},
+            {"type": "text", "text": f"then {facts.caption()}"},
+            {"type": "image", "image": second},
+        ]
+        return Talk(f"{self.name}/{index}", [asked_for_steps(facts), {"role": "assistant", "content": said}])
+
+
+def asked_for_steps(facts: Facts) -> dict[str, Any]:
+    return user(None, f"show the steps : {facts.caption()}")
 
 
 @dataclass

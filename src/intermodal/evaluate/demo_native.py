@@ -17,11 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..data.facts import Facts
 from ..data.questions import KINDS
 from ..data.readers import open_source
 from ..data.scenes import Scenes
-from ..data.talks import user
+from ..data.talks import asked_for_steps, user
 from ..errors import IntermodalError
+from ..generate.engine import Reply
 from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
 from ..models.vit import SiglipVisionTower
@@ -32,14 +34,14 @@ from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from ..train.vqvae import psnr, train_vqvae
 from .demo import RECIPE as SIGLIP_RECIPE
-from .judge import Verdict, pixels_of, retrieved, shares, train_judge, verdicts
+from .judge import Judge, Verdict, pixels_of, retrieved, shares, train_judge, verdicts
 from .report import STYLE, inline
 from .vqa import accuracy, ask, held_out_questions, majority
 
 RECIPES = SIGLIP_RECIPE.parent
 VQ_SHARE, SIGLIP_SHARE = 0.25, 0.15
 """Of the time, for the VQ-VAE and for the SigLIP that judges."""
-SHOWN = 24
+SHOWN, STEPS_SHOWN, STEPS_CARDS = 24, 30, 8
 COLUMNS = {
     "things": "named things found",
     "whole": "all of them",
@@ -49,7 +51,14 @@ COLUMNS = {
 
 
 def run_native_demo(
-    out: Path, seconds: float, steps: int | None = None, *, count: int = 120, guidance: float = 2.0, console: Console | None = None
+    out: Path,
+    seconds: float,
+    steps: int | None = None,
+    *,
+    count: int = 120,
+    guidance: float = 2.0,
+    judge_steps: int = 700,
+    console: Console | None = None,
 ) -> Path:
     """Train, draw, judge and report; returns the page's path. What an earlier call trained into `out` is replaced.
 
@@ -81,7 +90,17 @@ def run_native_demo(
     model = train_stages(recipe, out / "native", console=console)
     assert isinstance(model, Chameleon)
     took = time.perf_counter() - began
-    return report(model, recipe, out, {"seconds": round(took, 1)}, siglip, count=count, guidance=guidance, console=console)
+    return report(
+        model,
+        recipe,
+        out,
+        {"seconds": round(took, 1)},
+        siglip,
+        count=count,
+        guidance=guidance,
+        judge_steps=judge_steps,
+        console=console,
+    )
 
 
 def _scenes(recipe: StagedRecipe) -> str:
@@ -135,6 +154,10 @@ def report(
         name: {**shares(verdicts(judge, pictures, facts)), "siglip": retrieved(siglip, pictures, facts)}
         for name, pictures in columns.items()
     }
+    shown = [scene.facts for scene in scenes if scene.facts.relation][:STEPS_SHOWN]
+    steps = model.generate_batch(
+        [[asked_for_steps(fact)] for fact in shown], slots=8, progress=True, **{**settings, "max_new_tokens": 48, "max_images": 2}
+    )
     asked = [one for one in held_out_questions(config) if one.question.kind in asked_kinds(recipe)]
     answers = ask(model, asked, progress=True)
     error = (pixels_of(again) - pixels_of([scene.pixels for scene in scenes])).square().mean().item()
@@ -144,14 +167,28 @@ def report(
         "began a picture": sum(bool(reply.images) for reply in replies),
         "judged": judged,
         "psnr": psnr(error),
+        "steps": steps_score(judge, steps, shown),
         "questions": {"model": accuracy(asked, answers), "most common answer": accuracy(asked, majority(config, asked))},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     page = out / "report.html"
-    page.write_text(_page(results, facts, drawn, again, [scene.image for scene in scenes], found), encoding="utf-8")
+    page.write_text(_page(results, facts, drawn, again, [scene.image for scene in scenes], found, steps), encoding="utf-8")
     console.print(summary(results))
     return page
+
+
+def steps_score(judge: Judge, replies: Sequence[Reply], facts: Sequence[Facts]) -> dict[str, float]:
+    """Of replies in two steps: how many hold two pictures, whether the first shows the first thing, and the second both."""
+    whole = [(reply.images, fact) for reply, fact in zip(replies, facts, strict=True) if len(reply.images) == 2]
+    out = {"asked": float(len(replies)), "two pictures": len(whole) / max(1, len(replies))}
+    if whole:
+        alone = [replace(fact, groups=fact.groups[:1], relation=None) for _, fact in whole]
+        out["first thing in the first"] = shares(verdicts(judge, [images[0] for images, _ in whole], alone))["things"]
+        out["both things in the second"] = shares(verdicts(judge, [images[1] for images, _ in whole], [f for _, f in whole]))[
+            "things"
+        ]
+    return out
 
 
 def asked_kinds(recipe: StagedRecipe) -> tuple[str, ...]:
@@ -178,8 +215,9 @@ def summary(results: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     for name, row in results["judged"].items():
         table.add_row(name, *(f"{row[key]:.0%}" for key in COLUMNS))
+    steps = ", ".join(f"{name} {value:.0%}" for name, value in results["steps"].items() if name != "asked")
     answered = ", ".join(f"{kind} {value:.0%}" for kind, value in results["questions"]["model"].items())
-    table.caption = f"questions: {answered}; reconstruction {results['psnr']:.1f} dB"
+    table.caption = f"in two steps: {steps}\nquestions: {answered}; reconstruction {results['psnr']:.1f} dB"
     return table
 
 
@@ -190,6 +228,7 @@ def _page(
     again: Sequence[Image.Image],
     real: Sequence[Image.Image],
     found: Sequence[Verdict],
+    steps: Sequence[Reply],
 ) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{row[key]:.0%}</td>' for key in COLUMNS)}</tr>"
@@ -217,7 +256,15 @@ def _page(
         f"the project's own SigLIP, which ranks all {results['captions drawn']} captions for each picture.</p>"
         f"<table><tr><th></th>{''.join(f'<th>{column}</th>' for column in COLUMNS.values())}</tr>{rows}</table>"
         f"<h2>Drawn for held-out captions</h2><div class=grid>{''.join(cards)}</div>"
+        f"<h2>In two steps, words and pictures in turn</h2><div class=grid>{''.join(map(_step_card, steps[:STEPS_CARDS]))}</div>"
         "<h2>Questions about held-out scenes, exactly right</h2>"
         f"<table><tr><th></th><th>model</th><th>most common answer</th></tr>{asked}</table>"
         f"<h2>Real scenes and what their codes keep ({results['psnr']:.1f} dB)</h2><div class=grid>{pairs}</div>\n"
     )
+
+
+def _step_card(reply: Reply) -> str:
+    parts = [
+        f'<img src="{inline(value)}">' if kind == "image" else f"<p>{html.escape(value)}</p>" for kind, value in reply.segments
+    ]
+    return f"<div class=card>{''.join(parts)}</div>"

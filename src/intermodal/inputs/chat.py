@@ -296,29 +296,33 @@ class ChatProcessor:
         """
         if not any(conversation.supervised):
             raise NoSupervision("no token is supervised: the conversation holds no words of the assistant")
-        turns: list[list[int]] = []
+        turns: list[list[list[int]]] = []  # for each run of supervised tokens its words, in pieces between what is drawn
         last = -2
         for index, (token, learned) in enumerate(zip(conversation.ids, conversation.supervised, strict=True)):
             if learned:
-                if index != last + 1 or (turns and turns[-1] and turns[-1][-1] in self.end_ids):
-                    turns.append([])
+                if index != last + 1 or (turns and turns[-1][-1] and turns[-1][-1][-1] in self.end_ids):
+                    turns.append([[]])
                 if conversation.expanded.source[index] >= 0:
-                    turns[-1].append(token)
+                    turns[-1][-1].append(token)
+                elif turns[-1][-1]:
+                    turns[-1].append([])
                 last = index
         names = [str(self.tokenizer.id_to_token(token)) for token in (self.planner.placeholders.values() if self.planner else ())]
+        media = re.compile("|".join(map(re.escape, names)) or "(?!)")
         said = [conversation.text[start:stop] for start, stop in conversation.spans]
-        said = [re.sub("|".join(map(re.escape, names)), "", words) if names else words for words in said]
         if len(turns) != len(said):
             raise NoSupervision(f"{len(said)} assistant messages, but {len(turns)} supervised runs of tokens")
-        for words, turn in zip(said, turns, strict=True):
-            if turn[-1] not in self.end_ids:
+        for words, pieces in zip(said, turns, strict=True):
+            *before, turn = pieces
+            if not turn or turn[-1] not in self.end_ids:
                 ends = [self.tokenizer.id_to_token(token) for token in self.end_ids]
                 raise NoSupervision(
                     f"no end-of-turn token ({', '.join(map(str, ends))}) follows {words[-40:]!r}: replies would not end"
                 )
-            spelled = self.tokenizer.decode(turn[:-1], skip_special_tokens=False)
-            if spelled.strip() != words.strip():
-                raise NoSupervision(f"the supervised tokens spell {spelled[:80]!r}, the assistant said {words[:80]!r}")
+            spelled = [self.tokenizer.decode(piece, skip_special_tokens=False).strip() for piece in (*before, turn[:-1])]
+            wanted = [piece.strip() for piece in media.split(words)]
+            if [piece for piece in spelled if piece] != [piece for piece in wanted if piece]:
+                raise NoSupervision(f"the supervised tokens spell {spelled!r:.80}, the assistant said {words[:80]!r}")
 
     def save(self, folder: Path) -> None:
         """Write the files as they were read, and take away another model's."""
