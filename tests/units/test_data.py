@@ -280,6 +280,13 @@ def test_streams_resume_exactly_and_count_rejects(tmp_path):
     texts = [whole.next().texts[0] for _ in range(30)]
     assert sorted(texts[:9]) == sorted(f"shard {s} record {n}" for s in range(2) for n in range(5) if (s, n) != (1, 2))
     assert any("missing.png" in reason for _, reason in whole.take_rejects())
+    again = stream_of(tmp_path)
+    again.restore(whole.state())
+    for _ in range(3):
+        again.next()
+    third = stream_of(tmp_path)
+    third.restore(again.state())  # resumed, gone on, resumed once more
+    assert [third.next().texts[0] for _ in range(5)] == [whole.next().texts[0] for _ in range(8)][3:]
     for at in (0, 3, 4, 9, 10, 17):
         first = stream_of(tmp_path)
         for _ in range(at):

@@ -1,6 +1,7 @@
 """Conversations as data, stitched models made, trained in stages and read back."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -448,3 +449,42 @@ def test_a_cached_tower_trains_the_same_and_is_not_asked_twice(recipe, tmp_path,
     learning = replace(staged(True).stages[0], learn=(("*", 1.0),))
     with pytest.raises(IntermodalError, match="cache_tower keeps what a frozen tower says, and vision"):
         train_stages(replace(recipe, stages=(learning,)), tmp_path / "no", quiet=True)
+
+
+def hub_folder(folder, rows):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"hf:{folder}"
+
+
+def test_streams_of_the_hub_are_conversations(recipe, tmp_path):
+    """Captioned pictures and chat records, streamed: trained on, resumed bit for bit, the unusable counted."""
+    pictures = []
+    for number in range(8):
+        pictures.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (20, 20), (30 * number, 90, 200 - 20 * number)).save(pictures[-1])
+    captioned = hub_folder(tmp_path / "pairs", [{"image": p, "caption": f"picture {n}"} for n, p in enumerate(pictures)])
+    shown = [{"type": "image", "text": None}, {"type": "text", "text": "what is it ?"}]
+    chats = []
+    for number, picture in enumerate(pictures):
+        answer = [{"type": "text", "text": f"it is {number}"}]
+        messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": answer}]
+        chats.append({"messages": messages, "images": [picture]})
+    chats[3]["images"] = pictures[:2]
+    chatted = hub_folder(tmp_path / "chats", chats)
+    talk = open_talks(f"captions:{captioned}").next()
+    assert talk.messages[0]["content"][0]["image"].size == (20, 20)
+    stream = open_talks(chatted)
+    said = {stream.next().messages[1]["content"][0]["text"] for _ in range(7)}
+    assert said == {f"it is {n}" for n in range(8) if n != 3}
+    assert any("pictures more" in reason for _, reason in stream.take_rejects())
+    sources = (f"captions:{captioned}", chatted)
+    stage = recipe.stages[1]
+    stage = replace(stage, data=replace(stage.data, train=sources, weights=(1.0, 1.0), max_reject_share=1.0))
+    made = replace(recipe, stages=(replace(stage, train=replace(stage.train, steps=4, keep=9)),))
+    whole = train_stages(made, tmp_path / "run", quiet=True).state_dict()
+    shutil.rmtree(tmp_path / "run" / "1-instruct" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "run" / "1-instruct" / "model")
+    resumed = train_stages(made, tmp_path / "run", resume=True, quiet=True).state_dict()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert "pictures more" in (tmp_path / "run" / "1-instruct" / "rejects.jsonl").read_text()

@@ -16,7 +16,8 @@ from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import VisionCache
 from ..nn.attention import Segments
 from .loader import ATTEMPTS, DataError, Reject, number_of
-from .talks import ALONE, TalkSource
+from .stream import StreamSource
+from .talks import ALONE, Talk, TalkSource
 
 
 def picture_alone(batch: TokenBatch, processor: ChatProcessor) -> TokenBatch:
@@ -81,7 +82,7 @@ class TalkFetcher(Dataset):
 
     def __init__(
         self,
-        sources: Sequence[TalkSource],
+        sources: Sequence[TalkSource | StreamSource],
         processor: ChatProcessor,
         seed: int,
         budget: int,
@@ -91,10 +92,10 @@ class TalkFetcher(Dataset):
         self.sources, self.processor, self.seed = list(sources), processor, seed
         self.budget, self.longest, self.cache = budget, min(longest, budget), cache
 
-    def __getitem__(self, references: tuple[int, list[tuple[int, int]]]) -> Packs:
+    def __getitem__(self, references: tuple[int, list[tuple[int, int | Talk]]]) -> Packs:
         _, wanted = references
         rejects: list[Reject] = []
-        found = [self._usable(which, at, rejects) for which, at in wanted]
+        found = [one for which, at in wanted if (one := self._usable(which, at, rejects)) is not None]
         singles = self._finished(found)
         packed = bins([len(single.ids) for single in singles], self.budget)
         return Packs([TokenBatch.pack([singles[i] for i in sorted(chosen)]) for chosen in packed], rejects)
@@ -108,7 +109,11 @@ class TalkFetcher(Dataset):
         return self._finished([self._read(which, index)])[0]
 
     def _read(self, which: int, index: int) -> Found:
-        talk = self.sources[which][index]
+        source = self.sources[which]
+        assert not isinstance(source, StreamSource)
+        return self._prepared(source[index])
+
+    def _prepared(self, talk: Talk) -> Found:
         conversation = self.processor.conversation(talk.messages)
         self.processor.audit(conversation)
         if len(conversation.ids) > self.longest:
@@ -121,8 +126,18 @@ class TalkFetcher(Dataset):
         self.processor.write_codes([one.conversation for one in found], [one.batch for one in found])
         return [picture_alone(one.batch, self.processor) if one.alone else one.batch for one in found]
 
-    def _usable(self, which: int, at: int, rejects: list[Reject]) -> Found:
-        source, index = self.sources[which], at
+    def _usable(self, which: int, at: int | Talk, rejects: list[Reject]) -> Found | None:
+        """The conversation asked for, or the first usable one of a sequence that its number determines. One of a stream has no other to
+        take its place: the step is then smaller by it."""
+        source = self.sources[which]
+        if isinstance(at, Talk):
+            try:
+                return self._prepared(at)
+            except IntermodalError as error:
+                rejects.append(Reject(at.key, str(error)))
+                return None
+        assert not isinstance(source, StreamSource)
+        index = at
         for attempt in range(ATTEMPTS):
             try:
                 return self._read(which, index)
@@ -141,9 +156,11 @@ class TalkFetcher(Dataset):
         for which, source in enumerate(self.sources):
             rng = random.Random(f"{self.seed}/audit/{which}")
             reasons = []
-            for index in {rng.randrange(len(source)) for _ in range(looks)}:
+            numbers = range(looks) if isinstance(source, StreamSource) else {rng.randrange(len(source)) for _ in range(looks)}
+            for index in numbers:
                 try:
-                    self.read(which, index)
+                    found = self._prepared(source.next()) if isinstance(source, StreamSource) else self._read(which, index)
+                    self._finished([found])
                     break
                 except IntermodalError as error:
                     reasons.append(f"{source.name}/{index}: {error}")

@@ -9,13 +9,14 @@ import os
 import re
 import tarfile
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ..config import override
 from ..errors import IntermodalError, SampleError, nearest
+from ..inputs.image import open_image
 from .source import Sample, Source
 from .stream import StreamSource
 
@@ -275,8 +276,12 @@ class FolderSource:
         return Sample(f"{self.name}/{relative.as_posix()}", str(file), texts)
 
 
-def open_hub(rest: str, *, seed: int) -> StreamSource:
-    """`owner/name[:split]`, streamed by `datasets`; also a local folder of shards that `datasets` knows how to stream."""
+def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]], Any] | None = None) -> StreamSource:
+    """`owner/name[:split]`, streamed by `datasets`; also a local folder of shards that `datasets` knows how to stream.
+
+    Args:
+        to_sample: what a record becomes; by default a picture with its captions.
+    """
     import datasets
 
     name, _, split = rest.partition(":")
@@ -288,11 +293,11 @@ def open_hub(rest: str, *, seed: int) -> StreamSource:
     for column, feature in (stream.features or {}).items():
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
-    return StreamSource(name, stream, record_to_sample, seed=seed)
+    return StreamSource(name, stream, to_sample or record_to_sample, seed=seed)
 
 
 def record_to_sample(key: str, record: dict[str, Any]) -> Sample:
-    return Sample(key, image_of(record, None, Path(), False), texts_of(record, None))
+    return Sample(key, open_image(image_of(record, None, Path(), False)), texts_of(record, None))
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:

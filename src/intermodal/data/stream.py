@@ -15,39 +15,39 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import IntermodalError, SampleError
-from ..inputs.image import open_image
-from .source import Sample
 
 
 class StreamSource:
-    """A `datasets.IterableDataset` with a function from its records to samples."""
+    """A `datasets.IterableDataset` with a function from a record's key and content to a sample or a conversation, decoded."""
 
-    def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Sample], *, seed: int = 0, block: int = 1024):
+    def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Any], *, seed: int = 0, block: int = 1024):
         self.name, self.dataset, self.to_sample = name, dataset, to_sample
         self.seed, self.block = seed, block
         self.rejects: list[tuple[str, str]] = []
         self.part = (0, 1)
         """This rank, and how many there are."""
         self._whole, self._beginning = dataset, copy.deepcopy(dataset.state_dict())
-        self._rewind()
+        self._rewind(self._beginning)
 
     def split(self, rank: int, ranks: int) -> None:
         """Back to the beginning, and from now on only this rank's part of the records."""
         self._whole.load_state_dict(copy.deepcopy(self._beginning))
         self.dataset, self.part = self._whole, (rank, ranks)
+        beginning = self._beginning
         if ranks > 1:
             from datasets.distributed import split_dataset_by_node
 
             self.dataset = split_dataset_by_node(self._whole, rank, ranks)
-        self._rewind()
+            beginning = self.dataset.state_dict()
+        self._rewind(beginning)
 
-    def _rewind(self) -> None:
+    def _rewind(self, beginning: dict[str, Any]) -> None:
         self.epoch = self.blocks = self.at = 0
-        self._block_epoch, self._block_state = 0, copy.deepcopy(self.dataset.state_dict())
-        self._samples: list[Sample] | None = None
+        self._block_epoch, self._block_state = 0, copy.deepcopy(beginning)
+        self._samples: list[Any] | None = None
         self._iterator: Iterator[dict[str, Any]] | None = None
 
-    def next(self) -> Sample:
+    def next(self) -> Any:
         """The next usable sample; starts over at the end of the data.
 
         Raises:
@@ -84,7 +84,9 @@ class StreamSource:
         return taken
 
     def _fill(self) -> None:
-        self._block_epoch, self._block_state = self.epoch, copy.deepcopy(self.dataset.state_dict())
+        self._block_epoch = self.epoch
+        if self._iterator is not None:  # else it is known: a data set tells of a state that it was given only once it is read
+            self._block_state = copy.deepcopy(self.dataset.state_dict())
         empty_passes, samples = 0, []
         if self._iterator is None:
             self._iterator = iter(self.dataset)
@@ -101,11 +103,7 @@ class StreamSource:
                 continue
             key = f"{self.name}/{record.get('__key__', f'{self.epoch}.{self.blocks}.{len(samples)}')}"
             try:
-                sample = self.to_sample(key, record)
-                sample.image = open_image(sample.image)
-                if not sample.texts:
-                    raise SampleError("no caption")
-                samples.append(sample)
+                samples.append(self.to_sample(key, record))
             except SampleError as error:
                 self.rejects.append((key, str(error)))
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)

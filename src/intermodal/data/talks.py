@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,11 @@ from ..errors import SampleError, nearest
 from ..inputs.messages import placed
 from .facts import Facts
 from .questions import SIGN_QUESTION, questions
-from .readers import SourceError, open_source
+from .readers import SourceError, open_hub, open_source, record_to_sample
 from .scenes import Scenes
 from .signs import Signs
 from .source import Sample, Source
+from .stream import StreamSource
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FILES = (".jsonl", ".json")
@@ -45,7 +47,7 @@ class TalkSource(Protocol):
         ...
 
 
-def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
+def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource | StreamSource:
     """Conversations from their name on the command line.
 
     Args:
@@ -53,23 +55,22 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource:
             `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
             `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture), `questions:signs?...` what a
             sign says; `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
-            or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`.
+            or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`, or `hf:OWNER/NAME[:SPLIT]` with such records.
         side: pixels of a side for sources that draw their pictures.
 
     Raises:
         SourceError: nothing there, or nothing readable.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "captions":
+    if kind == "hf":
+        return open_hub(rest, seed=seed, to_sample=record_talk)
+    if kind in ("captions", "draws"):
+        make = CaptionTalks if kind == "captions" else DrawTalks
+        if rest.startswith("hf:"):
+            return open_hub(rest[3:], seed=seed, to_sample=partial(_pair_talk, make))
         source = open_source(rest, side=side, seed=seed)
-        if not isinstance(source, Source):
-            raise SourceError(f"{spec!r}: streams cannot be read as conversations yet; write them to .jsonl or .parquet")
-        return CaptionTalks(source)
-    if kind == "draws":
-        source = open_source(rest, side=side, seed=seed)
-        if not isinstance(source, Source):
-            raise SourceError(f"{spec!r}: streams cannot be read as conversations yet; write them to .jsonl or .parquet")
-        return DrawTalks(source)
+        assert isinstance(source, Source)  # streams are the hub's, above
+        return make(source)
     if kind in ("questions", "blind"):
         source = open_source(rest, side=side, seed=seed)
         if isinstance(source, Signs) and kind == "questions":
@@ -109,14 +110,21 @@ class PairTalks:
     def __len__(self) -> int:
         return len(self.source)
 
-    def _pair(self, index: int) -> tuple[Sample, str, random.Random]:
-        """Sample number `index`, one of its captions, and the generator that chose it."""
+    def __getitem__(self, index: int) -> Talk:
         sample = self.source[index]
+        return self.talk(sample, random.Random(f"{self.name}/{index}"))
+
+    @classmethod
+    def talk(cls, sample: Sample, rng: random.Random) -> Talk:
+        """A conversation about a sample, with one of its captions. Raises SampleError: it has none."""
         texts = [text for text in sample.texts if text.strip()]
         if not texts:
             raise SampleError("no caption")
-        rng = random.Random(f"{self.name}/{index}")
-        return sample, rng.choice(texts), rng
+        return cls.about(sample, rng.choice(texts), rng)
+
+    @classmethod
+    def about(cls, sample: Sample, caption: str, rng: random.Random) -> Talk:
+        raise NotImplementedError
 
 
 class CaptionTalks(PairTalks):
@@ -124,8 +132,8 @@ class CaptionTalks(PairTalks):
 
     kind = "captions"
 
-    def __getitem__(self, index: int) -> Talk:
-        sample, caption, _ = self._pair(index)
+    @classmethod
+    def about(cls, sample: Sample, caption: str, rng: random.Random) -> Talk:
         return Talk(sample.key, [user(sample.image), {"role": "assistant", "content": caption}], sample.meta)
 
 
@@ -135,10 +143,47 @@ class DrawTalks(PairTalks):
     kind = "draws"
     alone = 0.1
 
-    def __getitem__(self, index: int) -> Talk:
-        sample, caption, rng = self._pair(index)
+    @classmethod
+    def about(cls, sample: Sample, caption: str, rng: random.Random) -> Talk:
         drawn = {"role": "assistant", "content": [{"type": "image", "image": sample.image}]}
-        return Talk(sample.key, [user(None, f"draw {caption}"), drawn], {**sample.meta, ALONE: rng.random() < self.alone})
+        return Talk(sample.key, [user(None, f"draw {caption}"), drawn], {**sample.meta, ALONE: rng.random() < cls.alone})
+
+
+def _pair_talk(make: type[PairTalks], key: str, record: dict[str, Any]) -> Talk:
+    """A streamed record with a picture and captions as a conversation."""
+    return make.talk(record_to_sample(key, record), random.Random(key))
+
+
+def record_talk(key: str, record: dict[str, Any]) -> Talk:
+    """A streamed record of a conversation: `messages` or LLaVA's `conversations`, its pictures in `images` or `image`.
+
+    Raises:
+        SampleError: it holds no conversation, or its messages show other pictures than it has.
+    """
+    pictures = record.get("images") or record.get("image") or []
+    pictures = [_bytes(value) for value in (pictures if isinstance(pictures, list) else [pictures])]
+    if not isinstance(record.get("messages"), list):
+        return Talk(key, placed(messages_of({**record, "image": None, "images": pictures}), Path()))
+    left, messages = iter(pictures), []
+    for message in record["messages"]:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            parts = [
+                {name: value for name, value in part.items() if value is not None} for part in content if isinstance(part, dict)
+            ]
+            content = [
+                {"type": "image", "image": next(left, None)} if p.get("type") == "image" and "image" not in p else p for p in parts
+            ]
+        messages.append({**message, "content": content} if isinstance(message, dict) else message)
+    unshown = sum(1 for _ in left)
+    if unshown:
+        raise SampleError(f"the record has {unshown} pictures more than its messages show")
+    return Talk(key, placed(messages, Path()))
+
+
+def _bytes(value: Any) -> Any:
+    """A picture as `datasets` gives it undecoded."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
 
 
 @dataclass
@@ -271,7 +316,7 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
         return record["messages"]
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise SampleError("a record needs `messages`, or LLaVA's `conversations`")
-    media = {kind: record.get(kind, record.get(f"{kind}s")) for kind in ("image", "video")}
+    media = {kind: record[kind] if record.get(kind) is not None else record.get(f"{kind}s") for kind in ("image", "video")}
     left = {kind: [] if value is None else list(value) if isinstance(value, list) else [value] for kind, value in media.items()}
     out = []
     for turn in record["conversations"]:

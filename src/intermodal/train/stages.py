@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.packing import Packs, TalkFetcher
+from ..data.stream import StreamSource
 from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
 from ..inputs.chat import ChatProcessor
@@ -67,7 +68,7 @@ def train_stages(
     return load(before)
 
 
-def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource], seed: int = 0) -> Generative:
+def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource | StreamSource], seed: int = 0) -> Generative:
     """The model a recipe starts from: loaded, stitched from its parts, or native; `seed` draws what is fresh in it."""
     if config.start is not None:
         model = load(config.start)
@@ -89,13 +90,14 @@ def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSourc
     return stitch(vision, language, layer=config.layer, seed=seed)
 
 
-def spoken(sources: Sequence[TalkSource], count: int) -> list[str]:
+def spoken(sources: Sequence[TalkSource | StreamSource], count: int) -> list[str]:
     """Every text in about `count` conversations, an equal part from each source, from its beginning."""
     out: list[str] = []
     for source in sources:
-        for index in range(min(len(source), -(-count // len(sources)))):
+        part = -(-count // len(sources))
+        for index in range(part if isinstance(source, StreamSource) else min(len(source), part)):
             try:
-                messages = source[index].messages
+                messages = (source.next() if isinstance(source, StreamSource) else source[index]).messages
             except SampleError:
                 continue
             for message in messages:
