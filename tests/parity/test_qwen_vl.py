@@ -157,6 +157,33 @@ def test_logits_and_positions(made, family, case):
     assert torch.equal(other.positions, hf_positions)
 
 
+@pytest.mark.parametrize("case", ["video", "image and video"])
+def test_transformers_form_of_a_qwen3_video(made, case):
+    """PITFALLS D2: transformers replaces the inner pad alone, so that the wrapper stays around the frames: ids, positions, logits."""
+    folder, model = made("qwen3_vl")
+    ours = intermodal.load(folder)
+    ours.processor.planner.authors = False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    conversation = ours.processor.conversation(CASES[case])
+    ours.processor.audit(conversation)
+    text = tokenizer.apply_chat_template(ours_plain(CASES[case]), tokenize=False)
+    for plan in conversation.plans:
+        pad = f"<|{plan.kind}_pad|>"
+        frames = "<|vision_start|>" + pad * (plan.features // len(plan.runs)) + "<|vision_end|>"
+        if plan.kind == "image":
+            text = text.replace(f"<|vision_start|>{pad}<|vision_end|>", frames, 1)
+        else:
+            times = ours.processor.planner.timestamps(clips_of(CASES[case])[0])
+            written = "".join(f"<{time:.1f} seconds>{frames}" for time in times)
+            text = text.replace(f"<|vision_start|>{pad}<|vision_end|>", f"<|vision_start|>{written}<|vision_end|>", 1)
+    assert conversation.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    batch = ours.processor(CASES[case])
+    expected, positions = theirs("qwen3_vl", model, batch, clips_of(CASES[case]))
+    assert torch.equal(batch.positions, positions)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_text_after_a_long_clip_follows_the_authors(made, family):
     """PITFALLS D1: transformers gives it positions inside the clip."""
