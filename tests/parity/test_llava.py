@@ -308,3 +308,15 @@ def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
     check_cached_equals_uncached(ours, talks, tmp_path)
     check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
     check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))
+
+
+def test_a_reply_that_spells_a_placeholder_can_be_said_again(made):
+    """Its characters would be taken for a picture in the next turn: `chat` keeps what the model said without them."""
+    ours = intermodal.load(made("llava")[0])
+    name = ours.processor.tokenizer.id_to_token(ours.processor.planner.placeholders["image"])
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"a {name} b"}, {"role": "user", "content": "and?"}]
+    with pytest.raises(MediaError, match="placeholder"):
+        ours.processor.conversation(said, reply=True)
+    said[1]["content"] = ours.processor.without_placeholders(said[1]["content"])
+    assert said[1]["content"] == "a  b"
+    assert ours.processor.conversation(said, reply=True).ids

@@ -130,7 +130,7 @@ def test_dropping_the_oldest_turns(model):
     alone = model.generate([talk[0], talk[-1]], max_new_tokens=4)
     assert (reply.ids, reply.usage["dropped_messages"]) == (alone.ids, 2)
     assert "dropped_messages" not in alone.usage
-    with pytest.raises(TooLong):  # the last question alone is too long: it is never dropped
+    with pytest.raises(TooLong, match=r"pictures smaller$"):  # the last question alone is too long: it is never dropped
         model.generate(ask("x" * 300), too_long="drop_oldest")
     with pytest.raises(IntermodalError, match="too_long"):
         model.generate(ask("x"), too_long="cut")

@@ -141,7 +141,11 @@ def chat(
             try:
                 reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature, too_long=too_long))
                 parts = [{"type": kind, kind: value} for kind, value in reply.segments]
-                messages.append({"role": "assistant", "content": parts if reply.images else reply.text})
+                assert loaded.processor is not None  # _load has checked it
+                text = loaded.processor.without_placeholders(reply.text)
+                messages.append({"role": "assistant", "content": parts if reply.images else text})
+                if reply.finish == "length":
+                    console.print("(cut off: --max-new-tokens, or the end of the context)", style="bright_black")
             except IntermodalError as error:
                 console.print(str(error), style="red", markup=False)
                 messages.pop()

@@ -47,10 +47,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Partial:
-    """A picture under way: its rows so far, the rest grey; `done` is the share of its codes."""
+    """A picture under way; `done` is the share of its codes."""
 
-    picture: Image.Image
+    codes: tuple[int, ...]
+    canvas: Canvas
     done: float
+
+    @property
+    def picture(self) -> Image.Image:
+        """Its rows so far, the rest grey; decoded when it is asked for."""
+        return self.canvas.partial(list(self.codes))
 
 
 @dataclass
@@ -268,7 +274,7 @@ def _draw(run: _Run, scores: list[Tensor], sampling: Sampling, canvas: Canvas, p
         run.said.append(token)
         drawing.codes.append(token)
         if partial and len(drawing.codes) % canvas.side == 0:
-            yield Partial(canvas.partial(drawing.codes), len(drawing.codes) / canvas.count)
+            yield Partial(tuple(drawing.codes), canvas, len(drawing.codes) / canvas.count)
         return
     run.said.append(canvas.tokens.end)  # forced, not drawn
     run.segments.append(("image", canvas.picture(drawing.codes)))
@@ -324,11 +330,11 @@ def fitting(
             if len(conversation.ids) <= room:
                 break
             conversation, dropped = processor.conversation([*system, *messages[start:]], reply=True), start - len(system)
-    check_length(conversation, context, sampling.max_new_tokens)
+    check_length(conversation, context, sampling.max_new_tokens, sampling.too_long == "drop_oldest")
     return conversation, dropped
 
 
-def check_length(conversation: Conversation, context: int, new: int) -> None:
+def check_length(conversation: Conversation, context: int, new: int, dropping: bool) -> None:
     """Raises TooLong, with the count of each item, when a prompt leaves no room in the context for a reply."""
     total = len(conversation.ids)
     if total < context:
@@ -338,5 +344,6 @@ def check_length(conversation: Conversation, context: int, new: int) -> None:
     parts = ", ".join([f"text: {text}", *media])
     raise TooLong(
         f"the conversation has {total} tokens ({parts}), the model's context {context}, and a reply of up to {new} must fit too; "
-        'leave out turns or media, make pictures smaller, or set too_long="drop_oldest" to leave out the oldest turns'
+        "leave out turns or media, or make pictures smaller"
+        + ("" if dropping else ', or set too_long="drop_oldest" to leave out the oldest turns')
     )

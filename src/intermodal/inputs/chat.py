@@ -151,6 +151,12 @@ class ChatProcessor:
         """Ids -> text, without special tokens unless asked."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
+    def without_placeholders(self, text: str) -> str:
+        """A text without what stands for media in a rendered conversation: a reply that spells it would be taken for a picture."""
+        for token in (self.planner.placeholders if self.planner else {}).values():
+            text = text.replace(str(self.tokenizer.id_to_token(token)), "")
+        return text
+
     def conversation(self, messages: Messages, *, reply: bool = False, **variables: Any) -> Conversation:
         """Messages -> tokens with their loss mask.
 
