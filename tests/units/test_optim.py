@@ -39,6 +39,16 @@ def test_steps_are_those_of_torchs_muon(shape, monkeypatch):
     assert (moved.norm() / wanted.norm() - 1).abs() < 0.01
 
 
+def test_a_convolution_is_a_matrix_of_windows():
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 8, 2, bias=False), nn.Linear(12, 8, bias=False)
+    linear.weight.data.copy_(conv.weight.flatten(1))
+    for layer in (conv, linear):
+        layer.weight.grad = torch.ones(8, 12).cumsum(1).view(layer.weight.shape)
+        optim.Muon([{"params": [layer.weight], "weight_decay": 0.1, "orthogonal": True, "factor": 1.0}], lr=0.1, fused=True).step()
+    assert torch.equal(conv.weight.flatten(1), linear.weight)
+
+
 def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     class Small(nn.Module):
         def __init__(self):

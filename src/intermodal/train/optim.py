@@ -15,7 +15,7 @@ from ..errors import IntermodalError
 from .recipe import OptimConfig
 
 SCALARS = {"logit_scale", "logit_bias"}
-NOT_MATRICES = {"patch_embedding", "lm_head"}
+NOT_MATRICES = {"patch_embedding", "lm_head", "conv_in", "conv_out"}
 MOMENTUM = 0.95
 
 
@@ -68,13 +68,14 @@ def _optimizer(model: nn.Module, config: OptimConfig, factors: dict[str, float])
 
 
 def matrix_names(model: nn.Module) -> list[str]:
-    """Weights of linear layers, but for those that turn patches or hidden states into something else: what Muon is for."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Weights of linear layers and convolutions, but for those that turn pictures into features or back, or states into scores: what Muon
+    is for."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     return [f"{name}.weight" for name in linear if name.rsplit(".", 1)[-1] not in NOT_MATRICES]
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum made orthogonal for the matrices of linear layers, AdamW for the rest.
+    """Momentum made orthogonal for the matrices of linear layers and convolutions, AdamW for the rest.
 
     The update of a matrix is the nearest orthogonal one to its Nesterov momentum, by five steps of a Newton-Schulz iteration, scaled by
     0.2 sqrt(longer side) so that its entries are about as large as AdamW's and the same rates and decay fit (Jordan 2024; Liu et al.,
@@ -104,13 +105,13 @@ class Muon(torch.optim.AdamW):
                 state |= {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter)}
             state["step"] += 1
             momentum = state["exp_avg"].mul_(MOMENTUM).add_(parameter.grad)
-            wanted = whole(parameter.grad.add(momentum, alpha=MOMENTUM))
+            wanted = whole(parameter.grad.add(momentum, alpha=MOMENTUM)).flatten(1)  # a convolution is a matrix (out, in x window)
             by_shape.setdefault(wanted.shape, []).append((parameter, wanted))
         for shape, found in by_shape.items():
             updates = orthogonal(torch.stack([wanted for _, wanted in found])) * (0.2 * max(shape) ** 0.5)
             for (parameter, _), update in zip(found, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(like(update.to(parameter.dtype), parameter), alpha=group["lr"])
+                parameter.sub_(like(update.view(parameter.shape).to(parameter.dtype), parameter), alpha=group["lr"])
 
 
 def orthogonal(matrices_NRC: Tensor, steps: int = 5) -> Tensor:

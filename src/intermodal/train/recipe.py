@@ -64,7 +64,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
-    """muon makes the updates of linear layers orthogonal (`optim.Muon`): fewer steps to the same loss, each a little dearer."""
+    """muon makes the updates of linear layers and convolutions orthogonal (`optim.Muon`): fewer steps to the same loss, each a little
+    dearer."""
     lr: float = 1e-3
     matrix_lr_factor: float = 1.0
     """Muon only: rate of the orthogonal updates, as a multiple."""
