@@ -5,28 +5,23 @@
 """
 
 from dataclasses import replace
+from pathlib import Path
 
-from intermodal.models.decoder import DecoderConfig
-from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
+from intermodal.train.recipe import NativeConfig, StagedRecipe, load_recipe
 
-SCENES = "scenes:core?pair_share=0.4&most=3&colour_share=0.4&plain=true"
-READ = (f"captions:{SCENES}&forms=1", f"questions:{SCENES}", "questions:signs?words=24&least=6")
-DECODER = DecoderConfig(width=160, depth=4, heads=5, kv_heads=5, head_width=32, mlp_width=448, vocab_size=0, context=512)
+SCENES = "scenes:core?pair_share=0.4&most=3&colour_share=0.4&plain=true&forms=1"
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:
-    stage = Stage(
-        "learn",
+    stitched = load_recipe(Path(__file__).with_name("compare_stitched.py"), tiny=tiny)
+    (stage,) = stitched.stages
+    train = (*stage.data.train, f"draws:{SCENES}", "draws:sprites:core?article=true&variations=1000")
+    stage = replace(
+        stage,
         learn=(("model.*", 1.0), ("lm_head.*", 1.0)),
-        data=TalksConfig(
-            train=(*READ, f"draws:{SCENES}&forms=1", "draws:sprites:core?article=true&variations=1000"),
-            weights=(1.0, 1.0, 1.0, 0.75, 0.75),
-            batch=32,
-            tokens=4096,
-        ),
-        optim=OptimConfig(name="muon", lr=2e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=20),
-        train=LoopConfig(steps=4000, threads=2, log_every=10),
+        data=replace(stage.data, train=train, weights=(*stage.data.weights, 0.75, 0.75)),
         z_loss=1e-5,
     )
-    full = StagedRecipe("native", NativeConfig(vq="eyes", decoder=replace(DECODER, qk_layernorm=True)), (stage,))
-    return tiny_stages(full) if tiny else full
+    decoder = replace(stitched.model.decoder, qk_layernorm=True)
+    model = NativeConfig(vq="eyes", decoder=decoder, tokenizer_samples=stitched.model.tokenizer_samples)
+    return StagedRecipe("native", model, (stage,))
