@@ -18,7 +18,7 @@ def recipe(tiny: bool = False) -> VQRecipe:
         ),
         codebook=CodebookConfig(ema=0.99, revive=100),
         data=DataConfig(train=("sprites:core?variations=1000", SCENES), weights=(1.0, 1.0), batch=32, workers=1),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup=50),
+        optim=OptimConfig(name="muon", lr=1e-3, matrix_lr_factor=2.0, betas=(0.9, 0.95), weight_decay=0.0, warmup=50),
         train=VQTrainConfig(steps=3000, threads=2, log_every=25),
     )  # fmt: skip
     if not tiny:

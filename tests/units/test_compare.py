@@ -113,8 +113,8 @@ def test_findings_need_every_seed():
         }
 
     said = report.findings({"a": [run(0.5), run(0.6)], "b": [run(0.2, True), run(0.4, True)]})
-    assert "a is ahead with every seed: questions, all, signs of all heights, linear read-out of pixels." in said
-    assert any("overlap: captions, exactly right, training tokens/s" in line for line in said)
+    assert "a is ahead with every seed: questions, all; signs of all heights; linear read-out of pixels." in said
+    assert any("overlap: captions, exactly right; training tokens/s" in line for line in said)
     assert any("b draws: the judge finds 30 % of the named things, and 10 %" in line for line in said)
     overlapping = report.findings({"a": [run(0.5), run(0.3)], "b": [run(0.2), run(0.4)]})
     assert not any("ahead" in line for line in overlapping)

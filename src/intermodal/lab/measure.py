@@ -21,7 +21,7 @@ from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
 from ..data.talks import SceneTalks, open_talks, user
 from ..evaluate.demo_native import decoded, reconstructed
-from ..evaluate.judge import fresh_tower, pixels_of, retrieved, shares, train_judge, verdicts
+from ..evaluate.judge import Judge, fresh_tower, pixels_of, retrieved, shares, train_judge, verdicts
 from ..evaluate.vqa import accuracy, ask, held_out_questions, majority
 from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
@@ -183,23 +183,30 @@ def judge_drawings(folders: Sequence[Path], models: Sequence[str], steps: int) -
         models: SigLIP models of the comparison; the first gives the second judge, and its tower to the first.
     """
     siglips = [found for path in models if isinstance(found := load(path), SigLIP)]
-    siglip = siglips[0] if siglips else None
+    judges: dict[SceneConfig, tuple[Judge, SigLIP | None]] = {}
     for folder in folders:
         said = json.loads((folder / "said.json").read_text())
         config = from_dict(SceneConfig, said["scenes"])
-        fits = siglip is not None and siglip.config.vision.image_size == config.side
-        tower = siglip.vision if siglip is not None and fits else fresh_tower(config.side)
-        assert isinstance(tower, SiglipVisionTower)
-        judge = train_judge(replace(config, seed=JUDGE_SEED), tower=tower, steps=steps, progress=False)
+        if config not in judges:
+            judges[config] = _judges(config, siglips, steps)
+        judge, siglip = judges[config]
         source = Scenes(replace(config, split="test", seed=DRAW_SEED))
         facts = [source.facts(index) for index in range(len(said["captions"]))]
         sheets = {name: _cut(folder / f"{name}.png", config.side) for name in ("drawn", "real", "codes", "noise")}
         sheets["drawn for another caption"] = sheets["drawn"][1:] + sheets["drawn"][:1]
         scores: dict[str, Any] = {"began": said["began"], "count": len(facts)}
         for name, pictures in sheets.items():
-            rank = retrieved(siglip, pictures, facts) if siglip is not None and fits else None
+            rank = retrieved(siglip, pictures, facts) if siglip is not None else None
             scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": rank}
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def _judges(config: SceneConfig, siglips: Sequence[SigLIP], steps: int) -> tuple[Judge, SigLIP | None]:
+    """The classifier for scenes of a kind, from the first SigLIP of their size where there is one; and that SigLIP."""
+    siglip = next((model for model in siglips if model.config.vision.image_size == config.side), None)
+    tower = fresh_tower(config.side) if siglip is None else siglip.vision
+    assert isinstance(tower, SiglipVisionTower)
+    return train_judge(replace(config, seed=JUDGE_SEED), tower=tower, steps=steps, progress=False), siglip
 
 
 def _cut(sheet: Path, side: int) -> list[Image.Image]:

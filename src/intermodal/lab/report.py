@@ -128,9 +128,9 @@ def findings(results: Rows) -> list[str]:
         a, b = [read(row) for row in ours], [read(row) for row in theirs]
         ahead[first if min(a) > max(b) else second if min(b) > max(a) else "neither"].append(label)
     out = [
-        f"{name} is ahead with every seed: {', '.join(labels)}." for name, labels in ahead.items() if labels and name != "neither"
+        f"{name} is ahead with every seed: {'; '.join(labels)}." for name, labels in ahead.items() if labels and name != "neither"
     ]
-    out += [f"The spreads of the seeds overlap: {', '.join(ahead['neither'])}."] if ahead["neither"] else []
+    out += [f"The spreads of the seeds overlap: {'; '.join(ahead['neither'])}."] if ahead["neither"] else []
     for name, rows in results.items():
         drew = [row for row in rows if row.get("drawn")]
         if drew:
