@@ -95,6 +95,12 @@ class _Run:
         self.text = self.decoded = ""
         self.since = self.prefix = self.read = len(self.said)
 
+    def reply(self) -> Reply:
+        usage = {"prompt_tokens": len(self.prompt.ids), "completion_tokens": len(self.said)}
+        usage |= {"dropped_messages": self.dropped} if self.dropped else {}
+        text = "".join(value for kind, value in self.segments if kind == "text")
+        return Reply(text, self.said, self.finish or "length", usage, self.segments)
+
 
 Event = str | Partial | Reply
 
@@ -146,14 +152,12 @@ def _events(
     slots = min(slots, len(conversations))
     if not slots:
         return
-    ends = frozenset(
-        [*processor.end_ids, *(t for text in sampling.stop if (t := processor.tokenizer.token_to_id(text)) is not None)]
-    )
+    stops = (processor.tokenizer.token_to_id(text) for text in sampling.stop)
+    ends = frozenset([*processor.end_ids, *(token for token in stops if token is not None)])
     if model.vision_cache is None and processor.planner is not None:
         model.vision_cache = MemoryCache()
-    pictures = model.vision_cache
-    if isinstance(pictures, MemoryCache):
-        pictures.begin(model.tower_parameters())
+    if isinstance(model.vision_cache, MemoryCache):
+        model.vision_cache.begin(model.tower_parameters())
     canvas = Canvas.of(model, sampling)
     streams = canvas.streams if canvas else 1
     cache = model.model.cache(slots * streams)
@@ -163,14 +167,11 @@ def _events(
         while waiting and free:
             index = waiting.pop()
             try:
-                conversation, dropped = fitting(processor, conversations[index], model.config_text.context, sampling)
+                run = _begun(index, conversations[index], model, processor, sampling)
             except IntermodalError as error:
                 yield index, error
-                continue
-            prompt = processor.batch(conversation, cache=pictures).to(model.device)
-            room = model.config_text.context - len(prompt.ids)
-            generator = torch.Generator().manual_seed(sampling.seed)
-            arrivals.append((free.pop(), _Run(index, prompt, generator, int(prompt.positions.max()) + 1, room, dropped)))
+            else:
+                arrivals.append((free.pop(), run))
         if not arrivals and not running:
             break
         if arrivals:
@@ -194,10 +195,16 @@ def _events(
                 del running[slot]
                 cache.free(slot)
                 free.append(slot)
-                usage = {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.said)}
-                usage |= {"dropped_messages": run.dropped} if run.dropped else {}
-                text = "".join(value for kind, value in run.segments if kind == "text")
-                yield run.index, Reply(text, run.said, run.finish, usage, run.segments)
+                yield run.index, run.reply()
+
+
+def _begun(index: int, messages: Any, model: Generative, processor: ChatProcessor, sampling: Sampling) -> _Run:
+    """A conversation ready to be read. Raises IntermodalError: it cannot be, or leaves no room for a reply."""
+    context = model.config_text.context
+    conversation, dropped = fitting(processor, messages, context, sampling)
+    prompt = processor.batch(conversation, cache=model.vision_cache).to(model.device)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    return _Run(index, prompt, generator, int(prompt.positions.max()) + 1, context - len(prompt.ids), dropped)
 
 
 def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slots: int) -> Tensor:
