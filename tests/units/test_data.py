@@ -294,3 +294,23 @@ def test_streams_resume_exactly_and_count_rejects(tmp_path):
         second = stream_of(tmp_path)
         second.restore(json.loads(json.dumps(first.state())))
         assert [second.next().texts[0] for _ in range(12)] == texts[at : at + 12], at
+
+
+def test_packing_a_source_keeps_captions_and_names_what_is_unusable(tmp_path):
+    from intermodal.data.pack import pack
+
+    rows = [{"image": f"{n}.png", "captions": [f"one {n}", f"eins {n}"]} for n in range(4)]
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(png(n, (90 + n, 30)))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pack(str(tmp_path / "t.jsonl"), tmp_path / "out" / "s.tar", 40, progress=False) == (3, 1)
+    packed = open_source(str(tmp_path / "out" / "s.tar"))
+    assert [packed[n].texts for n in range(3)] == [row["captions"] for row in rows[:3]]
+    assert [Image.open(io.BytesIO(packed[n].image)).size for n in range(3)] == [(40, 13)] * 3
+    assert "3.png" in (tmp_path / "out" / "s.rejects.jsonl").read_text()
+    with pytest.raises(SourceError, match="--count"):
+        pack("scenes:core", tmp_path / "x.tar", 40)
+    assert pack("scenes:core", tmp_path / "x.tar", 32, 2, progress=False) == (2, 0)
+    (tmp_path / "n.jsonl").write_text(json.dumps(rows[3]) + "\n")
+    with pytest.raises(SourceError, match="nothing in"):
+        pack(str(tmp_path / "n.jsonl"), tmp_path / "n.tar", 40, progress=False)

@@ -321,6 +321,25 @@ def preview(
 
 
 @data.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Any source that `train` takes.")],
+    out: Out = Path("shard.tar"),
+    side: Annotated[int, typer.Option(min=1, help="Longest side of a packed picture, in pixels.")] = 256,
+    count: Annotated[int | None, typer.Option(min=1, help="How many samples; all where left out.")] = None,
+) -> None:
+    """Write a source as one tar shard of small pictures with their captions: large files are then decoded once and not every epoch.
+
+    Example: `intermodal data pack 'tuxpaint?languages=en,de' --side 96 --out tux.tar`
+    """
+    from ..data.pack import pack as write
+
+    written, rejected = write(source, out, side, count)
+    typer.echo(
+        f"{out}: {written} samples" + (f", {rejected} unusable (named in {out.with_suffix('.rejects.jsonl')})" if rejected else "")
+    )
+
+
+@data.command()
 def stats(
     source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
     count: Annotated[int, typer.Option(help="How many samples are looked at.")] = 500,
