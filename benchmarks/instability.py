@@ -1,4 +1,4 @@
-"""The lecture's instability, on purpose: early fusion without norms on queries and keys, z-loss and clipping, at ten times the rate,
+"""The lecture's instability, on purpose: early fusion without norms on queries and keys, z-loss and clipping, at forty times the rate,
 beside the stable recipe; the same data, the same start, the same steps.
 
     python benchmarks/instability.py --vq runs/demo-native/vqvae/model --out docs/instability.png
