@@ -145,3 +145,19 @@ def test_signs_are_words_at_their_size_in_fonts_of_their_side():
     assert talk.messages[1]["content"] == talk.meta["word"]
     with pytest.raises(IntermodalError, match="questions:signs"):
         open_talks("blind:signs")
+
+
+def test_a_twin_differs_in_one_fact_and_stays_on_its_side():
+    config = SceneConfig(side=32, twins=1.0, pair_share=0.5)
+    source, alone = Scenes(config), Scenes(SceneConfig(side=32, pair_share=0.5))
+    changed = Counter()
+    for index in range(0, 200, 2):
+        first, second = source.scene(index), source.scene(index + 1)
+        assert first.facts == alone.facts(index)
+        assert not any(is_held_out(combination) for combination in second.facts.combinations())
+        assert (second.style, second.facts.background) == (first.style, first.facts.background)
+        assert second.facts == source.facts(index + 1)
+        kinds = {kind for kind in ("relation", "groups") if getattr(first.facts, kind) != getattr(second.facts, kind)}
+        assert len(kinds) == 1
+        changed.update(kinds)
+    assert min(changed["relation"], changed["groups"]) > 5

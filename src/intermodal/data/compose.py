@@ -56,7 +56,6 @@ def draw(
     seed: int = 0,
     fonts: str = "train",
     recolour: float = 0.0,
-    mirror: bool = False,
     plain: bool = False,
     groups: int | None = None,
 ) -> Scene:
@@ -71,9 +70,7 @@ def draw(
     boxes = []
     for index, (group, region) in list(enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)))[:groups]:
         paint = random_paint(rng) if recolour and group.colour is None and rng.random() < recolour else None
-        turned = mirror and rng.random() < 0.5
-        cells = _cells(region, group.count, rng)
-        boxes.append((index, [_place(pixels, group, style, cell, rng, paint, turned) for cell in cells]))
+        boxes.append((index, [_place(pixels, group, style, cell, rng, paint) for cell in _cells(region, group.count, rng)]))
     return Scene(facts, seed, style, boxes, pixels)
 
 
@@ -148,14 +145,11 @@ def _place(
     cell: tuple[float, float, float],
     rng: random.Random,
     paint: np.ndarray | None = None,
-    mirrored: bool = False,
 ) -> tuple[int, int, int, int]:
     """Draw one object into its square; returns the box of what is visible."""
     x, y, size = cell
     side = max(6, round(size))
     drawing = _tinted(group.concept, style, group.colour).resize((side, side), Image.Resampling.BOX)
-    if mirrored:
-        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle = rng.uniform(-12, 12)
     if side >= 12:
         drawing = drawing.rotate(angle, Image.Resampling.BILINEAR)

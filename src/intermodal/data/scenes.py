@@ -47,8 +47,6 @@ class SceneConfig:
     twins: float = 0.0
     """Share of scenes with an odd number that are the one before them with one fact changed (a count, the relation, a colour, a thing):
     same style and ground, laid out anew."""
-    mirror: bool = False
-    """Turn every second drawing left to right: an augmentation, as styles differ in which way a thing looks."""
     plain: bool = False
     """White ground everywhere, unshaded: what a small model that draws need not spend its codes on."""
     forms: int = 5
@@ -80,7 +78,7 @@ class Scenes:
         """Scene number `index` with its facts and boxes; with `groups`, only its first ones are drawn, where they stand."""
         config, rng = self.config, self._rng(index)
         facts, style = self._told(index, rng)
-        settings = {"fonts": config.fonts, "recolour": config.recolour, "mirror": config.mirror, "plain": config.plain}
+        settings = {"fonts": config.fonts, "recolour": config.recolour, "plain": config.plain}
         return draw(facts, style, config.side, rng, seed=index, groups=groups, **settings)
 
     def facts(self, index: int) -> Facts:

@@ -32,7 +32,7 @@ SPIKE = 1.3
 
 @dataclass(frozen=True)
 class Settings:
-    seconds: float = 330.0
+    seconds: float = 300.0
     """Training time of a run: eyes and decoder together."""
     seeds: int = 3
     questions: int = 60
