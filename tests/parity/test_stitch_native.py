@@ -38,14 +38,13 @@ def decoder(folder, qk_norm=False, **more):
 
 
 def siglip(naflex=False, **more):
-    vision = VisionConfig(
-        48, 3, 4, 80, image_size=40, patch_size=8, **{"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6, **more}
-    )
+    shape = {"image_size": 40, "patch_size": 8, "activation": "gelu_pytorch_tanh", "norm_eps": 1e-6, **more}
+    vision = VisionConfig(48, 3, 4, 80, **shape)
     text = TextConfig(16, 1, 2, 32, vocab_size=40, context=8, eos_id=1)
     model = initialise(SigLIP(DualConfig(vision, text, 48, naflex=naflex)))
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
-    model.processor = PairProcessor(NaflexProcessor(8, 64) if naflex else ImageProcessor((40, 40)), None, "siglip")
+    model.processor = PairProcessor(NaflexProcessor(8, 64) if naflex else ImageProcessor((vision.image_size,) * 2), None, "siglip")
     return model
 
 
@@ -129,7 +128,7 @@ def test_the_verb(made, tmp_path):
     ]
     done = CliRunner().invoke(app, [*arguments, "--connector", "merger"])
     assert done.exit_code == 0, done.output
-    assert "a qwen2_vl of" in done.output
+    assert "qwen2_vl of" in done.output
     for extra, message in (
         (["--connector", "qformer"], "unknown connector"),
         (["--deepstack", "1"], "goes with --connector merger"),

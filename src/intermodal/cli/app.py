@@ -181,11 +181,15 @@ def stitch(
     language: Annotated[str, typer.Option(help="A decoder's directory, hub id or GGUF file, with a chat template.")],
     out: Out = Path("stitched"),
     connector: Annotated[
-        str, typer.Option(help="mlp: LLaVA's, for fixed-size towers; merger: Qwen-VL's, native resolution.")
+        str,
+        typer.Option(
+            help="mlp: LLaVA's, fixed-size towers; resampler: Idefics2's, fixed-size SigLIP; merger: Qwen-VL's, native resolution."
+        ),
     ] = "mlp",
     layer: Annotated[
         int | None, typer.Option(help="mlp: hidden state of the tower that is read; by default LLaVA's choice.")
     ] = None,
+    latents: Annotated[int | None, typer.Option(min=1, help="resampler: tokens of a picture, 64 by default.")] = None,
     deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
@@ -196,6 +200,8 @@ def stitch(
 
     `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
 
+    `intermodal stitch --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen3-0.6B --connector resampler --latents 64`
+
     `intermodal stitch --vision google/siglip2-base-patch16-naflex --language Qwen/Qwen3-0.6B --connector merger --deepstack 2,5,8`
     """
     from ..errors import IntermodalError, nearest
@@ -205,11 +211,14 @@ def stitch(
     from ..weights.load import load, load_encoder, save
     from ..weights.stitch import stitch as join
     from ..weights.stitch_native import stitch_native
+    from ..weights.stitch_resampler import stitch_resampler
 
-    if connector not in ("mlp", "merger"):
-        raise IntermodalError(f"unknown connector {connector!r}: mlp or merger{nearest(connector, ('mlp', 'merger'))}")
-    if (connector == "mlp" and deepstack is not None) or (connector == "merger" and layer is not None):
-        raise IntermodalError("--deepstack goes with --connector merger, --layer with mlp")
+    connectors = ("mlp", "resampler", "merger")
+    if connector not in connectors:
+        raise IntermodalError(f"unknown connector {connector!r}: {', '.join(connectors)}{nearest(connector, connectors)}")
+    for value, option, wanted in ((layer, "layer", "mlp"), (latents, "latents", "resampler"), (deepstack, "deepstack", "merger")):
+        if value is not None and connector != wanted:
+            raise IntermodalError(f"--{option} goes with --connector {wanted}")
     try:
         blocks = tuple(int(block) for block in deepstack.split(",") if block) if deepstack is not None else None
     except ValueError:
@@ -219,6 +228,8 @@ def stitch(
         raise IntermodalError(f"{language} is a {type(decoder).__name__}; --language wants a text-only decoder")
     if connector == "mlp":
         model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, seed=seed)
+    elif connector == "resampler":
+        model = stitch_resampler(load_encoder(vision, dtype=dtype), decoder, latents=latents or 64, seed=seed)
     else:
         eyes = load(vision, dtype=dtype)
         if not isinstance(eyes, DualEncoder | QwenVL):
@@ -228,7 +239,7 @@ def stitch(
         model = stitch_native(eyes, decoder, deepstack=blocks, seed=seed)
     save(model, out)
     count = sum(p.numel() for p in model.parameters())
-    typer.echo(f"{out}: a {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}")
+    typer.echo(f"{out}: {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}")
 
 
 @app.command()

@@ -79,6 +79,9 @@ class Plan:
     instead: str = ""
     detail: Any = None
     """What the planner needs again to make the pixels (target size, grid of tiles, ...)."""
+    boundary: str = ""
+    """Written on both sides of the placeholder, once between two items that touch, and with a space before a word that would touch it
+    (Idefics2)."""
 
     def __len__(self) -> int:
         return sum(len(piece) for run in self.runs for piece in run)
@@ -217,7 +220,14 @@ def rewrite(
             f"placeholder token itself, or does the template drop or reorder media?"
         )
     edits: list[tuple[int, int, str]] = []
-    for match, plan in zip(found, plans, strict=True):
+    for index, (match, plan) in enumerate(zip(found, plans, strict=True)):
+        if plan.boundary:
+            after = text[match.end() : match.end() + 1]
+            if index + 1 < len(found) and found[index + 1].start() == match.end():
+                end = ""  # the next item brings it
+            else:
+                end = plan.boundary if after in "<" or after.isspace() else f"{plan.boundary} "
+            edits.append((match.start(), match.end(), plan.boundary + match.group() + end))
         if plan.text is None:
             continue
         start = match.start() - plan.instead.index(match.group())

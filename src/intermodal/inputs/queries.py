@@ -1,4 +1,4 @@
-"""The first Qwen-VL's media: every picture is squeezed to one square and becomes a fixed number of tokens, whatever its size."""
+"""Models with a resampler: every picture is squeezed to one square and becomes a fixed number of tokens, whatever its size."""
 
 from __future__ import annotations
 
@@ -55,6 +55,38 @@ class QueryPlanner:
         view, square = self.processor.affine(size), (0.0, 0.0, float(self.side), float(self.side))
         tokens = cells(view, square, self.queries, self.queries, size)
         return BoxFrame(size, (((self.side, self.side), view),), "thousandths", "tags", BOX_TAGS, tuple(tokens))
+
+    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
+        return torch.arange(length)
+
+
+@dataclass
+class LatentPlanner:
+    """Tokens and pixels of pictures for Idefics2. Latents stand on no part of the picture, and the family writes no boxes of its own:
+    they are written as parts of one."""
+
+    placeholders: dict[str, int]
+    boundary: str
+    """The token on both sides of a picture, as text."""
+    side: int
+    latents: int
+    processor: ImageProcessor
+
+    def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        if isinstance(item, Clip):
+            raise MediaError("Idefics2 takes no videos; give frames as pictures, or use a LLaVA-OneVision or Qwen2-VL model")
+        run = (Piece(grid=(1, 1, self.latents)),)
+        return Plan("image", self.placeholders["image"], (run,), boundary=self.boundary, detail=Whole(newline=False))
+
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
+        return self.processor(items).pixels if items else torch.empty(0, 3, self.side, self.side)
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
+
+    def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
+        view = self.processor.affine(size)
+        return BoxFrame(size, (((self.side, self.side), view),), "unit", "plain", tokens=(None,) * self.latents)
 
     def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
         return torch.arange(length)

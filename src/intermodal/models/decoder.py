@@ -99,13 +99,13 @@ class DecoderAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`, to another width where `out_width` is given."""
 
-    def __init__(self, width: int, mlp_width: int, activation: str, bias: bool):
+    def __init__(self, width: int, mlp_width: int, activation: str, bias: bool, out_width: int | None = None):
         super().__init__()
         self.gate_proj = Linear(width, mlp_width, bias=bias)
         self.up_proj = Linear(width, mlp_width, bias=bias)
-        self.down_proj = Linear(mlp_width, width, bias=bias)
+        self.down_proj = Linear(mlp_width, out_width or width, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ _CODECS = {
     ".clip": ("clip", "siglip", "siglip2"),
     ".decoder": ("llama", "mistral", "qwen2", "qwen3"),
     ".llava": ("llava", "llava_next", "llava_onevision"),
+    ".idefics2": ("idefics2",),
     ".qwen_vl": ("qwen",),
     ".vqgan": ("vqgan",),
     ".chameleon": ("chameleon",),
