@@ -92,7 +92,9 @@ def folder(request, tmp_path_factory):
 
 
 def reference(folder):
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval(), transformers.AutoProcessor.from_pretrained(folder)
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval(), transformers.AutoProcessor.from_pretrained(
+        folder
+    )
 
 
 def expected(processor, messages):
@@ -109,7 +111,9 @@ def test_ids_pixels_and_logits(folder):
         if "pixel_values" in wanted:
             torch.testing.assert_close(batch.visual.pixels, wanted["pixel_values"][0], atol=1e-6, rtol=0)
         with torch.no_grad():
-            torch.testing.assert_close(model(batch), theirs(**wanted).logits[0], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                model(batch), theirs(**wanted).logits[0], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_the_loss_mask_survives_the_space_after_a_picture(folder):
@@ -150,7 +154,8 @@ def test_saved_again_key_for_key(folder, tmp_path):
 
     intermodal.save(intermodal.load(folder), tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
     messages = CASES["two turns"]
     batch = intermodal.load(tmp_path).processor(messages)
     theirs, processor = reference(tmp_path)

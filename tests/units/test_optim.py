@@ -72,8 +72,8 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     assert by_rate["lm_head.weight"] == by_rate["embed.weight"] == by_rate["position_embedding"] == (1.0, 0.1, False)
     assert by_rate["body.1.weight"] == by_rate["body.0.bias"] == (1.0, 0.0, False)
     assert by_rate["logit_scale"] == (10.0, 0.0, False)
-    staged = optim.optimizer_by_pattern(model, (("body.*", 0.5),), config)
+    staged = optim.optimizer_of(model, config, optim.choose_learning(model, (("body.*", 0.5),)))
     assert {group["factor"] for group in staged.param_groups} == {1.5, 0.5}
     assert not model.lm_head.weight.requires_grad
     with pytest.raises(IntermodalError, match=r"heads\.\*"):
-        optim.optimizer_by_pattern(model, (("heads.*", 1.0),), config)
+        optim.choose_learning(model, (("heads.*", 1.0),))

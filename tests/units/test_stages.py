@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.multiprocessing import ProcessRaisedException
 from typer.testing import CliRunner
 
 import intermodal
@@ -26,9 +27,10 @@ from intermodal.data.talks import FileTalks, messages_of, open_talks
 from intermodal.errors import IntermodalError, SampleError
 from intermodal.losses_tokens import next_token_loss, targets
 from intermodal.models.generative import LanguageModel
+from intermodal.train import stages as staged
 from intermodal.train.contrastive import train
 from intermodal.train.loop import NotFinite
-from intermodal.train.recipe import load_recipe
+from intermodal.train.recipe import LoraConfig, load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.weights.stitch import fresh_decoder, stitch
 
@@ -196,19 +198,19 @@ def test_only_named_parts_move(recipe, trained, tmp_path):
 
 
 def test_a_frozen_tower_keeps_nothing_for_the_backward(recipe, trained):
-    from intermodal.train.optim import optimizer_by_pattern
+    from intermodal.train.optim import choose_learning
 
     model = intermodal.load(trained / "model").train()
-    optimizer_by_pattern(model, (("projector.*", 1.0),), recipe.stages[0].optim)
+    choose_learning(model, (("projector.*", 1.0),))
     talk = open_talks("captions:scenes:core", side=32)[0]
     batch = model.processor(talk.messages)
     assert not model.features(batch.visual.pixels).requires_grad
     next_token_loss(model.hidden(batch), model.head_weight, batch)[0].backward()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"projector"}
     with pytest.raises(IntermodalError, match=r"no parameter fits 'connector.\*'"):
-        optimizer_by_pattern(model, (("connector.*", 1.0),), recipe.stages[0].optim)
+        choose_learning(model, (("connector.*", 1.0),))
     with pytest.raises(IntermodalError, match="no parameter learns"):
-        optimizer_by_pattern(model, (("projector.*", 0.0),), recipe.stages[0].optim)
+        choose_learning(model, (("projector.*", 0.0),))
 
 
 def test_an_interrupted_stage_resumes_bit_for_bit(recipe, trained, tmp_path):
@@ -273,13 +275,62 @@ def test_two_ranks_equal_one_with_pictures_on_one_of_them(recipe, trained, tmp_p
         assert len(still) == (4 if name == "text" else 0), (
             "without a picture anywhere nothing may move the projector, decay included"
         )
-        logs = [(tmp_path / f"{name}-{count}" / "1-align" / "metrics.jsonl").read_text().splitlines() for count in ("one", "two")]
-        for ours, theirs in zip(*([json.loads(line) for line in log] for log in logs), strict=True):
-            assert ours["supervised_tokens"] == theirs["supervised_tokens"]
-            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
-            assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
-        for key in alone:
-            torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-4)  # a step moves a weight by 2e-3
+        assert_same_run(tmp_path / f"{name}-two", tmp_path / f"{name}-one", alone)
+
+
+def assert_same_run(run, other, expected):
+    """The stage's log and last weights are those of another run, but for rounding: a step moves a weight by 2e-3."""
+    logs = [[json.loads(line) for line in (one / "1-align" / "metrics.jsonl").read_text().splitlines()] for one in (other, run)]
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
+    got = weights(run / "model")
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-4)
+
+
+def _held_on_rank(rank, size, recipe, out):
+    """Train, and say which share of the weights this rank held."""
+    held, shard = [], staged.shard_layers
+
+    def measured(model, *arguments):
+        shard(model, *arguments)
+        parameters = list(model.parameters())
+        held.append(sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters))
+
+    staged.shard_layers = measured
+    train_stages(recipe, out, quiet=True)
+    return held[0]
+
+
+def test_sharded_ranks_equal_one_whatever_media_they_hold(recipe, trained, tmp_path):
+    """FSDP: one rank has three packs, the other one; pictures are on one of them; everything learns, the tower too."""
+    rows = []
+    for number in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * number, np.uint8)).save(tmp_path / f"{number}.png")
+        picture = {"image": f"{number}.png"} if number % 4 == 3 else {}
+        ask = f"{'<image>' if picture else ''}{'how many dogs are there ? ' * (1 if number % 4 > 1 else 9)}"
+        rows.append({**picture, "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": "two"}]})
+    (tmp_path / "mix.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    learn = (("vision.*", 0.5), ("projector.*", 1.0), ("model.*", 1.0))
+    data = replace(recipe.stages[0].data, train=(str(tmp_path / "mix.jsonl"),), batch=4, tokens=130)
+    for name, extra in (("all", {}), ("lora", {"lora": LoraConfig(("model.layers.*_proj",), rank=2)})):
+        train = replace(recipe.stages[0].train, save_every=None, parallel="fsdp")
+        taught = (("*lora_*", 1.0), ("projector.*", 1.0)) if extra else learn
+        stage = replace(recipe.stages[0], learn=taught, data=data, train=train, **extra)
+        one = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,))
+        train_stages(one, tmp_path / f"{name}-one", quiet=True)
+        shares = on_ranks(2, _held_on_rank, one, tmp_path / f"{name}-two")
+        assert sum(shares) == pytest.approx(1)
+        assert max(shares) < 0.6
+        alone, start = weights(tmp_path / f"{name}-one" / "model"), weights(trained / "model")
+        moved = {key.split(".")[0] for key in alone if not torch.equal(alone[key], start[key])}
+        assert {"multi_modal_projector", "language_model"} <= moved
+        assert_same_run(tmp_path / f"{name}-two", tmp_path / f"{name}-one", alone)
+    stage = replace(one.stages[0], lora=None, learn=(("projector.*", 1.0),), cache_tower=True)
+    with pytest.raises(ProcessRaisedException, match=r"cache_tower needs train\.parallel=ddp"):
+        on_ranks(2, _on_rank, replace(one, stages=(stage,)), tmp_path / "refused")
 
 
 def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):
@@ -362,7 +413,6 @@ def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
 
 def test_adapters_train_alone_save_alone_and_merge_exactly(recipe, trained, tmp_path):
     from intermodal.train import lora
-    from intermodal.train.recipe import LoraConfig
 
     targets = ("model.layers.*.self_attn.*_proj", "projector.linear_2", "vision.encoder.layers.0.*.q_proj")
     settings = LoraConfig(targets, rank=4, alpha=8.0)

@@ -34,6 +34,13 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def most(self, value: Tensor) -> Tensor:
+        """The largest over ranks of each element."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank; the same answer on all."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item()) if self.size > 1 else flag
@@ -72,6 +79,32 @@ def wrap(model: DualEncoder, world: World, mode: str) -> DualEncoder:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=set(scalars(model)))
     return model
+
+
+def shard_layers(model: nn.Module, world: World, forward: str) -> nn.Module:
+    """Shard a model of conversations over all ranks with FSDP2, in place: every member of a list of layers on its own, the rest together.
+
+    Args:
+        forward: the method that a step calls in place of `forward`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, forward)
+    return model
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights, every shard of each gathered on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in model.state_dict().items()}
 
 
 def scalars(model: DualEncoder) -> list[nn.Parameter]:

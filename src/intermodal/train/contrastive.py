@@ -24,7 +24,7 @@ from ..inputs.processor import PairProcessor
 from ..losses import sigmoid_loss, softmax_loss
 from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, initialise
 from ..nn.layers import Encoder
-from ..parallel.setup import reduce_gradients, start, sync_scalars, wrap
+from ..parallel.setup import reduce_gradients, start, sync_scalars, whole_state, wrap
 from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
 from .gradcache import backward_in_parts
@@ -198,12 +198,10 @@ class PairTrainer(Trainer):
 
     def _finish(self) -> DualEncoder:
         """The whole trained model on every rank, saved by the first."""
-        from torch.distributed.tensor import DTensor
-
-        state = {**self.model.state_dict(), **(self.average or {})}
-        state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+        if self.average is not None:
+            self.model.load_state_dict({**self.model.state_dict(), **self.average})
         whole = _rebuilt(self.model)
-        whole.load_state_dict(state)
+        whole.load_state_dict(whole_state(self.model))
         whole.to(self.world.device).eval()
         if self.world.main:
             save_model(whole, self.folder / "model")

@@ -22,11 +22,11 @@ MOMENTUM = 0.95
 def optimizer_for(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """The optimizer of a dual encoder or a VQ-VAE: everything learns, the loss's scale and bias at a rate of their own."""
     factors = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return _optimizer(model, config, factors | dict.fromkeys(SCALARS & factors.keys(), config.scalar_lr_factor))
+    return optimizer_of(model, config, factors | dict.fromkeys(SCALARS & factors.keys(), config.scalar_lr_factor))
 
 
-def optimizer_by_pattern(model: nn.Module, learn: Sequence[tuple[str, float]], config: OptimConfig) -> torch.optim.AdamW:
-    """An optimizer over the parameters that a stage names; all others are frozen: no gradient, no optimizer state, no kept activations.
+def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Freeze all parameters but those that a stage names: no gradient, no kept activations. Returns each learning one's rate as a multiple.
 
     Args:
         learn: (pattern, multiple of the rate); the last pattern that fits a parameter's name counts.
@@ -47,12 +47,14 @@ def optimizer_by_pattern(model: nn.Module, learn: Sequence[tuple[str, float]], c
     factors = {name: factor for name, factor in factors.items() if factor > 0}
     if not factors:
         raise IntermodalError("no parameter learns: every rate of the stage is 0")
-    return _optimizer(model, config, factors)
+    return factors
 
 
-def _optimizer(model: nn.Module, config: OptimConfig, factors: dict[str, float]) -> torch.optim.AdamW:
-    """Fused AdamW, or Muon; nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip
-    `optim.py:67-75`)."""
+def optimizer_of(model: nn.Module, config: OptimConfig, factors: dict[str, float]) -> torch.optim.AdamW:
+    """Fused AdamW, or Muon, over the parameters named in `factors`, each at that multiple of the rate.
+
+    Nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip `optim.py:67-75`).
+    """
     matrices = set(matrix_names(model)) if config.name == "muon" else set()
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -102,6 +102,8 @@ class LoopConfig:
     the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
     keep: int = 2
     """How many checkpoints stay on disk."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Across ranks: whole weights on each, or sharded weights, gradients and optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,6 @@ class TrainConfig(LoopConfig):
     """What two different samples with the same caption are to each other."""
     micro_batch: int | None = None
     """Pairs of one forward on one rank (gradient caching); None takes the rank's whole share at once."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Across ranks: whole weights on each, or sharded weights and optimizer state."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from ..batch import TokenBatch
 from ..data.packing import Packs, TalkFetcher
 from ..data.stream import StreamSource
 from ..data.talks import TalkSource, open_talks
@@ -26,13 +28,13 @@ from ..models.chameleon import Chameleon
 from ..models.generative import Generative
 from ..models.vqvae import VQVAE
 from ..parallel import checkpoint
-from ..parallel.setup import World, start
+from ..parallel.setup import World, shard_layers, start, whole_state
 from ..weights.fresh_chameleon import fresh_chameleon
-from ..weights.load import load, load_encoder, save
+from ..weights.load import codec, load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
 from .loop import Trainer
-from .optim import optimizer_by_pattern
+from .optim import choose_learning, optimizer_of
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
 
 
@@ -108,7 +110,8 @@ def spoken(sources: Sequence[TalkSource | StreamSource], count: int) -> list[str
 
 
 class StageTrainer(Trainer):
-    """One stage. Over several ranks weights are whole on each; gradients are summed once a step, so ranks may hold any mix of media."""
+    """One stage. Over several ranks weights are whole on each and gradients are summed once a step, so ranks may hold any mix of media; or
+    weights are sharded, and ranks go through every pack together (`in_step`)."""
 
     model: Generative
 
@@ -147,7 +150,11 @@ class StageTrainer(Trainer):
         for module in self.model.modules():
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer = optimizer_by_pattern(self.model, self.recipe.learn, self.recipe.optim)
+        factors = choose_learning(self.model, self.recipe.learn)
+        self.sharded = self.world.size > 1 and self.recipe.train.parallel == "fsdp"
+        if self.sharded:
+            self._shard()
+        self.optimizer = optimizer_of(self.model, self.recipe.optim, factors)
         if self.recipe.image_rows_only:
             keep_word_rows(self.model, self.optimizer)
         config = self.model.config
@@ -158,6 +165,16 @@ class StageTrainer(Trainer):
         fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
         fetcher.audit()
         self.loader = self._loader(sources, fetcher)
+
+    def _shard(self) -> None:
+        """Raises IntermodalError: a setting that needs whole weights, or a tower that some ranks would call and others not."""
+        for wanted, name in ((self.recipe.image_rows_only, "image_rows_only"), (self.recipe.cache_tower, "cache_tower")):
+            if wanted:
+                raise IntermodalError(f"stage {self.recipe.name}: {name} needs train.parallel=ddp")
+        processor = self.model.processor
+        assert processor is not None
+        self.idle = idle_conversations(processor)
+        shard_layers(self.model, self.world, "hidden")
 
     def _tower_cache(self) -> DiskCache | None:
         """Raises IntermodalError: the stage wants the tower's states kept while the tower learns."""
@@ -177,18 +194,24 @@ class StageTrainer(Trainer):
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
         count = self.world.sum(torch.tensor(float(tokens), device=device))
         total, bad, statistics = torch.zeros((), device=device), None, {}
-        for batch in fetched.batches:
+        batches, scale = fetched.batches, 1.0
+        if self.sharded:
+            batches, scale = in_step(batches, self.idle, self.world), float(self.world.size)  # FSDP takes the mean over the ranks
+        for batch in batches:
             moved = batch.to(device)
             with self.autocast():
                 hidden = self.model.hidden(moved)
                 loss, _ = next_token_loss(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
                 if logging and not statistics:
                     statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids())
-            (loss / count).backward()
+            if self.sharded:
+                loss = loss + 0 * hidden.sum()  # a pack with nothing to learn has a backward too
+            (loss * (scale / count)).backward()
             total += loss.detach()
             bad = bad or (None if bool(torch.isfinite(loss.detach())) else batch)
         self._check_finite(total, bad or fetched.batches[0])
-        sum_gradients(self.model, self.world)
+        if not self.sharded:
+            sum_gradients(self.model, self.world)
         rate, norm = self._update()
         if not logging:
             return {}
@@ -214,6 +237,8 @@ class StageTrainer(Trainer):
     def _finish(self) -> Generative:
         if self.average is not None:
             self.model.load_state_dict({**self.model.state_dict(), **self.average})
+        if self.sharded:
+            self.model = self._rebuilt()
         self.model.eval()
         if self.recipe.lora is not None:
             if self.world.main:
@@ -224,6 +249,46 @@ class StageTrainer(Trainer):
         if self.world.size > 1:
             dist.barrier()
         return self.model
+
+    def _rebuilt(self) -> Generative:
+        """A plain model with the whole weights: FSDP changes the class of the one it shards."""
+        state, family = whole_state(self.model), self.model.family
+        with torch.device("meta"):
+            plain: Generative = codec(family).build(family, self.model.config)
+        if self.recipe.lora is not None:
+            lora.add(plain, self.recipe.lora)
+        plain.load_state_dict(state, assign=True)
+        plain.processor, plain.source = self.model.processor, self.model.source
+        return plain
+
+
+def idle_conversations(processor: ChatProcessor) -> tuple[TokenBatch, TokenBatch]:
+    """(with a picture where the model sees, of words alone): conversations of which nothing is learned."""
+    grey = {"type": "image", "image": Image.new("RGB", (64, 64), (128, 128, 128))}
+    made = []
+    for parts in ([grey] if processor.planner is not None and not isinstance(processor.planner, CodePlanner) else [], []):
+        content = [*parts, {"type": "text", "text": "?"}]
+        batch = processor([{"role": "user", "content": content}, {"role": "assistant", "content": "."}])
+        made.append(replace(batch, supervised=torch.zeros_like(batch.supervised)))
+    return made[0], made[1]
+
+
+def in_step(batches: list[TokenBatch], idle: tuple[TokenBatch, TokenBatch], world: World) -> list[TokenBatch]:
+    """Packs with which all ranks call the same layers equally often, as sharded weights ask.
+
+    A rank with fewer packs than others idles; a pack without pictures, where another rank's has some, gets an idle conversation with
+    one. Nothing of those is learned, so sums and gradients stay what they are.
+    """
+    rounds = int(world.most(torch.tensor(float(len(batches)), device=world.device)))
+    seen = torch.zeros(rounds, device=world.device)
+    seen[: len(batches)] = torch.tensor([float(batch.visual is not None) for batch in batches])
+    out = []
+    for number, looked in enumerate(world.most(seen).tolist()):
+        own = batches[number : number + 1]
+        if looked and not (own and own[0].visual is not None):
+            own = [*own, idle[0]]
+        out.append(TokenBatch.pack(own) if own else idle[1])
+    return out
 
 
 def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcessor:

@@ -95,8 +95,8 @@ def processor(folder: Path, family: str, config: Idefics2Config, raw: dict[str, 
     if settings.get("do_image_splitting", True) or "height" not in size:
         raise CheckpointError(
             f"{folder}: its pictures keep their size or are split (size {size}, do_image_splitting "
-            f"{settings.get('do_image_splitting', True)}); built is Idefics2 with one square: size {{'height': {side}, 'width': {side}}} and "
-            "do_image_splitting false in preprocessor_config.json"
+            f"{settings.get('do_image_splitting', True)}); built is Idefics2 with one square: in preprocessor_config.json, size "
+            f"{{'height': {side}, 'width': {side}}} and do_image_splitting false"
         )
     joint = folder / "processor_config.json"
     count = json.loads(joint.read_text()).get("image_seq_len", 64) if joint.exists() else 64

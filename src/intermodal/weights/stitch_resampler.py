@@ -20,9 +20,7 @@ from .idefics2 import BOUNDARY, END_OF_UTTERANCE, IMAGE, planner
 from .stitch import chat_files, grown
 
 
-def stitch_resampler(
-    vision: DualEncoder, language: LanguageModel, *, latents: int = 64, depth: int = 3, seed: int = 0
-) -> Idefics2:
+def stitch_resampler(vision: DualEncoder, language: LanguageModel, *, latents: int = 64, depth: int = 3, seed: int = 0) -> Idefics2:
     """A tower and a decoder with a fresh resampler between them: every picture becomes `latents` tokens, whatever the tower's grid.
 
     Args:
@@ -78,7 +76,9 @@ def stitch_resampler(
         "do_image_splitting": False,
     }
     files["preprocessor_config.json"] = json.dumps(settings, indent=2).encode()
-    files["processor_config.json"] = json.dumps({"processor_class": "Idefics2Processor", "image_seq_len": latents}, indent=2).encode()
+    files["processor_config.json"] = json.dumps(
+        {"processor_class": "Idefics2Processor", "image_seq_len": latents}, indent=2
+    ).encode()
     model.processor = ChatProcessor.from_files(files, model.source["config"], lambda t: planner(config, pictures, t))
     return model.eval()
 
