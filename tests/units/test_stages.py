@@ -26,6 +26,7 @@ from intermodal.data.scenes import SceneConfig, Scenes
 from intermodal.data.talks import FileTalks, messages_of, open_talks
 from intermodal.errors import IntermodalError, SampleError
 from intermodal.losses_tokens import next_token_loss, targets
+from intermodal.models.decoder import DecoderConfig
 from intermodal.models.generative import LanguageModel
 from intermodal.train import stages as staged
 from intermodal.train.contrastive import train
@@ -386,9 +387,35 @@ def test_a_stitched_folder_is_transformers_llava(trained):
         torch.testing.assert_close(ours(batch), theirs.eval()(**wanted).logits[0], rtol=0, atol=1e-4)
 
 
-def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
-    from intermodal.models.decoder import DecoderConfig
+def test_a_stitched_anyres_folder_is_transformers_llava_next(tower, tmp_path):
+    import transformers
 
+    from intermodal.weights.load import load_encoder
+
+    parent = load_encoder(tower)
+    shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=4000)
+    made = stitch(parent, fresh_decoder(shape, ["how many dogs are there ?", "one"], 64), anyres=((1, 2), (2, 1), (2, 2)))
+    intermodal.save(made, tmp_path)
+    theirs, info = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    processor, ours = transformers.AutoProcessor.from_pretrained(tmp_path), intermodal.load(tmp_path)
+    assert ours.family == "llava_next"
+    rng = np.random.default_rng(0)
+    for width, height in ((40, 90), (64, 64), (97, 31)):
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "how many dogs are there ?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]
+        text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
+        wanted = processor(text=text, images=[picture], return_tensors="pt")
+        for model in (made, ours):
+            batch = model.processor(messages)
+            assert wanted["input_ids"][0].tolist() == batch.ids.tolist()
+            torch.testing.assert_close(batch.visual.pixels, wanted["pixel_values"][0], rtol=0, atol=1e-6)
+            with torch.no_grad():
+                torch.testing.assert_close(model(batch), theirs.eval()(**wanted).logits[0], rtol=0, atol=1e-4)
+
+
+def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
     shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=128, tied=True)
     decoder = fresh_decoder(shape, ["how many dogs are there ?", "one"], 64)
     intermodal.save(decoder, tmp_path / "decoder")
@@ -404,6 +431,11 @@ def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
     question = [{"role": "user", "content": "how many dogs are there ?"}]
     rows = decoder.config.vocab_size
     assert torch.equal(made.logits(question)[:, :rows], decoder.logits(question))
+    arguments = ["stitch", "--vision", tower, "--language", str(tmp_path / "decoder"), "--out", str(tmp_path / "tiles")]
+    done = CliRunner().invoke(app, [*arguments, "--anyres", "1x2,2x2"])
+    assert done.exit_code == 0, done.output
+    assert intermodal.load(tmp_path / "tiles").config.pinpoints == ((32, 64), (64, 64))
+    assert "--anyres takes grids" in str(CliRunner().invoke(app, [*arguments, "--anyres", "2by2"]).exception)
     with pytest.raises(IntermodalError, match="without a tokenizer or chat template"):
         stitch(parent, LanguageModel(replace(shape, vocab_size=9)))
 

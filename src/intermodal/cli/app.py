@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -189,6 +190,9 @@ def stitch(
     layer: Annotated[
         int | None, typer.Option(help="mlp: hidden state of the tower that is read; by default LLaVA's choice.")
     ] = None,
+    anyres: Annotated[
+        str | None, typer.Option(help="mlp: grids of tiles that pictures may be cut into, down x across: 1x2,2x1,2x2 (LLaVA-NeXT).")
+    ] = None,
     latents: Annotated[int | None, typer.Option(min=1, help="resampler: tokens of a picture, 64 by default.")] = None,
     deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -199,6 +203,8 @@ def stitch(
     Examples:
 
     `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
+
+    `intermodal stitch --vision google/siglip2-base-patch16-384 --language Qwen/Qwen3-0.6B --anyres 1x2,2x1,2x2,1x3,3x1`
 
     `intermodal stitch --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen3-0.6B --connector resampler --latents 64`
 
@@ -216,18 +222,27 @@ def stitch(
     connectors = ("mlp", "resampler", "merger")
     if connector not in connectors:
         raise IntermodalError(f"unknown connector {connector!r}: {', '.join(connectors)}{nearest(connector, connectors)}")
-    for value, option, wanted in ((layer, "layer", "mlp"), (latents, "latents", "resampler"), (deepstack, "deepstack", "merger")):
+    options = {
+        "layer": (layer, "mlp"),
+        "anyres": (anyres, "mlp"),
+        "latents": (latents, "resampler"),
+        "deepstack": (deepstack, "merger"),
+    }
+    for option, (value, wanted) in options.items():
         if value is not None and connector != wanted:
             raise IntermodalError(f"--{option} goes with --connector {wanted}")
     try:
         blocks = tuple(int(block) for block in deepstack.split(",") if block) if deepstack is not None else None
     except ValueError:
         raise IntermodalError(f"--deepstack takes numbers of blocks with commas between, got {deepstack!r}") from None
+    if anyres is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", anyres):
+        raise IntermodalError(f"--anyres takes grids of tiles like 1x2,2x1,2x2, got {anyres!r}")
+    tiles = [tuple(int(side) for side in grid.split("x")) for grid in anyres.split(",")] if anyres else []
     decoder = load(language, dtype=dtype)
     if not isinstance(decoder, LanguageModel):
         raise IntermodalError(f"{language} is a {type(decoder).__name__}; --language wants a text-only decoder")
     if connector == "mlp":
-        model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, seed=seed)
+        model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, anyres=tiles, seed=seed)  # pyright: ignore[reportArgumentType]
     elif connector == "resampler":
         model = stitch_resampler(load_encoder(vision, dtype=dtype), decoder, latents=latents or 64, seed=seed)
     else:

@@ -136,6 +136,8 @@ class StitchConfig:
     """The decoder's directory or GGUF file; None makes a fresh one of the shape below."""
     layer: int | None = None
     """Which hidden state of the tower is read; None takes LLaVA's choice for the tower's kind."""
+    anyres: tuple[tuple[int, int], ...] = ()
+    """Grids of tiles, (down, across), that a picture may be cut into (LLaVA-NeXT); none gives LLaVA 1.5's one square."""
     decoder: DecoderConfig = field(
         default_factory=lambda: DecoderConfig(
             width=128, depth=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=512

@@ -1,8 +1,9 @@
-"""A new model from a vision tower and a decoder: LLaVA's shape, saved as a `llava` directory that transformers loads."""
+"""A new model from a vision tower and a decoder: LLaVA's shape, saved as a `llava` or `llava_next` directory that transformers loads."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,14 @@ CHATML = (
 )
 
 
-def stitch(vision: DualEncoder, language: LanguageModel, *, layer: int | None = None, seed: int = 0) -> Llava:
+def stitch(
+    vision: DualEncoder,
+    language: LanguageModel,
+    *,
+    layer: int | None = None,
+    anyres: Sequence[tuple[int, int]] = (),
+    seed: int = 0,
+) -> Llava:
     """A vision tower and a decoder with a fresh two-layer projector between them.
 
     The tower's and decoder's weights are copied; an image token is added to the tokenizer, and the vocabulary grows by a row where it
@@ -48,6 +56,8 @@ def stitch(vision: DualEncoder, language: LanguageModel, *, layer: int | None = 
         language: a decoder with a chat template.
         layer: which hidden state of the tower is read, the embeddings being 0. None takes the last but one for CLIP (LLaVA 1.5) and the
             last for SigLIP (OneVision).
+        anyres: grids of tiles, (down, across), that a picture may be cut into beside its view as a whole (LLaVA-NeXT); with none, a
+            picture is one padded square (LLaVA 1.5).
         seed: of the projector's weights.
 
     Raises:
@@ -65,21 +75,23 @@ def stitch(vision: DualEncoder, language: LanguageModel, *, layer: int | None = 
     clip = isinstance(vision, CLIP)
     files, (image_id,) = chat_files(language.processor, {"image": f"{IMAGE_TOKEN}\n"}, (IMAGE_TOKEN,))
     rows = max(language.config.vocab_size, image_id + 1)
+    side = vision.config.vision.image_size
     config = LlavaConfig(
-        "llava",
+        "llava_next" if anyres else "llava",
         vision.config.vision,
         replace(language.config, vocab_size=rows),
         tower="clip" if clip else "siglip",
         layer=layer if layer is not None else -2 if clip else -1,
         drop_first=clip,
         image_id=image_id,
+        pinpoints=tuple((down * side, across * side) for down, across in anyres),
     )
     with torch.device("meta"):
         model = Llava(config)
     model.load_state_dict(_weights(vision, language, config, seed), assign=True)
     model.source = {
         "config": {
-            "model_type": "llava",
+            "model_type": config.family,
             "eos_token_id": list(language.processor.end_ids),
             "text_config": text_to_hf(config.text, language.family, dict(language.source.get("config", {}))),
         }
@@ -143,6 +155,8 @@ def _weights(vision: DualEncoder, language: LanguageModel, config: LlavaConfig, 
     for name, columns in (("linear_1", width), ("linear_2", out)):
         drawn = torch.empty(out, columns).normal_(0, columns**-0.5, generator=generator)
         state[f"projector.{name}.weight"], state[f"projector.{name}.bias"] = drawn.to(dtype), torch.zeros(out, dtype=dtype)
+    if config.pinpoints:
+        state["image_newline"] = torch.empty(out).normal_(0, out**-0.5, generator=generator).to(dtype)
     return {key: nn.Parameter(value) for key, value in {**state, **text}.items()}
 
 
@@ -188,10 +202,16 @@ def flatten(media: dict[str, str]) -> str:
 
 
 def _processor(files: dict[str, bytes], raw: dict[str, Any], config: LlavaConfig, pictures: ImageProcessor) -> ChatProcessor:
-    side = config.vision.image_size
-    settings = {**pictures.to_hf(config.tower), "processor_class": "LlavaProcessor"}
+    side, name = config.vision.image_size, "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
+    settings = {**pictures.to_hf(config.tower), "processor_class": name}
+    if config.pinpoints:
+        settings |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "crop_size": {"height": side, "width": side},  # the class cuts tiles of this size, whether it crops or not
+            "image_grid_pinpoints": [list(size) for size in config.pinpoints],
+        }
     joint = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": name,
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": "default" if config.drop_first else "full",
         "num_additional_image_tokens": 1 if config.tower == "clip" else 0,
@@ -202,5 +222,12 @@ def _processor(files: dict[str, bytes], raw: dict[str, Any], config: LlavaConfig
         "preprocessor_config.json": json.dumps(settings, indent=2).encode(),
         "processor_config.json": json.dumps(joint, indent=2).encode(),
     }
-    planner = LlavaPlanner("llava", {"image": config.image_id}, side=side, grid=config.vision.grid, processor=pictures)
+    planner = LlavaPlanner(
+        config.family,
+        {"image": config.image_id},
+        side=side,
+        grid=config.vision.grid,
+        processor=pictures,
+        pinpoints=config.pinpoints,
+    )
     return ChatProcessor.from_files(files, raw, lambda tokenizer: planner)
