@@ -1,4 +1,4 @@
-"""What AnyRes and native resolution are for: the same small decoder reads words from a picture squeezed to one square, from AnyRes tiles and
+"""What AnyRes and native resolution are for: one small decoder reads words from a picture squeezed to a square, from AnyRes tiles and
 from patches of the whole picture, after equal training from scratch; exactly right answers by the height of the letters.
 
     python benchmarks/reading.py --out docs/reading.png

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
+from rich.console import Console
 
 import intermodal
 from intermodal.errors import IntermodalError
@@ -172,3 +174,19 @@ def test_a_run_is_not_overwritten(tmp_path):
         train(tiny(2), tmp_path / "run", quiet=True)
     with pytest.raises(IntermodalError, match="no checkpoint"):
         train(tiny(2), tmp_path / "other", resume=True, quiet=True)
+
+
+def test_the_tokenizer_is_counted_from_every_source_and_cuts_are_told(tmp_path):
+    """Words that only a later source says are words too: counted from the first alone, "left" was four letters, and long captions lost
+    their ends without a word."""
+    sources = {"train": ("sprites:core?article=true", "scenes:core?forms=1&pair_share=1"), "weights": (1.0, 1.0)}
+    for context, words in ((16, ""), (5, r"\d+% of the captions are longer than the text tower's context of 5 tokens")):
+        text = replace(tiny().model.text, context=context)
+        recipe = tiny(2, data=sources, model={"text": text, "tokenizer_samples": 1000, "vocabulary": 400})
+        console = Console(record=True, width=200)
+        model = train(recipe, tmp_path / str(context), console=console, quiet=True)
+        said = console.export_text()
+        assert bool(re.search("longer than the text tower", said)) == bool(words)
+        assert re.search(words, said)
+    pieces = model.processor.texts.files["tokenizer.json"].decode()
+    assert all(f'"{word}":' in pieces for word in ("left", "above", "three", "blue", "dogs", "apple"))

@@ -87,8 +87,14 @@ class TextTokenizer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut and padded by the family's rule."""
-        cleaned = [self.clean(text) for text in texts] if self.clean else list(texts)
-        return [self._fit(ids) for ids in self.encode(cleaned)]
+        return [self._fit(ids) for ids in self._whole(texts)]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, before anything is cut or padded."""
+        return [len(ids) for ids in self._whole(texts)]
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.encode([self.clean(text) for text in texts] if self.clean else list(texts))
 
     def __call__(self, texts: Sequence[str]) -> Texts:
         return Texts.pack(self.ids(texts))

@@ -32,6 +32,9 @@ from .loop import Trainer
 from .optim import optimizer_for
 from .recipe import ModelConfig, Recipe
 
+CAPTIONS_LOOKED_AT, CUT_SHARE = 512, 0.02
+"""How many captions are looked at before a run, and the share of cut ones that is worth a word."""
+
 
 def train(
     recipe: Recipe, run: str | Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
@@ -86,14 +89,17 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
     return model
 
 
-def sample_captions(source: Source | StreamSource, count: int, seed: int) -> list[str]:
-    """Captions of `count` samples in the order training will see them; unusable samples are counted when the loader meets them."""
-    order, out = Mixture([source], seed=seed), []
+def sample_captions(
+    sources: Sequence[Source | StreamSource], weights: Sequence[float] | None, count: int, seed: int
+) -> list[str]:
+    """Captions of the first `count` samples that training will see; unusable samples are counted when the loader meets them."""
+    order, out = Mixture(sources, weights, seed), []
     for _ in range(count):
         drawn = order.next()
         assert drawn is not None
+        which, at = drawn
         try:
-            sample = drawn[1] if isinstance(drawn[1], Sample) else source[drawn[1]]  # pyright: ignore[reportIndexIssue]
+            sample = at if isinstance(at, Sample) else sources[which][at]  # pyright: ignore[reportIndexIssue]
             out += sample.texts
         except SampleError:
             continue
@@ -125,7 +131,7 @@ class PairTrainer(Trainer):
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
 
         def captions() -> list[str]:
-            return sample_captions(sources[0], recipe.model.tokenizer_samples, data.seed)
+            return sample_captions(sources, data.weights, recipe.model.tokenizer_samples, data.seed)
 
         if self.resumed_from is not None and recipe.model.start is None:
             self.model = load_model(self.folder / "initial")
@@ -136,7 +142,19 @@ class PairTrainer(Trainer):
                 if self.world.main:
                     save_model(self.model, self.folder / "initial")
         assert self.model.processor is not None
+        if not any(isinstance(source, StreamSource) for source in sources):  # looking into a stream would move it
+            self._tell_of_cuts(sample_captions(sources, data.weights, CAPTIONS_LOOKED_AT, data.seed))
         return self._loader(sources, Fetcher(sources, self.model.processor, data.seed, data.crop_scale))
+
+    def _tell_of_cuts(self, captions: list[str]) -> None:
+        """Say so when captions do not fit the text tower's context: what is cut away cannot be learned."""
+        tokenizer = self.model.processor.texts  # pyright: ignore[reportOptionalMemberAccess]
+        cut = sum(length > tokenizer.context for length in tokenizer.lengths(captions)) / max(1, len(captions))
+        if cut > CUT_SHARE and self.world.main:
+            self.console.print(
+                f"[yellow]{cut:.0%} of the captions are longer than the text tower's context of {tokenizer.context} tokens and are cut; "
+                "raise model.text.context or model.vocabulary[/yellow]"
+            )
 
     def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:
         """Forward, backward, update. The loss of a step is the sum over all ranks divided by the pairs of all ranks."""

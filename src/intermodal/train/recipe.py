@@ -32,7 +32,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """A directory whose tokenizer files a fresh model takes (CLIP's, say); None counts one from the captions."""
     vocabulary: int = 1024
-    """Size of the tokenizer counted from the captions of the first source, once it has all their letters."""
+    """Size of the tokenizer counted from the captions, once it has all their letters."""
     tokenizer_samples: int = 4096
     """How many samples' captions it is counted from."""
     max_patches: int = 256
