@@ -213,3 +213,17 @@ def test_the_verb_writes_a_page(folder, tmp_path):
     assert "![picture 1](image-1.png)" in page
     assert Image.open(tmp_path / "o" / "image-1.png").size == (SIDE, SIDE)
     assert "wrote" in CliRunner().invoke(app, arguments).output
+
+
+def test_a_chat_keeps_what_is_drawn(folder, tmp_path):
+    """A model with random weights draws now and then; with some seed it does within a few tokens."""
+    for seed in range(6):
+        out = tmp_path / str(seed)
+        arguments = ["chat", str(folder), "--temperature", "2", "--seed", str(seed), "--max-new-tokens", "60", "--out", str(out)]
+        done = CliRunner().invoke(app, arguments, input="draw\n\n")
+        assert done.exit_code == 0, done.output
+        if out.exists():
+            assert "wrote" in done.output
+            assert Image.open(out / "reply-1" / "image-1.png").size == (SIDE, SIDE)
+            return
+    pytest.fail("no seed of six drew a picture")

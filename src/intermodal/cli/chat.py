@@ -42,6 +42,9 @@ def generate(
     image_temperature: Annotated[float, typer.Option(help="Of picture codes; 0 is greedy.")] = 1.0,
     image_top_p: Annotated[float, typer.Option(help="The same for picture codes.")] = 1.0,
     guidance: Annotated[float, typer.Option(help="Pulls pictures towards the prompt; 1 is off, 3 the authors' choice.")] = 1.0,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="A third stream that sees the shown pictures and no words pulls too; the authors use 1.2.")
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Conversations under way at once.")] = 16,
     too_long: TooLong = "error",
     dtype: Dtype = "float32",
@@ -77,6 +80,7 @@ def generate(
         image_temperature=image_temperature,
         image_top_p=image_top_p,
         guidance=guidance,
+        image_guidance=image_guidance,
     )
     loaded = _load(model, dtype)
     if jsonl is not None and out is not None:
@@ -106,6 +110,11 @@ def chat(
     media: Annotated[list[str] | None, typer.Argument(help="Pictures or videos for the first question.")] = None,
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws; every reply goes on from it.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for what the model draws: one of its own for each reply.")
+    ] = None,
     dtype: Dtype = "float32",
     too_long: TooLong = "drop_oldest",
 ) -> None:
@@ -139,7 +148,12 @@ def chat(
         else:
             messages.append({"role": "user", "content": _content(said, images, videos)})
             try:
-                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, temperature=temperature, too_long=too_long))
+                # a seed of its own for each turn: the same question asked twice may be answered in another way
+                drawn = dict(temperature=temperature, top_p=top_p, seed=seed + len(messages) // 2)
+                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, too_long=too_long, **drawn))
+                if reply.images and out is not None:
+                    written = _write(reply, out / f"reply-{len(messages) // 2 + 1}")
+                    console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
                 parts = [{"type": kind, kind: value} for kind, value in reply.segments]
                 assert loaded.processor is not None  # _load has checked it
                 text = loaded.processor.without_placeholders(reply.text)

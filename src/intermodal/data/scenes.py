@@ -47,6 +47,8 @@ class SceneConfig:
     twins: float = 0.0
     """Share of scenes with an odd number that are the one before them with one fact changed (a count, the relation, a colour, a thing):
     same style and ground, laid out anew."""
+    twin_kind: str = ""
+    """The respect in which twins differ ("relation", "count", ...) where a scene can differ in it; any where left out."""
     plain: bool = False
     """White ground everywhere, unshaded: what a small model that draws need not spend its codes on."""
     forms: int = 5
@@ -89,9 +91,11 @@ class Scenes:
         """Facts and style; those of the scene before with one fact changed where this is a twin."""
         if index % 2 and self.config.twins and rng.random() < self.config.twins:
             facts, style = self._told(index - 1, self._rng(index - 1))
-            changed = [other for other in facts.wrong(rng, self.pool).values() if self._belongs(other)]
+            changed = {kind: other for kind, other in facts.wrong(rng, self.pool).items() if self._belongs(other)}
+            if self.config.twin_kind in changed:
+                return changed[self.config.twin_kind], style
             if changed:
-                return rng.choice(changed), style
+                return rng.choice(list(changed.values())), style
         return self._facts(rng), rng.choice(self.config.styles)
 
     def _rng(self, index: int) -> random.Random:
