@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -161,3 +162,12 @@ def test_a_twin_differs_in_one_fact_and_stays_on_its_side():
         assert len(kinds) == 1
         changed.update(kinds)
     assert min(changed["relation"], changed["groups"]) > 5
+    turned = Scenes(replace(config, twin_kind="relation"))
+    pairs = [(turned.facts(index), turned.facts(index + 1)) for index in range(0, 100, 2)]
+    for first, second in pairs:
+        if first.relation is None:
+            assert second.relation is None
+        else:
+            other = replace(first, relation=OPPOSITE[first.relation])
+            assert second == other or any(map(is_held_out, other.combinations()))
+    assert sum(first.relation is not None for first, _ in pairs) > 10
