@@ -85,7 +85,7 @@ def test_wrong_captions_are_false_and_differ_in_one_respect():
         for kind, wrong in facts.wrong(random.Random(n), source.pool).items():
             kinds[kind] += 1
             assert wrong.caption(0) not in true, (kind, facts)
-    assert set(kinds) == {"object", "count", "colour", "relation", "swapped colours"}
+    assert set(kinds) == {"object", "count", "colour", "relation", "swapped places", "swapped colours"}
 
 
 @pytest.mark.parametrize(
@@ -171,3 +171,12 @@ def test_a_twin_differs_in_one_fact_and_stays_on_its_side():
             other = replace(first, relation=OPPOSITE[first.relation])
             assert second == other or any(map(is_held_out, other.combinations()))
     assert sum(first.relation is not None for first, _ in pairs) > 10
+
+
+def test_what_is_further_left_or_higher_may_be_named_first_more_often():
+    for lead in (0.0, 0.9):
+        source = Scenes(SceneConfig(side=32, pair_share=1.0, lead=lead, twins=1.0, twin_kind="swapped places"))
+        relations = [source.facts(index).relation for index in range(300)]
+        assert sum(relation in ("left of", "above") for relation in relations) / 300 == pytest.approx(lead, abs=0.08)
+        first, second = source.facts(0), source.facts(1)
+        assert second == replace(first, groups=first.groups[::-1])

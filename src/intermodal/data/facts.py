@@ -114,6 +114,7 @@ class Facts:
             out["colour"] = but(Group(first.concept, first.count, paint), *rest)
         if self.relation:
             out["relation"] = but(*self.groups, relation=OPPOSITE[self.relation])
+            out["swapped places"] = but(second, first)
             if first.colour != second.colour:
                 swapped = (Group(first.concept, first.count, second.colour), Group(second.concept, second.count, first.colour))
                 out["swapped colours"] = but(*swapped)

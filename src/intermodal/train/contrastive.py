@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,7 @@ def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualE
     return model
 
 
-def sample_captions(
-    sources: Sequence[Source | StreamSource], weights: Sequence[float] | None, count: int, seed: int
-) -> list[str]:
+def sample_captions(sources: Sequence[Source | StreamSource], weights: Sequence[float] | None, count: int, seed: int) -> list[str]:
     """Captions of the first `count` samples that training will see; unusable samples are counted when the loader meets them."""
     order, out = Mixture(sources, weights, seed), []
     for _ in range(count):
