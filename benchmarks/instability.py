@@ -1,5 +1,5 @@
-"""The lecture's instability, on purpose: early fusion without norms on queries and keys, z-loss and clipping, at forty times the rate,
-beside the stable recipe; the same data, the same start, the same steps.
+"""The lecture's instability, on purpose: early fusion without norms on queries and keys, z-loss and clipping, at a far too high rate
+(`recipes/unstable.py`), beside the stable recipe at its own rate and at the same high one; the same data, the same start, the same steps.
 
     python benchmarks/instability.py --vq runs/demo-native/vqvae/model --out docs/instability.png
 """
@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", type=Path, default=Path("instability.png"))
     asked = parser.parse_args()
-    stable = override(load_recipe(RECIPES / "native.py"), ["stages.fuse.optim.name=adamw"])
+    stable, bare = override(load_recipe(RECIPES / "native.py"), ["stages.fuse.optim.name=adamw"]), load_recipe(RECIPES / "unstable.py")
+    rate = bare.stages[0].optim.lr
+    high = replace(override(stable, [f"stages.fuse.optim.lr={rate}"]), name=f"stable at {rate:g}")
+    stable, bare = (replace(r, name=f"{r.name} at {r.stages[0].optim.lr:g}") for r in (replace(stable, name="stable"), bare))
     runs = {}
-    for recipe in (stable, load_recipe(RECIPES / "unstable.py")):
+    for recipe in (stable, high, bare):
         with tempfile.TemporaryDirectory() as folder:
             runs[recipe.name] = run(recipe, asked.vq, asked.steps, Path(folder) / "run")
         last, lowest = runs[recipe.name][-1], min(row["loss"] for row in runs[recipe.name])
@@ -61,7 +64,7 @@ def main() -> None:
 
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(13, 2.9), layout="constrained")
     for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
-        for (name, rows), colour in zip(runs.items(), ("#2b5fb3", "#c05a1e"), strict=True):
+        for (name, rows), colour in zip(runs.items(), ("#2b5fb3", "#3a8f4d", "#c05a1e"), strict=True):
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=name, color=colour)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)

@@ -2,8 +2,8 @@
 
 Small on purpose: 16 patches, two layers a tower, sixty nouns. What made it learn in minutes is the bias at a small batch's base rate, a
 faster rate for scale and bias, orthogonal updates (Muon), single sprites beside the scenes (varied in place and colour, so that no style
-is learned by heart), pairs named mostly from left to right with a twin whose things have changed places, and not calling two pictures of one caption each other's
-negatives: with sixty nouns in a batch of 64 half of all such pairs would be told both.
+is learned by heart), pairs named mostly from left to right, with twins whose things have changed places, and not calling two pictures of
+one caption each other's negatives: with sixty nouns in a batch of 64 half of all such pairs would be told both.
 """
 
 from intermodal.models.text import TextConfig
