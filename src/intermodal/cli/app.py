@@ -261,7 +261,7 @@ def stitch(
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 165.0,
-    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 210.0,
+    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 175.0,
     steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
 ) -> None:
     """Train SigLIP on composed scenes for three minutes, then a LLaVA on its tower for four, and draw `report.html`.
