@@ -43,7 +43,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", type=Path, default=Path("instability.png"))
     asked = parser.parse_args()
-    stable, bare = override(load_recipe(RECIPES / "native.py"), ["stages.fuse.optim.name=adamw"]), load_recipe(RECIPES / "unstable.py")
+    stable, bare = (
+        override(load_recipe(RECIPES / "native.py"), ["stages.fuse.optim.name=adamw"]),
+        load_recipe(RECIPES / "unstable.py"),
+    )
     rate = bare.stages[0].optim.lr
     high = replace(override(stable, [f"stages.fuse.optim.lr={rate}"]), name=f"stable at {rate:g}")
     stable, bare = (replace(r, name=f"{r.name} at {r.stages[0].optim.lr:g}") for r in (replace(stable, name="stable"), bare))

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import intermodal
-from intermodal.config import override
+from intermodal.config import override, to_dict
 from intermodal.data.readers import open_source
 from intermodal.data.talks import SceneTalks, open_talks, user
+from intermodal.errors import SampleError
 from intermodal.evaluate.vqa import Asked, accuracy, ask, held_out_questions, majority
 from intermodal.models.generative import Generative
 from intermodal.train.recipe import load_recipe
@@ -54,7 +55,14 @@ def sheet(asked: list[Asked], answers: list[str], out: Path, each: int = 4, side
 def stamps(model: Generative, side: int, count: int) -> list[tuple[str, str]]:
     """(what the model says, what is written) of Tux Paint's stamps that were not trained on."""
     source = open_source("tuxpaint?languages=en&split=test", side=side, seed=0)
-    samples = [source[index] for index in range(min(count, len(source)))]  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    samples = []
+    for index in range(len(source)):  # pyright: ignore[reportArgumentType]
+        try:
+            samples.append(source[index])  # pyright: ignore[reportIndexIssue]
+        except SampleError as error:
+            print(f"passed over: {error}")
+        if len(samples) == count:
+            break
     replies = model.generate_batch([[user(sample.image, "")] for sample in samples], slots=16, max_new_tokens=24)
     return [(reply.text.strip(), sample.texts[0]) for reply, sample in zip(replies, samples, strict=True)]
 
@@ -76,8 +84,15 @@ def main() -> None:
     assert isinstance(talks, SceneTalks)
     config = talks.scenes.config
     asked = [one for one in held_out_questions(config, given.each) if one.question.kind in KINDS]
+    told = given.out / "asked.json"
+    wanted = json.dumps(to_dict(recipe), indent=2)
+    if told.exists() and told.read_text() != wanted:
+        raise SystemExit(f"{given.out} holds a run of another tower or other settings; give another --out")
+    given.out.mkdir(parents=True, exist_ok=True)
+    again = told.exists()
+    told.write_text(wanted)
     if not (given.out / "model").exists():
-        train_stages(recipe, given.out)
+        train_stages(recipe, given.out, resume=again)
     results, answers = {"most common answer": accuracy(asked, majority(config, asked))}, []
     models = {"stitched": start, **{s.name: given.out / f"{n}-{s.name}" / "model" for n, s in enumerate(recipe.stages, 1)}}
     for name, model in models.items():

@@ -1,6 +1,6 @@
 """Peak memory of a training step in LLaVA's two stages: the projector alone learns, then the projector and the decoder. Beside it the same
-step in transformers, everything that does not learn frozen there too. Each runs in a process of its own; what it held before the step,
-the weights, is shown apart.
+step in transformers, everything that does not learn frozen there too. Each runs in a process of its own, its conversations made before;
+what it holds without the step, the weights, is not counted.
 
     python benchmarks/stage_memory.py
 """
@@ -8,7 +8,6 @@ the weights, is shown apart.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -23,27 +22,22 @@ STAGES = {"1, projector": ("projector.",), "2, projector and decoder": ("project
 PEER_PARTS = {"projector.": "multi_modal_projector", "model.": "language_model", "lm_head.": "lm_head"}
 
 
-def step(who: str, stage: str, folder: str, conversations: int) -> dict[str, float]:
-    """Peak and resident megabytes of one optimizer step."""
-    import random
-
+def step(who: str, stage: str, folder: str) -> float:
+    """Megabytes that one optimizer step adds at its peak to what is held before it."""
     import torch
     from transformers import LlavaForConditionalGeneration
-    from vlm_train_step import SIDE, SOURCES
 
     import intermodal
     from intermodal.batch import TokenBatch
     from intermodal.data.packing import bins
-    from intermodal.data.talks import open_talks
     from intermodal.losses_tokens import next_token_loss
 
     torch.set_num_threads(2)
-    ours, learn = intermodal.load(folder), STAGES[stage]
-    rng, sources = random.Random(0), [open_talks(spec, side=SIDE) for spec in SOURCES]
-    singles = [ours.processor(rng.choice(sources)[index].messages) for index in range(conversations)]  # pyright: ignore[reportIndexIssue]
-    model = ours
-    if who == "transformers":
-        del ours
+    singles = torch.load(Path(folder) / "conversations.pt", weights_only=False)
+    learn = STAGES[stage]
+    if who == "intermodal":
+        model = intermodal.load(folder)
+    else:
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         learn = tuple(PEER_PARTS[part] for part in learn)
     for name, parameter in model.named_parameters():
@@ -68,7 +62,7 @@ def step(who: str, stage: str, folder: str, conversations: int) -> dict[str, flo
         pixels = torch.cat([single.visual.pixels for single in singles if single.visual is not None])
         model(input_ids=padded[0], attention_mask=padded[1], labels=padded[2], pixel_values=pixels).loss.backward()
     optimizer.step()
-    return {"weights": before, "step": _peak() - before}
+    return _peak() - before
 
 
 def _resident() -> float:
@@ -87,8 +81,11 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(step(*given.one, given.conversations)))
+        print(step(*given.one))
         return
+    import random
+
+    import torch
     from vlm_train_step import build
 
     import intermodal
@@ -97,15 +94,19 @@ def main() -> None:
     for column in ("stage", "intermodal", "transformers", "ratio"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     with tempfile.TemporaryDirectory() as folder:
-        intermodal.save(build("llava")[0], folder)
+        model, sources = build("llava")
+        intermodal.save(model, folder)
+        rng = random.Random(0)
+        talks = [rng.choice(sources)[index].messages for index in range(given.conversations)]
+        torch.save([model.processor(messages) for messages in talks], Path(folder) / "conversations.pt")  # pyright: ignore[reportOptionalCall]
         for stage in STAGES:
             added = {}
             for who in ("intermodal", "transformers"):
-                command = [sys.executable, __file__, "--conversations", str(given.conversations), "--one", who, stage, folder]
+                command = [sys.executable, __file__, "--one", who, stage, folder]
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
                 )
-                added[who] = json.loads(done.stdout.splitlines()[-1])["step"]
+                added[who] = float(done.stdout.splitlines()[-1])
             mine, theirs = added["intermodal"], added["transformers"]
             table.add_row(stage, f"{mine:,.0f}", f"{theirs:,.0f}", f"{theirs / mine:.2f}x")
     Console().print(table)

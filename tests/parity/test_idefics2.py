@@ -174,10 +174,10 @@ def test_positions_of_some_grids_are_rounded_as_the_class_rounds_them():
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("preprocessor_config.json", {"size": {"shortest_edge": 20, "longest_edge": 60}}, "keep their size or are split"),
-        ("preprocessor_config.json", {"do_image_splitting": True}, "keep their size or are split"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 20, "longest_edge": 60}}, "are not the tower's square"),
+        ("preprocessor_config.json", {"size": {"height": 24, "width": 24}}, "are not the tower's square"),
+        ("preprocessor_config.json", {"do_image_splitting": True}, "are split"),
         ("processor_config.json", {"image_seq_len": 64}, "the resampler makes 5"),
-        ("config.json", {"perceiver_config": {"hidden_size": 48}}, "is not the decoder's width"),
     ],
 )
 def test_what_is_not_built_is_refused(folder, tmp_path, file, change, message):
@@ -186,6 +186,25 @@ def test_what_is_not_built_is_refused(folder, tmp_path, file, change, message):
     (tmp_path / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
     with pytest.raises(CheckpointError, match=message):
         intermodal.load(tmp_path)
+
+
+def test_what_files_leave_out_is_the_classes_default(folder, tmp_path):
+    """Bilinear pictures that are not split; a resampler of the decoder's width and eps."""
+    for source in folder.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    for file, section, keys in (
+        ("preprocessor_config.json", None, ("resample", "do_image_splitting")),
+        ("config.json", "perceiver_config", ("hidden_size", "rms_norm_eps")),
+    ):
+        settings = json.loads((tmp_path / file).read_text())
+        for key in keys:
+            del (settings[section] if section else settings)[key]
+        (tmp_path / file).write_text(json.dumps(settings))
+    (theirs, processor), model = reference(tmp_path), intermodal.load(tmp_path)
+    wanted, batch = expected(processor, CASES["one image"]), model.processor(CASES["one image"])
+    torch.testing.assert_close(batch.visual.pixels, wanted["pixel_values"][0], atol=1e-6, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), theirs(**wanted).logits[0], atol=1e-4, rtol=0)
 
 
 def test_clips_are_refused(folder):

@@ -225,5 +225,7 @@ def test_a_chat_keeps_what_is_drawn(folder, tmp_path):
         if out.exists():
             assert "wrote" in done.output
             assert Image.open(out / "reply-1" / "image-1.png").size == (SIDE, SIDE)
+            assert "wrote" in CliRunner().invoke(app, arguments, input="draw\n\n").output
+            assert (out / "reply-2" / "image-1.png").exists(), "another chat keeps its own"
             return
     pytest.fail("no seed of six drew a picture")

@@ -180,3 +180,6 @@ def test_what_is_further_left_or_higher_may_be_named_first_more_often():
         assert sum(relation in ("left of", "above") for relation in relations) / 300 == pytest.approx(lead, abs=0.08)
         first, second = source.facts(0), source.facts(1)
         assert second == replace(first, groups=first.groups[::-1])
+    for wrong, message in ((SceneConfig(lead=7.0), "from 0 to 1"), (SceneConfig(twin_kind="realtion"), "did you mean 'relation'")):
+        with pytest.raises(IntermodalError, match=message):
+            Scenes(wrong)

@@ -314,7 +314,7 @@ def test_sharded_ranks_equal_one_whatever_media_they_hold(recipe, trained, tmp_p
         ask = f"{'<image>' if picture else ''}{'how many dogs are there ? ' * (1 if number % 4 > 1 else 9)}"
         rows.append({**picture, "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": "two"}]})
     (tmp_path / "mix.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    learn = (("vision.*", 0.5), ("projector.*", 1.0), ("model.*", 1.0))
+    learn = (("*", 1.0), ("vision.*", 0.5))
     data = replace(recipe.stages[0].data, train=(str(tmp_path / "mix.jsonl"),), batch=4, tokens=130)
     for name, extra in (("all", {}), ("lora", {"lora": LoraConfig(("model.layers.*_proj",), rank=2)})):
         train = replace(recipe.stages[0].train, save_every=None, parallel="fsdp")
@@ -329,9 +329,28 @@ def test_sharded_ranks_equal_one_whatever_media_they_hold(recipe, trained, tmp_p
         moved = {key.split(".")[0] for key in alone if not torch.equal(alone[key], start[key])}
         assert {"multi_modal_projector", "language_model"} <= moved
         assert_same_run(tmp_path / f"{name}-two", tmp_path / f"{name}-one", alone)
-    stage = replace(one.stages[0], lora=None, learn=(("projector.*", 1.0),), cache_tower=True)
-    with pytest.raises(ProcessRaisedException, match=r"cache_tower needs train\.parallel=ddp"):
-        on_ranks(2, _on_rank, replace(one, stages=(stage,)), tmp_path / "refused")
+    for broken, message in (
+        ({"learn": (("projector.*", 1.0),), "cache_tower": True}, "cache_tower needs"),
+        ({"learn": (("lm_head.*", 1.0),)}, "learns the output layer alone needs"),
+    ):
+        stage = replace(one.stages[0], lora=None, **broken)
+        with pytest.raises(ProcessRaisedException, match=message):
+            on_ranks(2, _on_rank, replace(one, stages=(stage,)), tmp_path / "refused")
+
+
+def test_a_stage_of_the_projector_alone_passes_over_words(recipe, trained, tmp_path):
+    """A pack without a picture meets nothing that learns: it has a loss and no backward."""
+    turns = [{"from": "human", "value": "how many dogs are there ?"}, {"from": "gpt", "value": "two"}]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"conversations": turns}) for _ in range(4)))
+    data = replace(recipe.stages[0].data, train=(str(tmp_path / "text.jsonl"), "captions:scenes:core"), weights=(3.0, 1.0), batch=2)
+    train = replace(recipe.stages[0].train, save_every=None, steps=6)
+    stage = replace(recipe.stages[0], learn=(("projector.*", 1.0),), data=data, train=train)
+    train_stages(
+        replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,)), tmp_path / "run", quiet=True
+    )
+    before, after = weights(trained / "model"), weights(tmp_path / "run" / "model")
+    assert {key for key in before if not torch.equal(before[key], after[key])} <= {key for key in before if "projector" in key}
+    assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
 def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):

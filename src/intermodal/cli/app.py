@@ -264,7 +264,7 @@ def demo(
     llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 175.0,
     steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
 ) -> None:
-    """Train SigLIP on composed scenes for three minutes, then a LLaVA on its tower for four, and draw `report.html`.
+    """Train SigLIP on composed scenes for three minutes, then a LLaVA and its blind twin on its tower for four, and draw `report.html`.
 
     The page shows what each learned, beside what needs no learning.
 

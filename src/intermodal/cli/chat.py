@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,7 +153,8 @@ def chat(
                 drawn = dict(temperature=temperature, top_p=top_p, seed=seed + len(messages) // 2)
                 reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, too_long=too_long, **drawn))
                 if reply.images and out is not None:
-                    written = _write(reply, out / f"reply-{len(messages) // 2 + 1}")
+                    number = next(n for n in count(1) if not (out / f"reply-{n}").exists())
+                    written = _write(reply, out / f"reply-{number}")
                     console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
                 parts = [{"type": kind, kind: value} for kind, value in reply.segments]
                 assert loaded.processor is not None  # _load has checked it

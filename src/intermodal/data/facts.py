@@ -33,6 +33,8 @@ BACKGROUNDS = {
     "brown": (120, 86, 60),
     "navy": (30, 42, 92),
 }
+TWIN_KINDS = ("object", "count", "colour", "relation", "swapped places", "swapped colours")
+"""In what one wrong caption may differ: the kinds of `Facts.wrong`."""
 TEST_SHARE = 10
 """One combination in this many belongs to the test side."""
 

@@ -14,9 +14,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..errors import IntermodalError, nearest
 from . import sprites
 from .compose import Scene, draw
-from .facts import BACKGROUNDS, COLOURS, RELATIONS, Facts, Group, is_held_out
+from .facts import BACKGROUNDS, COLOURS, RELATIONS, TWIN_KINDS, Facts, Group, is_held_out
 from .source import Sample
 
 _PRINTED = """
@@ -48,8 +49,8 @@ class SceneConfig:
     """Share of scenes with an odd number that are the one before them with one fact changed (a count, the relation, a colour, a thing):
     same style and ground, laid out anew."""
     lead: float = 0.5
-    """Share of pairs of which the group further left, or higher, is named first. People mostly say it so, and a model that has learned the
-    order of names learns the four words of place sooner."""
+    """Share of pairs whose first phrasing names the group further left, or higher, first. People mostly say it so, and a model that has
+    learned the order of names learns the four words of place sooner."""
     twin_kind: str = ""
     """The respect in which twins differ ("relation", "count", ...) where a scene can differ in it; any where left out."""
     plain: bool = False
@@ -68,6 +69,12 @@ class Scenes:
     length: int = 1 << 40
 
     def __post_init__(self) -> None:
+        if not 0 <= self.config.lead <= 1:
+            raise IntermodalError(f"lead is a share of the pairs, from 0 to 1, and not {self.config.lead}")
+        if self.config.twin_kind and self.config.twin_kind not in TWIN_KINDS:
+            raise IntermodalError(
+                f"unknown twin_kind {self.config.twin_kind!r}: {', '.join(TWIN_KINDS)}{nearest(self.config.twin_kind, TWIN_KINDS)}"
+            )
         pool = sprites.core() if self.config.concepts == "core" else sprites.concepts()
         self.pool = tuple(concept.index for concept in pool)
         self.name = f"scenes-{self.config.concepts}-{self.config.split}-{self.config.seed}"
@@ -131,7 +138,7 @@ class Scenes:
         relation = None
         if pair and config.lead != 0.5:
             relation = rng.choice(("left of", "above") if rng.random() < config.lead else ("right of", "below"))
-        elif pair:  # one draw, so that scenes are those of earlier versions
+        elif pair:  # one draw
             relation = rng.choice(RELATIONS)
         ground = rng.choice(tuple(BACKGROUNDS))
         return Facts(tuple(groups), relation, "white" if config.plain else ground, word)

@@ -81,30 +81,35 @@ def wrap(model: DualEncoder, world: World, mode: str) -> DualEncoder:
     return model
 
 
-def shard_layers(model: nn.Module, world: World, forward: str) -> nn.Module:
+def shard_layers(model: nn.Module, world: World, forward: str, whole: nn.Module | None = None) -> nn.Module:
     """Shard a model of conversations over all ranks with FSDP2, in place: every member of a list of layers on its own, the rest together.
 
     Args:
         forward: the method that a step calls in place of `forward`.
+        whole: a part that stays whole on every rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    apart = set(whole.parameters()) if whole is not None else set()
     for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and not apart.issuperset(module.parameters()):
             for layer in module:
                 fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=apart)
     register_fsdp_forward_method(model, forward)
     return model
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights, every shard of each gathered on every rank."""
+    """A model's weights on the CPU of every rank, gathered one by one: no device has to hold them all."""
     from torch.distributed.tensor import DTensor
 
-    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in model.state_dict().items()}
+    return {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for key, value in model.state_dict().items()
+    }
 
 
 def scalars(model: DualEncoder) -> list[nn.Parameter]:

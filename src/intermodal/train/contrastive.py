@@ -140,7 +140,7 @@ class PairTrainer(Trainer):
                 if self.world.main:
                     save_model(self.model, self.folder / "initial")
         assert self.model.processor is not None
-        if not any(isinstance(source, StreamSource) for source in sources):  # looking into a stream would move it
+        if not any(isinstance(source, StreamSource) for source in sources):  # a stream would be read twice for it
             self._tell_of_cuts(sample_captions(sources, data.weights, CAPTIONS_LOOKED_AT, data.seed))
         return self._loader(sources, Fetcher(sources, self.model.processor, data.seed, data.crop_scale))
 
@@ -149,9 +149,11 @@ class PairTrainer(Trainer):
         tokenizer = self.model.processor.texts  # pyright: ignore[reportOptionalMemberAccess]
         cut = sum(length > tokenizer.context for length in tokenizer.lengths(captions)) / max(1, len(captions))
         if cut > CUT_SHARE and self.world.main:
+            model = self.recipe.model
+            advice = "raise model.text.context" if model.tokenizer else "raise model.text.context or model.vocabulary"
             self.console.print(
-                f"[yellow]{cut:.0%} of the captions are longer than the text tower's context of {tokenizer.context} tokens and are cut; "
-                "raise model.text.context or model.vocabulary[/yellow]"
+                f"[yellow]{cut:.0%} of the captions are longer than the text tower's context of {tokenizer.context} tokens and are cut"
+                f"{'' if model.start else f'; {advice}'}[/yellow]"
             )
 
     def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:

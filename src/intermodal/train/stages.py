@@ -167,14 +167,21 @@ class StageTrainer(Trainer):
         self.loader = self._loader(sources, fetcher)
 
     def _shard(self) -> None:
-        """Raises IntermodalError: a setting that needs whole weights, or a tower that some ranks would call and others not."""
-        for wanted, name in ((self.recipe.image_rows_only, "image_rows_only"), (self.recipe.cache_tower, "cache_tower")):
+        """Raises IntermodalError: a setting that needs whole weights."""
+        learning = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for wanted, what in (
+            (self.recipe.image_rows_only, "image_rows_only"),
+            (self.recipe.cache_tower, "cache_tower"),
+            # FSDP gathers gradients on the way back through the layers, and there is none when only the last product learns
+            (learning <= {"lm_head.weight"}, "a stage that learns the output layer alone"),
+        ):
             if wanted:
-                raise IntermodalError(f"stage {self.recipe.name}: {name} needs train.parallel=ddp")
+                raise IntermodalError(f"stage {self.recipe.name}: {what} needs train.parallel=ddp")
         processor = self.model.processor
         assert processor is not None
         self.idle = idle_conversations(processor)
-        shard_layers(self.model, self.world, "hidden")
+        vq = self.model.vqmodel if isinstance(self.model, Chameleon) else None  # data workers use it; it does not learn
+        shard_layers(self.model, self.world, "hidden", vq)
 
     def _tower_cache(self) -> DiskCache | None:
         """Raises IntermodalError: the stage wants the tower's states kept while the tower learns."""
@@ -204,9 +211,12 @@ class StageTrainer(Trainer):
                 loss, _ = next_token_loss(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
                 if logging and not statistics:
                     statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids())
-            if self.sharded:
-                loss = loss + 0 * hidden.sum()  # a pack with nothing to learn has a backward too
-            (loss * (scale / count)).backward()
+            if (
+                self.sharded and hidden.requires_grad
+            ):  # on every rank the same parts must take part in backward, learned from or not
+                loss = loss + 0 * (hidden.sum() + self.model.head_weight.sum())
+            if loss.requires_grad:  # not where a pack met nothing that learns: words alone, and only the projector does
+                (loss * (scale / count)).backward()
             total += loss.detach()
             bad = bad or (None if bool(torch.isfinite(loss.detach())) else batch)
         self._check_finite(total, bad or fetched.batches[0])
@@ -259,6 +269,8 @@ class StageTrainer(Trainer):
             lora.add(plain, self.recipe.lora)
         plain.load_state_dict(state, assign=True)
         plain.processor, plain.source = self.model.processor, self.model.source
+        if isinstance(plain, Chameleon):
+            plain.bind()
         return plain
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.loader import Fetcher, Reject
 from ..data.readers import open_source
+from ..errors import IntermodalError
 from ..inputs.image import BICUBIC, HALF, ImageProcessor
 from ..models.vqvae import VQVAE, initialise
 from ..parallel.setup import World, start
@@ -128,6 +129,8 @@ class VQTrainer(Trainer):
 
     def _set_up(self) -> None:
         recipe, data = self.recipe, self.recipe.data
+        if recipe.train.parallel != "ddp":
+            raise IntermodalError("a VQ-VAE is small and stays whole on every rank: train.parallel=ddp")
         if recipe.start is not None:
             vq = load(recipe.start)
         else:

@@ -22,6 +22,7 @@ BOUNDARY, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<en
 # What transformers' config classes default to where a config.json leaves a field out.
 _VISION: dict[str, Any] = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
                                image_size=224, patch_size=32, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)  # fmt: skip
+_PICTURES: dict[str, Any] = {**images.SIGLIP_DEFAULTS, "resample": images.BILINEAR, "do_image_splitting": False}
 _PERCEIVER: dict[str, Any] = dict(hidden_act="silu", hidden_size=4096, rms_norm_eps=1e-6, resampler_n_latents=64, resampler_depth=3,
                                   resampler_n_heads=16, resampler_head_dim=96, num_key_value_heads=4)  # fmt: skip
 
@@ -32,8 +33,8 @@ def from_hf(config: dict[str, Any]) -> Idefics2Config:
     text = {"model_type": "mistral", **_given(config.get("text_config"))}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     shape = decoder.from_hf({**text, "tie_word_embeddings": tied})
-    if perceiver["hidden_size"] != shape.width:
-        raise CheckpointError(f"perceiver_config.hidden_size {perceiver['hidden_size']} is not the decoder's width {shape.width}")
+    if perceiver["hidden_size"] != shape.width:  # the class takes the decoder's then, and its eps
+        perceiver["rms_norm_eps"] = shape.norm_eps
     return Idefics2Config(
         vision=VisionConfig(
             width=vision["hidden_size"],
@@ -90,19 +91,18 @@ def processor(folder: Path, family: str, config: Idefics2Config, raw: dict[str, 
     """Raises CheckpointError: pictures of native size or split into quarters, or another number of tokens than the resampler makes."""
     if not any((folder / name).exists() for name in CHAT_FILES if name != "generation_config.json"):
         return None
-    settings, side = images.read_processor(folder), config.vision.image_size
-    size = settings.get("size", {})
-    if settings.get("do_image_splitting", True) or "height" not in size:
+    settings, side = {**_PICTURES, **images.read_processor(folder)}, config.vision.image_size
+    size, split = settings["size"], settings["do_image_splitting"]
+    if split or (size.get("height"), size.get("width")) != (side, side):
         raise CheckpointError(
-            f"{folder}: its pictures keep their size or are split (size {size}, do_image_splitting "
-            f"{settings.get('do_image_splitting', True)}); built is Idefics2 with one square: in preprocessor_config.json, size "
-            f"{{'height': {side}, 'width': {side}}} and do_image_splitting false"
+            f"{folder}: its pictures are split, or are not the tower's square (size {size}, do_image_splitting {split}); built is Idefics2 "
+            f"with one square: in preprocessor_config.json, size {{'height': {side}, 'width': {side}}} and do_image_splitting false"
         )
     joint = folder / "processor_config.json"
     count = json.loads(joint.read_text()).get("image_seq_len", 64) if joint.exists() else 64
     if count != config.latents:
         raise CheckpointError(f"{joint}: image_seq_len {count}, but the resampler makes {config.latents} tokens of a picture")
-    pictures = images.ImageProcessor.from_hf(settings, images.SIGLIP_DEFAULTS)
+    pictures = images.ImageProcessor.from_hf(settings, _PICTURES)
     return ChatProcessor.from_folder(folder, raw, lambda tokenizer: planner(config, pictures, tokenizer))
 
 
