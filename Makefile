@@ -41,6 +41,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loss_ranks.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/vlm_train_step.py
+	$(BIN)/python benchmarks/vlm_train_step.py --shape qwen2_vl
+	$(BIN)/python benchmarks/stage_memory.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/preprocess.py
 

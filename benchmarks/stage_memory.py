@@ -44,6 +44,8 @@ def step(who: str, stage: str, folder: str) -> float:
         parameter.requires_grad_(any(part in name for part in learn) if who == "transformers" else name.startswith(learn))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     model.train()
+    with torch.no_grad():
+        sum(parameter.sum() for parameter in model.parameters())  # weights that are mapped from the file are in memory from here
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     if who == "intermodal":

@@ -10,6 +10,7 @@ Prints tokens/s of both (real tokens, padding not counted), the ratio, and both 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import statistics
 import tempfile
@@ -25,7 +26,7 @@ import intermodal
 from intermodal.batch import TokenBatch, Visual
 from intermodal.data.packing import bins
 from intermodal.data.talks import open_talks
-from intermodal.inputs.image import ImageProcessor
+from intermodal.inputs.image import ImageProcessor, open_image
 from intermodal.inputs.patches import QwenPlanner
 from intermodal.inputs.processor import PairProcessor
 from intermodal.losses_tokens import next_token_loss
@@ -56,7 +57,8 @@ def build(shape: str) -> tuple[Generative, list[Any]]:
         vision = NativeVisionConfig(384, 8, 6, 1536, TEXT.width, patch_size=PATCH)
         eyes = random_weights(QwenVL(QwenVLConfig("qwen2_vl", vision, replace(TEXT, depth=1))))
         planner = QwenPlanner.from_hf(eyes.config, {"min_pixels": 28 * 28, "max_pixels": 224 * 224}, small.processor.tokenizer)
-        eyes.processor = replace(small.processor, planner=planner)
+        eyes.processor = copy.copy(small.processor)
+        eyes.processor.planner = planner
         return stitch_native(eyes, language), sources
     vision = VisionConfig(384, 8, 6, 1536, image_size=SIDE, patch_size=PATCH, activation="gelu_pytorch_tanh", norm_eps=1e-6)
     tower = initialise(SigLIP(DualConfig(vision, TextConfig(32, 1, 2, 64, vocab_size=64, context=8, eos_id=1), 384)))
@@ -73,14 +75,15 @@ def random_weights(model: Generative) -> Any:
 
 def resized(messages: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """The same conversation with its pictures at sizes of their own."""
+
+    def other(picture: Any) -> Any:
+        return open_image(picture).resize((rng.randint(56, 224), rng.randint(56, 224)))
+
     out = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, list):
-            parts = [
-                {**part, "image": part["image"].resize((rng.randint(56, 224), rng.randint(56, 224)))} if "image" in part else part
-                for part in parts
-            ]
+            parts = [{**part, "image": other(part["image"])} if "image" in part else part for part in parts]
         out.append({**message, "content": parts})
     return out
 
