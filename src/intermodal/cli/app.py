@@ -56,6 +56,8 @@ def train(
 
     `torchrun --nproc-per-node 2 -m intermodal train recipes/siglip.py train.parallel=fsdp train.threads=1 --out runs/c`
     """
+    from rich.console import Console
+
     from ..config import override, paths
     from ..train.recipe import StagedRecipe, VQRecipe, load_recipe
 
@@ -64,20 +66,21 @@ def train(
         settings = paths(made)
         _print(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
         return
+    console = Console(stderr=as_json)  # with --json a program reads the output: what a run has to tell goes beside it
     if isinstance(made, StagedRecipe):
         from ..train.stages import train_stages
 
-        train_stages(made, out, resume=resume, quiet=as_json)
+        train_stages(made, out, resume=resume, console=console, quiet=as_json)
         last_folder = out / f"{len(made.stages)}-{made.stages[-1].name}"
     elif isinstance(made, VQRecipe):
         from ..train.vqvae import train_vqvae
 
-        train_vqvae(made, out, resume=resume, quiet=as_json)
+        train_vqvae(made, out, resume=resume, console=console, quiet=as_json)
         last_folder = out
     else:
         from ..train.contrastive import train as run_training
 
-        run_training(made, out, resume=resume, quiet=as_json)
+        run_training(made, out, resume=resume, console=console, quiet=as_json)
         last_folder = out
     if int(os.environ.get("RANK", "0")) == 0:
         lines = (last_folder / "metrics.jsonl").read_text().splitlines()

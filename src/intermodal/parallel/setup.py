@@ -134,7 +134,7 @@ def reduce_gradients(model: nn.Module, wanted: bool) -> None:
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients, sharded or not: each shard is counted once."""
+    """The Euclidean norm of all gradients, sharded or not: each shard is counted once. Zero where a step met nothing that learns."""
     from torch.distributed.tensor import DTensor
 
     whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
@@ -143,4 +143,4 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     if sharded:
         norm = nn.utils.get_total_norm(sharded)
         squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2)
-    return torch.stack([s.float() for s in squares]).sum().sqrt()
+    return torch.stack([s.float() for s in squares]).sum().sqrt() if squares else torch.zeros(())
