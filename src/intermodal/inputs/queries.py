@@ -28,8 +28,24 @@ TEMPLATE = (
 """ChatML with numbered pictures, as Qwen-VL-Chat's `from_list_format` and `make_context` write it; the checkpoint has no template file."""
 
 
+class SquarePlanner:
+    """Pixels of pictures that are all squeezed to one square, and positions that only count."""
+
+    side: int
+    processor: ImageProcessor
+
+    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
+        return self.processor(items).pixels if items else torch.empty(0, 3, self.side, self.side)
+
+    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
+        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
+
+    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
+        return torch.arange(length)
+
+
 @dataclass
-class QueryPlanner:
+class QueryPlanner(SquarePlanner):
     """Tokens and pixels of pictures for Qwen-VL."""
 
     placeholders: dict[str, int]
@@ -45,23 +61,14 @@ class QueryPlanner:
         piece = Piece(grid=(1, self.queries, self.queries))
         return Plan("image", self.placeholders["image"], ((piece,),), detail=Whole(newline=False))
 
-    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
-        return self.processor(items).pixels if items else torch.empty(0, 3, self.side, self.side)
-
-    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
-        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
-
     def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
         view, square = self.processor.affine(size), (0.0, 0.0, float(self.side), float(self.side))
         tokens = cells(view, square, self.queries, self.queries, size)
         return BoxFrame(size, (((self.side, self.side), view),), "thousandths", "tags", BOX_TAGS, tuple(tokens))
 
-    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
-        return torch.arange(length)
-
 
 @dataclass
-class LatentPlanner:
+class LatentPlanner(SquarePlanner):
     """Tokens and pixels of pictures for Idefics2. Latents stand on no part of the picture, and the family writes no boxes of its own:
     they are written as parts of one."""
 
@@ -78,15 +85,6 @@ class LatentPlanner:
         run = (Piece(grid=(1, 1, self.latents)),)
         return Plan("image", self.placeholders["image"], (run,), boundary=self.boundary, detail=Whole(newline=False))
 
-    def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
-        return self.processor(items).pixels if items else torch.empty(0, 3, self.side, self.side)
-
-    def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
-        return Visual(pixels, layout=tuple(plan.detail for plan in plans))
-
     def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
         view = self.processor.affine(size)
         return BoxFrame(size, (((self.side, self.side), view),), "unit", "plain", tokens=(None,) * self.latents)
-
-    def positions(self, length: int, runs: Sequence[tuple[int, Run]]) -> Tensor:
-        return torch.arange(length)

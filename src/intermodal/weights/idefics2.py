@@ -14,8 +14,8 @@ from ..inputs import image as images
 from ..inputs.chat import CHAT_FILES, ChatProcessor
 from ..inputs.queries import LatentPlanner
 from ..models.idefics2 import Idefics2, Idefics2Config
-from ..models.vit import VisionConfig
 from . import decoder
+from .llava import tower_from_hf, tower_to_hf
 from .rules import Ignore, Rename, Reshape, Rule
 
 BOUNDARY, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
@@ -36,17 +36,7 @@ def from_hf(config: dict[str, Any]) -> Idefics2Config:
     if perceiver["hidden_size"] != shape.width:  # the class takes the decoder's then, and its eps
         perceiver["rms_norm_eps"] = shape.norm_eps
     return Idefics2Config(
-        vision=VisionConfig(
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_width=vision["intermediate_size"],
-            activation=vision["hidden_act"],
-            norm_eps=vision["layer_norm_eps"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            channels=vision["num_channels"],
-        ),
+        vision=tower_from_hf(vision),
         text=shape,
         latents=perceiver["resampler_n_latents"],
         depth=perceiver["resampler_depth"],
@@ -118,7 +108,7 @@ def family_of(model: Idefics2) -> str:
 
 
 def to_hf(model: Idefics2) -> dict[str, Any]:
-    config, vision = model.config, model.config.vision
+    config = model.config
     original = model.source.get("config", {})
     out = copy.deepcopy(original) if original.get("model_type") == "idefics2" else {}
     text = out.get("text_config") or {"model_type": "mistral", "sliding_window": None}
@@ -132,15 +122,7 @@ def to_hf(model: Idefics2) -> dict[str, Any]:
         vision_config={
             **out.get("vision_config", {}),
             "model_type": "idefics2_vision",
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.heads,
-            "num_channels": vision.channels,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.norm_eps,
+            **tower_to_hf(config.vision),
         },
         perceiver_config={
             **out.get("perceiver_config", {}),

@@ -58,17 +58,7 @@ def from_hf(config: dict[str, Any]) -> LlavaConfig:
         raise CheckpointError(f"vision_aspect_ratio {aspect!r} is not built; anyres_max_N is")
     return LlavaConfig(
         family=family,
-        vision=VisionConfig(
-            width=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_width=vision["intermediate_size"],
-            activation=vision["hidden_act"],
-            norm_eps=vision["layer_norm_eps"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            channels=vision["num_channels"],
-        ),
+        vision=tower_from_hf(vision),
         text=decoder.from_hf(
             {**text, "tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
         ),
@@ -83,6 +73,28 @@ def from_hf(config: dict[str, Any]) -> LlavaConfig:
         max_tiles=int(found[1]) if found else None,
         rules=config.get(OURS, {}).get("rules", "authors"),
     )
+
+
+_TOWER_FIELDS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "hidden_act": "activation",
+    "layer_norm_eps": "norm_eps",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "channels",
+}
+
+
+def tower_from_hf(get: dict[str, Any]) -> VisionConfig:
+    """A `vision_config` of CLIP's or SigLIP's kind, its defaults filled in -> ours."""
+    return VisionConfig(**{ours: get[theirs] for theirs, ours in _TOWER_FIELDS.items()})
+
+
+def tower_to_hf(config: VisionConfig) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for theirs, ours in _TOWER_FIELDS.items()}
 
 
 def rules(family: str, config: LlavaConfig) -> list[Rule]:
@@ -165,15 +177,7 @@ def to_hf(model: Llava) -> dict[str, Any]:
     vision = out.get("vision_config") or {}
     vision.update(
         model_type="clip_vision_model" if config.tower == "clip" else "siglip_vision_model",
-        hidden_size=config.vision.width,
-        num_hidden_layers=config.vision.depth,
-        num_attention_heads=config.vision.heads,
-        intermediate_size=config.vision.mlp_width,
-        hidden_act=config.vision.activation,
-        layer_norm_eps=config.vision.norm_eps,
-        image_size=config.vision.image_size,
-        patch_size=config.vision.patch_size,
-        num_channels=config.vision.channels,
+        **tower_to_hf(config.vision),
     )
     if config.tower == "siglip":
         vision["vision_use_head"] = False
