@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from intermodal.evaluate.demo import FORMS
 from intermodal.evaluate.scenes import SceneTask, sprite_names
 from intermodal.train.contrastive import train
 from intermodal.train.recipe import Recipe, load_recipe
@@ -40,7 +41,7 @@ def score(recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model = train(recipe, folder, quiet=True)
     side = recipe.model.vision.image_size
-    task = SceneTask.make(400, side, style=None)
+    task = SceneTask.make(400, side, style=None, forms=FORMS)
     found = task.score(model.embed_images([scene.pixels for scene in task.scenes]), model.embed_texts)
     names = sprite_names(model.embed_images, model.embed_texts, side, style="noto")
     return {"retrieval@5": found["image_to_text_recall@5"], "names top-1": names["top-1"], "names top-5": names["top-5"]}

@@ -1,9 +1,11 @@
-"""What AnyRes and native resolution are for: one small decoder reads words from a picture squeezed to a square, from AnyRes tiles and
-from patches of the whole picture, after equal training from scratch; exactly right answers by the height of the letters.
+"""What AnyRes and native resolution are for: a tower that can read at its own size meets pictures of twice its side, squeezed to a square,
+cut into AnyRes tiles, or as patches of the whole picture; exactly right answers by the height of the letters.
 
     python benchmarks/reading.py --out docs/reading.png
 
-The tower sees squares of half the picture's side. All three see the same signs in the same order; the font of the test is not trained on.
+The tower learns from captions (SigLIP) on signs of 48 px. Each of the three then gets it as eyes, a fresh decoder of one size, and the same
+conversations about signs of 96 px in the same order; everything learns. Asked are fresh signs in the fonts of the training, and in one
+that is in no training.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -24,46 +26,76 @@ import intermodal
 from intermodal.data.questions import SIGN_QUESTION
 from intermodal.data.signs import SignConfig, Signs
 from intermodal.data.talks import open_talks, user
-from intermodal.inputs.image import ImageProcessor
-from intermodal.inputs.processor import PairProcessor
-from intermodal.models.clip import DualConfig, SigLIP, initialise
+from intermodal.models.clip import DualEncoder
 from intermodal.models.decoder import DecoderConfig
 from intermodal.models.generative import Generative
 from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
-from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from intermodal.train.contrastive import train as train_pairs
+from intermodal.train.recipe import (
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    Stage,
+    StagedRecipe,
+    StitchConfig,
+    TalksConfig,
+    TrainConfig,
+)
 from intermodal.train.stages import spoken, train_stages
 from intermodal.weights.stitch import fresh_decoder, stitch
 from intermodal.weights.stitch_native import stitch_native
 
 SIDE, TOWER, PATCH = 96, 48, 6
-HEIGHTS = (8, 10, 12, 14, 17, 20, 24, 28)
+HEIGHTS = (6, 8, 10, 12, 14, 17, 20, 24)
+SEEN, UNSEEN = "fonts of the training", "a font never seen"
+FONTS: dict[str, Literal["train", "test"]] = {SEEN: "train", UNSEEN: "test"}
 KINDS = {"square": "one square of 48 px", "anyres": "AnyRes, 2 x 2 tiles of 48 px", "native": "native resolution, 96 px"}
-TEXT = DecoderConfig(width=128, depth=3, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=1024)
+DECODER = DecoderConfig(width=128, depth=3, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=1024)
+TANH = {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6}
 
 
-def build(kind: str, source: str) -> Generative:
-    """A fresh model of about 1.4M parameters; the parts of all three start alike."""
-    vision = VisionConfig(128, 3, 4, 512, image_size=TOWER, patch_size=PATCH, activation="gelu_pytorch_tanh", norm_eps=1e-6)
-    tower = SigLIP(DualConfig(vision, TextConfig(32, 1, 2, 64, vocab_size=64, context=8, eos_id=1), 128))
-    initialise(tower, 0)
-    tower.processor = PairProcessor(ImageProcessor((TOWER, TOWER)), None, "siglip")
-    language = fresh_decoder(replace(TEXT, qk_norm=kind == "native"), spoken([open_talks(source, side=SIDE)], 200), 64)
+def signs_of(words: int, least: int, most: int) -> str:
+    return f"signs?words={words}&least={least}&most={most}"
+
+
+def train_eyes(words: int, steps: int, folder: Path) -> DualEncoder:
+    """A SigLIP that tells signs of its own size apart by their word, in every height that a squeezed or a whole picture will have."""
+    recipe = Recipe(
+        "eyes",
+        model=ModelConfig(
+            family="siglip",
+            vision=VisionConfig(128, 3, 4, 512, image_size=TOWER, patch_size=PATCH, **TANH),
+            text=TextConfig(64, 1, 2, 256, context=6, **TANH),
+            init_bias=-4.0,
+        ),
+        data=DataConfig(train=(signs_of(words, 5, HEIGHTS[-1]),), batch=64),
+        optim=OptimConfig(name="muon", lr=1e-3, matrix_lr_factor=3.0, warmup=40, weight_decay=0.05, scalar_lr_factor=10.0),
+        train=TrainConfig(steps=steps, loss="sigmoid", duplicates="ignore", threads=2, log_every=25),
+    )
+    return train_pairs(recipe, folder)
+
+
+def build(kind: str, eyes: DualEncoder, source: str) -> Generative:
+    """A model of about 1.4M parameters; the parts of all three start alike."""
+    language = fresh_decoder(replace(DECODER, qk_norm=kind == "native"), spoken([open_talks(source, side=SIDE)], 200), 64)
     if kind == "native":
         language.family = "qwen3"
-        return stitch_native(tower, language)
-    return stitch(tower, language, anyres=((2, 2),) if kind == "anyres" else ())
+        return stitch_native(eyes, language)
+    return stitch(eyes, language, anyres=((2, 2),) if kind == "anyres" else ())
 
 
-def train(kind: str, source: str, steps: int, folder: Path) -> tuple[Generative, float]:
+def train(kind: str, eyes: DualEncoder, source: str, steps: int, folder: Path) -> tuple[Generative, float]:
     """(the trained model, seconds)."""
-    start = intermodal.save(build(kind, source), folder / "start")
+    start = intermodal.save(build(kind, eyes, source), folder / "start")
     stage = Stage(
         "read",
         learn=(("*", 1.0),),
         data=TalksConfig(train=(source,), batch=32, tokens=16_384, side=SIDE),
-        optim=OptimConfig(name="muon", lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, warmup=30),
-        train=LoopConfig(steps=steps, threads=2, log_every=50, precision="fp32"),
+        optim=OptimConfig(name="muon", lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, warmup=20),
+        train=LoopConfig(steps=steps, threads=2, log_every=10),
     )
     began = time.perf_counter()
     model = train_stages(StagedRecipe(kind, StitchConfig(start=str(start)), (stage,)), folder / "run")
@@ -85,9 +117,11 @@ def draw(results: dict[str, dict[str, Any]], chance: float, out: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for (kind, row), colour in zip(results.items(), ("#c05a1e", "#2b5fb3", "#3a8f4d"), strict=False):
-        axis.plot(HEIGHTS, [100 * row["right"][str(h)] for h in HEIGHTS], marker="o", label=KINDS[kind], color=colour)
+        for name, line in ((SEEN, "-"), (UNSEEN, "--")):
+            label = KINDS[kind] if name == SEEN else None
+            axis.plot(HEIGHTS, [100 * row["right"][name][str(h)] for h in HEIGHTS], line, marker="o", label=label, color=colour)
     axis.axhline(100 * chance, color="grey", linestyle=":", label="a guess")
-    axis.set_xlabel(f"size of the font in a picture of {SIDE} px")
+    axis.set_xlabel(f"size of the font in a picture of {SIDE} px (dashed: a font never seen)")
     axis.set_ylabel("words read exactly, %")
     axis.set_ylim(0, 101)
     axis.grid(alpha=0.3)
@@ -97,29 +131,40 @@ def draw(results: dict[str, dict[str, Any]], chance: float, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="steps of 32 signs, for each model")
-    parser.add_argument("--words", type=int, default=16, help="how many different words there are")
+    parser.add_argument("--steps", type=int, default=250, help="steps of 32 signs, for each model")
+    parser.add_argument("--eyes-steps", type=int, default=1000, help="steps of 64 signs, for the tower")
+    parser.add_argument("--eyes", type=Path, help="folder for the tower: trained into it, or found there")
+    parser.add_argument("--words", type=int, default=8, help="how many different words there are")
     parser.add_argument("--count", type=int, default=100, help="test signs of each height")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which models")
     parser.add_argument("--out", type=Path, default=Path("reading.png"))
     asked = parser.parse_args()
     torch.set_num_threads(2)
-    source = f"questions:signs?least={HEIGHTS[0]}&most={HEIGHTS[-1]}&words={asked.words}"
-    test = Signs(SignConfig(side=SIDE, least=HEIGHTS[0], most=HEIGHTS[-1], words=asked.words, fonts="test", seed=1))
+    source = f"questions:{signs_of(asked.words, HEIGHTS[0], HEIGHTS[-1])}"
+    config = SignConfig(side=SIDE, least=HEIGHTS[0], most=HEIGHTS[-1], words=asked.words, seed=1)
+    tests = {name: Signs(replace(config, fonts=side)) for name, side in FONTS.items()}
     results: dict[str, dict[str, Any]] = {}
-    for kind in asked.kinds.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            model, seconds = train(kind, source, asked.steps, Path(folder))
-        tokens = len(model.processor([user(test.sign(0).image, SIGN_QUESTION)]).ids)  # pyright: ignore[reportOptionalCall]
-        right = {str(height): read(model, test, height, asked.count) for height in HEIGHTS}
-        results[kind] = {"seconds": round(seconds), "tokens": tokens, "right": right}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = asked.eyes or Path(scratch) / "eyes"
+        if not (folder / "model").exists():
+            train_eyes(asked.words, asked.eyes_steps, folder)
+        eyes = intermodal.load(folder / "model")
+        for kind in asked.kinds.split(","):
+            model, seconds = train(kind, eyes, source, asked.steps, Path(scratch) / kind)
+            tokens = len(model.processor([user(tests[SEEN].sign(0).image, SIGN_QUESTION)]).ids)  # pyright: ignore[reportOptionalCall]
+            right = {name: {str(h): read(model, signs, h, asked.count) for h in HEIGHTS} for name, signs in tests.items()}
+            results[kind] = {"seconds": round(seconds), "tokens": tokens, "right": right}
     table = Table(title=f"{asked.words} words, {asked.steps} steps of 32 signs; words read exactly, by font size")
-    for column in ("", "seconds", "tokens", *map(str, HEIGHTS)):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "seconds", "tokens", "font", *map(str, HEIGHTS)):
+        table.add_column(column, justify="right" if column[:1] not in ("", "f") else "left")
     for kind, row in results.items():
-        table.add_row(KINDS[kind], f"{row['seconds']}", f"{row['tokens']}", *(f"{row['right'][str(h)]:.0%}" for h in HEIGHTS))
+        for name, right in row["right"].items():
+            table.add_row(KINDS[kind], f"{row['seconds']}", f"{row['tokens']}", name, *(f"{right[str(h)]:.0%}" for h in HEIGHTS))
     Console(width=120).print(table)
-    asked.out.with_suffix(".json").write_text(json.dumps({**vars(asked), "out": None, "results": results}, indent=2) + "\n")
+    asked.out.with_suffix(".json").write_text(
+        json.dumps({"words": asked.words, "steps": asked.steps, "eyes_steps": asked.eyes_steps, "results": results}, indent=2)
+        + "\n"
+    )
     draw(results, 1 / asked.words, asked.out)
     print(f"drew {asked.out}")
 

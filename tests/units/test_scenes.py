@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
 
 from intermodal.data import sprites
 from intermodal.data.facts import OPPOSITE, Facts, Group, countable, is_held_out, plural
@@ -118,6 +119,27 @@ def test_baselines_are_what_they_claim():
     assert all(0 <= v <= 1 for part in (found.text_only, found.raw_pixels) for v in part.values())
     assert sprite_pixels(48, "core")["top-1"] > 0.3
     assert sprite_pixels(48, "core", style="noto")["top-1"] == 1.0, "a style that is among the items finds itself"
+
+
+def test_more_scenes_than_compete_make_hard_negatives_surer_and_retrieval_no_harder():
+    task, all_of_them = SceneTask.make(60, 48, among=20), SceneTask.make(60, 48)
+    assert task.captions == all_of_them.captions
+    numbers = {
+        caption: row % 20 for row, caption in enumerate(task.captions)
+    }  # the rows after the first twenty are like one of them
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([numbers.get(text, 20) for text in texts]), 21).float()
+
+    images = embed(task.captions)
+    scores, more = task.score(images, embed), all_of_them.score(images, embed)
+    assert scores["image_to_text_recall@1"] == 1.0 > more["image_to_text_recall@1"]
+    hard = [key for key in scores if key.startswith("hard/")]
+    assert hard
+    assert all(scores[key] == more[key] for key in hard)
+    found = scene_baselines(task, train_count=50)
+    assert found.chance["image_to_text_recall@1"] == pytest.approx(1 / 20)
+    assert found.text_only["hard/object"] == scene_baselines(all_of_them, train_count=50).text_only["hard/object"]
 
 
 def test_signs_are_words_at_their_size_in_fonts_of_their_side():

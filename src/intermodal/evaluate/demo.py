@@ -60,12 +60,17 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
     return page
 
 
-def score(model: DualEncoder, recipe: Recipe, count: int = 500) -> dict[str, Any]:
-    """Every number of the report, each beside its baselines."""
+def score(model: DualEncoder, recipe: Recipe, count: int = 2000, among: int = 500) -> dict[str, Any]:
+    """Every number of the report, each beside its baselines.
+
+    Args:
+        count: held-out scenes of each style.
+        among: how many of them compete in retrieval.
+    """
     side = recipe.model.vision.image_size
     out: dict[str, Any] = {"scenes": {}, "sprites": {}}
     for name, style in (("training styles", None), (f"unseen style ({sprites.HELD_OUT_STYLE})", sprites.HELD_OUT_STYLE)):
-        task = SceneTask.make(count, side, style=style, forms=FORMS)
+        task = SceneTask.make(count, side, style=style, forms=FORMS, among=min(count, among))
         image = model.embed_images([scene.pixels for scene in task.scenes])
         baselines = scene_baselines(task)
         names = ("chance", "text_only", "bag_of_words", "raw_pixels")

@@ -29,12 +29,15 @@ class SceneTask:
     scenes: list[Scene]
     captions: list[str]
     wrong: list[dict[str, str]]
+    among: int
+    """How many of them compete in retrieval, the first ones: more scenes make the shares of hard negatives surer, not harder to reach."""
 
     @staticmethod
     def make(
         count: int,
         side: int,
         *,
+        among: int | None = None,
         which: str = "core",
         style: str | None = sprites.HELD_OUT_STYLE,
         seed: int = 12345,
@@ -42,7 +45,9 @@ class SceneTask:
     ) -> SceneTask:
         """`count` scenes of held-out combinations, in the held-out style unless `style` is None (then in the training styles).
 
-        `forms` is how many phrasings the captions have: a model is asked in those it was trained on.
+        Args:
+            among: how many of them compete in retrieval; all by default.
+            forms: how many phrasings the captions have: a model is asked in those it was trained on.
         """
         styles = (style,) if style else sprites.TRAIN_STYLES
         source = Scenes(SceneConfig(side=side, concepts=which, split="test", styles=styles, seed=seed))  # pyright: ignore[reportArgumentType]
@@ -53,12 +58,12 @@ class SceneTask:
             scenes.append(scene)
             captions.append(scene.facts.caption(form))
             wrong.append({kind: facts.caption(form) for kind, facts in scene.facts.wrong(rng, source.pool).items()})
-        return SceneTask(scenes, captions, wrong)
+        return SceneTask(scenes, captions, wrong, among or count)
 
     def score(self, image: Tensor, embed_texts: Callable[[list[str]], Tensor]) -> dict[str, float]:
         """Retrieval among the captions, and for each kind of hard negative how often the true caption scores higher."""
         texts = embed_texts(self.captions)
-        out = recall(image, texts, range(len(self.captions)), at=(1, 5))
+        out = recall(image[: self.among], texts[: self.among], range(self.among), at=(1, 5))
         true = (image * texts).sum(1)
         for kind, rows in self.by_kind().items():
             false = embed_texts([self.wrong[row][kind] for row in rows])
@@ -101,7 +106,7 @@ def scene_baselines(
     found = [{word for form in range(3) for word in train[i].facts.caption(form).split()} for i in neighbour.tolist()]
     known = [{word for form in range(5) for word in s.facts.caption(form).split()} for s in task.scenes]
     out = Baselines()
-    count = len(task.captions)
+    captions = task.captions[: task.among]
 
     def unigram(caption: str) -> float:
         words = caption.split()
@@ -115,10 +120,10 @@ def scene_baselines(
 
     for k in (1, 5):
         name = f"image_to_text_recall@{k}"
-        out.chance[name] = out.text_only[name] = min(1.0, k / count)
-        order = [np.argsort([-overlap(c, words) for c in task.captions], kind="stable")[:k] for words in found]
+        out.chance[name] = out.text_only[name] = min(1.0, k / task.among)
+        order = [np.argsort([-overlap(c, words) for c in captions], kind="stable")[:k] for words in found[: task.among]]
         out.raw_pixels[name] = float(np.mean([row in top for row, top in enumerate(order)]))
-        fits = [sum(contained(c, words) == 1 for c in task.captions) for words in known]
+        fits = [sum(contained(c, words) == 1 for c in captions) for words in known[: task.among]]
         out.bag_of_words[name] = float(np.mean([min(1.0, k / count) for count in fits]))
     for kind, rows in task.by_kind().items():
         name = f"hard/{kind}"

@@ -80,8 +80,10 @@ def stitch_native(
         else:
             state[key] = torch.full(wanted.shape, 0.0 if key.endswith("bias") else 1.0, dtype=dtype)
     model.load_state_dict({key: nn.Parameter(value) for key, value in state.items()}, assign=True)
-    original = {key: value for key, value in language.source.get("config", {}).items() if key in ("bos_token_id", "eos_token_id")}
     raw = {"model_type": family, "eos_token_id": list(language.processor.end_ids)}
+    # without these transformers takes Qwen's own ids, which a small vocabulary does not have
+    original = {"bos_token_id": None, "eos_token_id": raw["eos_token_id"]}
+    original |= {key: value for key, value in language.source.get("config", {}).items() if key in original}
     base = "qwen3" if family == "qwen3_vl" else "qwen2"
     section = text_to_hf(text, base, {**original, "model_type": f"{family}_text"})
     model.source = {"config": {**raw, "text_config": section}}
