@@ -121,6 +121,16 @@ def test_baselines_are_what_they_claim():
     assert sprite_pixels(48, "core", style="noto")["top-1"] == 1.0, "a style that is among the items finds itself"
 
 
+def test_pairs_have_a_largest_count_of_their_own():
+    facts = [Scenes(SceneConfig(pair_share=0.5, pair_most=2)).facts(index) for index in range(300)]
+    counts = {pair: {g.count for f in facts if (len(f.groups) == 2) == pair for g in f.groups} for pair in (True, False)}
+    assert counts == {True: {1, 2}, False: {1, 2, 3, 4}}
+    twins = Scenes(SceneConfig(pair_share=1.0, pair_most=2, twins=1.0, twin_kind="count"))
+    assert {group.count for index in range(100) for group in twins.facts(index).groups} == {1, 2}
+    with pytest.raises(IntermodalError, match="pair_most is the largest count in a pair, from 1 to 4, and not 5"):
+        Scenes(SceneConfig(pair_most=5))
+
+
 def test_more_scenes_than_compete_make_hard_negatives_surer_and_retrieval_no_harder():
     task, all_of_them = SceneTask.make(60, 48, among=20), SceneTask.make(60, 48)
     assert task.captions == all_of_them.captions

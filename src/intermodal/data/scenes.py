@@ -43,6 +43,8 @@ class SceneConfig:
     """Share of the other groups whose colours are changed at random, unnamed: an augmentation against learning a style by heart."""
     most: int = 4
     """Largest count of a group; two groups never have more than eight objects together."""
+    pair_most: int = 4
+    """The same where there are two groups. Up to 2 of a kind share a half of the picture and are as large as one would be."""
     word_share: float = 0.0
     """Share of scenes with a printed word."""
     twins: float = 0.0
@@ -69,6 +71,8 @@ class Scenes:
     length: int = 1 << 40
 
     def __post_init__(self) -> None:
+        if not 1 <= self.config.pair_most <= 4:
+            raise IntermodalError(f"pair_most is the largest count in a pair, from 1 to 4, and not {self.config.pair_most}")
         if not 0 <= self.config.lead <= 1:
             raise IntermodalError(f"lead is a share of the pairs, from 0 to 1, and not {self.config.lead}")
         if self.config.twin_kind and self.config.twin_kind not in TWIN_KINDS:
@@ -120,7 +124,8 @@ class Scenes:
 
     def _belongs(self, facts: Facts) -> bool:
         """Whether facts are of this split, with no larger counts than the config allows."""
-        most = min(self.config.most, 8 // len(facts.groups))
+        pair = len(facts.groups) == 2
+        most = min(self.config.most, self.config.pair_most if pair else 8)
         held_out = any(is_held_out(combination) for combination in facts.combinations())
         return held_out == (self.config.split == "test") and all(group.count <= most for group in facts.groups)
 
@@ -130,7 +135,7 @@ class Scenes:
         chosen = rng.sample(self.pool, 2 if pair else 1)
         groups = []
         for concept in chosen:
-            most = min(config.most, 4 if pair else 8)
+            most = min(config.most, config.pair_most if pair else 8)
             count = rng.randint(2, most) if most > 1 and rng.random() >= 0.5 else 1
             colour = rng.choice(tuple(COLOURS)) if rng.random() < config.colour_share else None
             groups.append(Group(concept, count, colour))

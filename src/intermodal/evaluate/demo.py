@@ -24,7 +24,6 @@ from .scenes import SceneTask, scene_baselines, sprite_classes, sprite_names, sp
 from .zeroshot import confusions
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
-TRIAL_STEPS = 40
 FORMS = 1
 """The recipe trains on the first phrasing only."""
 
@@ -40,7 +39,7 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
         raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
     recipe = load_recipe(RECIPE)
     shutil.rmtree(out, ignore_errors=True)
-    recipe = fit(recipe, out / "trial", seconds, trial_steps=TRIAL_STEPS) if steps is None else with_steps(recipe, steps)
+    recipe = fit(recipe, out / "trial", seconds) if steps is None else with_steps(recipe, steps)
     console.print(f"{recipe.train.steps} steps of {recipe.data.batch} pictures")
     began = time.perf_counter()
     model = train(recipe, out, console=console)

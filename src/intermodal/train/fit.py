@@ -15,16 +15,17 @@ from .recipe import Recipe, StagedRecipe, VQRecipe
 from .stages import train_stages
 from .vqvae import train_vqvae
 
-TRIAL_STEPS = 24
+TRIAL_STEPS, TRIAL_SAMPLES, LEAST_TRIAL = 24, 3072, 8
+"""A trial's steps; fewer where a step is large, so that the trial does not eat the time it measures."""
 LEAST_STEPS = 10
 R = TypeVar("R", Recipe, VQRecipe)
 
 
-def fit(recipe: R, folder: Path, seconds: float, *, trial_steps: int = TRIAL_STEPS) -> R:
+def fit(recipe: R, folder: Path, seconds: float) -> R:
     """The recipe with as many steps as fit into what a trial in `folder` leaves of `seconds`; never more than it had."""
     began = time.perf_counter()
     run = train_vqvae if isinstance(recipe, VQRecipe) else train
-    run(_short(recipe, trial_steps), folder, quiet=True)  # pyright: ignore[reportArgumentType]
+    run(_short(recipe), folder, quiet=True)  # pyright: ignore[reportArgumentType]
     per_step = recipe.data.batch / _speed(folder / "metrics.jsonl")
     shutil.rmtree(folder)
     steps = max(LEAST_STEPS, int((seconds - (time.perf_counter() - began)) / per_step))
@@ -38,7 +39,7 @@ def fit_stages(recipe: StagedRecipe, folder: Path, seconds: float, *, more: floa
         more: what a step costs beside its own time, as a multiple (a twin trained as long).
     """
     began, last = time.perf_counter(), recipe.stages[-1]
-    train_stages(replace(recipe, stages=(_short(last, TRIAL_STEPS),)), folder, quiet=True)
+    train_stages(replace(recipe, stages=(_short(last),)), folder, quiet=True)
     per_step = last.data.batch / _speed(folder / f"1-{last.name}" / "metrics.jsonl") * more
     shutil.rmtree(folder)
     wanted = sum(stage.train.steps for stage in recipe.stages)
@@ -54,7 +55,8 @@ def with_stage_steps(recipe: StagedRecipe, steps: Sequence[int]) -> StagedRecipe
     return replace(recipe, stages=tuple(with_steps(stage, count) for stage, count in zip(recipe.stages, steps, strict=True)))
 
 
-def _short(recipe: Any, steps: int) -> Any:
+def _short(recipe: Any) -> Any:
+    steps = max(LEAST_TRIAL, min(TRIAL_STEPS, TRIAL_SAMPLES // recipe.data.batch))
     loop = replace(recipe.train, steps=steps, log_every=max(1, steps // 2), save_every=None)
     return replace(recipe, train=loop)
 
