@@ -5,10 +5,10 @@ from pathlib import Path
 
 from intermodal.train.recipe import VQRecipe, load_recipe
 
-SCENES = "scenes:core?pair_share=0.4&most=3&colour_share=0.4&plain=true&word_share=0.2"
+SCENES = "scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true"
 
 
 def recipe(tiny: bool = False) -> VQRecipe:
     base = load_recipe(Path(__file__).with_name("vqvae.py"), tiny=tiny)
-    train = ("sprites:core?variations=1000", SCENES, "signs?words=24&least=6")
-    return replace(base, data=replace(base.data, train=train, weights=(1.0, 1.0, 0.5)))
+    train = ("sprites:core?variations=1000", SCENES, "signs?words=8&least=8&most=20")
+    return replace(base, data=replace(base.data, train=train, weights=(1.0, 1.0, 1.0)))

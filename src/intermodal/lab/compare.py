@@ -37,9 +37,9 @@ class Settings:
     seeds: int = 3
     questions: int = 60
     """Of each kind, and as many captions."""
-    signs: int = 25
+    signs: int = 40
     """Of each height."""
-    heights: tuple[int, ...] = (6, 8, 10, 12, 14, 16)
+    heights: tuple[int, ...] = (8, 10, 12, 14, 17, 20)
     """Font sizes in pixels of the signs that are to be read."""
     drawn: int = 48
     """Held-out captions that a model which draws is to draw."""
@@ -54,7 +54,7 @@ def compare(
     out: Path,
     settings: Settings,
     *,
-    stitched_eyes: str | Path = RECIPES / "siglip.py",
+    stitched_eyes: str | Path = RECIPES / "compare_siglip.py",
     native_eyes: str | Path = RECIPES / "compare_vqvae.py",
     tiny: bool = False,
     console: Console | None = None,

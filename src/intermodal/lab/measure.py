@@ -19,8 +19,8 @@ from ..data.facts import plural
 from ..data.questions import SIGN_QUESTION
 from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
-from ..data.talks import SceneTalks, open_talks, user
-from ..evaluate.demo_native import decoded, reconstructed
+from ..data.talks import SceneTalks, SignTalks, open_talks, user
+from ..evaluate.demo_native import asked_kinds, decoded, reconstructed
 from ..evaluate.judge import Judge, fresh_tower, pixels_of, retrieved, shares, train_judge, verdicts
 from ..evaluate.vqa import accuracy, ask, held_out_questions, majority
 from ..models.chameleon import Chameleon
@@ -40,13 +40,16 @@ JUDGE_SEED, DRAW_SEED = 5, 11
 def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path) -> dict[str, Any]:
     """Every measure of one model; pictures that it draws are left in `folder`/drawn, to be judged with those of other runs."""
     config = scene_config(recipe, side_of(model))
-    asked = held_out_questions(config, each=settings.questions)
+    kinds = asked_kinds(recipe)
+    asked = [one for one in held_out_questions(config, each=settings.questions) if one.question.kind in kinds]
+    signs = Signs(replace(sign_config(recipe, side_of(model)), seed=DRAW_SEED, least=min(settings.heights)))
     answers = accuracy(asked, ask(model, asked))
     out = {
         "questions": answers,
         "questions_majority": accuracy(asked, majority(config, asked)),
         "captions": captions(model, config, settings.questions),
-        "signs": signs(model, recipe, settings.heights, settings.signs),
+        "signs": signs_read(model, signs, settings.heights, settings.signs),
+        "signs_guess": 1 / signs.config.words,
         "tokens_per_image": tokens_per_image(model),
         "kept": kept(model, config),
     }
@@ -86,13 +89,19 @@ def names(noun: str, text: str) -> bool:
     return any(re.search(rf"\b{re.escape(word)}\b", text) for word in (noun, plural(noun)))
 
 
-def signs(model: Generative, recipe: StagedRecipe, heights: Sequence[int], each: int) -> dict[str, float]:
-    """Words of signs in a font never trained on, read exactly right, by the font's size in pixels."""
-    spec = next((s for s in recipe.stages[-1].data.train if s.startswith("questions:signs")), "questions:signs")
-    trained = getattr(open_talks(spec, side=side_of(model)), "signs", None)
-    config: SignConfig = trained.config if trained else SignConfig(side=side_of(model))
-    source = Signs(replace(config, fonts="test", seed=DRAW_SEED, least=min(heights)))
-    shown = [(height, source.sign(index, height)) for height in heights for index in range(each)]
+def sign_config(recipe: StagedRecipe, side: int) -> SignConfig:
+    """The signs that the recipe's last stage asks about, else the usual ones."""
+    for spec in recipe.stages[-1].data.train:
+        if spec.startswith("questions:signs"):
+            talks = open_talks(spec, side=side)
+            assert isinstance(talks, SignTalks)
+            return talks.signs.config
+    return SignConfig(side=side)
+
+
+def signs_read(model: Generative, signs: Signs, heights: Sequence[int], each: int) -> dict[str, float]:
+    """Words of fresh signs in the fonts of the training, read exactly right, by the font's size in pixels."""
+    shown = [(height, signs.sign(index, height)) for height in heights for index in range(each)]
     said = model.generate_batch([[user(sign.image, SIGN_QUESTION)] for _, sign in shown], slots=64, max_new_tokens=12)
     right: dict[str, list[bool]] = {}
     for (height, sign), reply in zip(shown, said, strict=True):
