@@ -3,7 +3,7 @@
 Small on purpose: 16 patches, two layers a tower, sixty nouns. What made it learn in minutes is the bias at a small batch's base rate, a
 faster rate for scale and bias, orthogonal updates (Muon), single sprites beside the scenes (varied in place and colour, so that no style
 is learned by heart), pairs named mostly from left to right, with twins whose things have changed places, and not calling two pictures of
-one caption each other's negatives: with sixty nouns in a batch of 256 nearly all such pairs would be told both.
+one caption each other's negatives: with sixty nouns in a batch of 128 most such pairs would be told both.
 """
 
 from intermodal.models.text import TextConfig
@@ -20,7 +20,7 @@ def recipe(tiny: bool = False) -> Recipe:
             family="siglip",
             vision=VisionConfig(width=128, depth=2, heads=4, mlp_width=512, image_size=48, patch_size=12, **TANH),
             text=TextConfig(width=96, depth=2, heads=3, mlp_width=384, context=12, **TANH),
-            init_bias=-5.4,
+            init_bias=-4.7,
         ),
         data=DataConfig(
             train=(
@@ -28,10 +28,10 @@ def recipe(tiny: bool = False) -> Recipe:
                 "scenes:core?pair_share=0.7&forms=1&colour_share=0.2&lead=0.9&twins=0.6&twin_kind=swapped places",
             ),
             weights=(0.45, 0.55),
-            batch=256,
+            batch=128,
             workers=1,
         ),
-        optim=OptimConfig(name="muon", lr=1.6e-3, matrix_lr_factor=3.0, warmup=30, weight_decay=0.05, scalar_lr_factor=10.0),
+        optim=OptimConfig(name="muon", lr=1.4e-3, matrix_lr_factor=3.0, warmup=40, weight_decay=0.05, scalar_lr_factor=10.0),
         train=TrainConfig(steps=6000, loss="sigmoid", duplicates="ignore", threads=2, log_every=25),
     )
     return tiny_version(full) if tiny else full

@@ -17,6 +17,8 @@ from .recipe import OptimConfig
 SCALARS = {"logit_scale", "logit_bias"}
 NOT_MATRICES = {"patch_embedding", "lm_head", "conv_in", "conv_out"}
 MOMENTUM = 0.95
+NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
+"""Jordan 2024: steepest at zero, so that small singular values grow fast."""
 
 
 def optimizer_for(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -118,15 +120,32 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     """(N, R, C) -> about U V^T of each matrix's singular value decomposition U S V^T: singular values between 0.7 and 1.2."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan 2024: steepest at zero, so that small singular values grow fast
-    x = matrices_NRC.bfloat16() if multiplies_bf16(matrices_NRC.device) else matrices_NRC.float()
+    half = multiplies_bf16(matrices_NRC.device)
+    x = matrices_NRC.bfloat16() if half else matrices_NRC.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    if x.shape[2] >= 2 * x.shape[1] and not half:
+        x = _polynomial(x @ x.mT, steps) @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = NS_A * x + torch.baddbmm(gram, gram, gram, beta=NS_B, alpha=NS_C) @ x
     return (x.mT if tall else x).float()
+
+
+def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:
+    """What the steps multiply a wide matrix by, from its products of rows: small square products instead of ones as wide as the matrix.
+    All factors are polynomials of one matrix, so their order does not matter. Wants float32: squares double the range of numbers."""
+    whole = None
+    for step in range(steps):
+        factor = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=NS_B, alpha=NS_C)
+        factor.diagonal(dim1=1, dim2=2).add_(NS_A)
+        whole = factor if whole is None else factor @ whole
+        if step < steps - 1:
+            gram_NRR = factor @ gram_NRR @ factor
+    assert whole is not None
+    return whole
 
 
 def multiplies_bf16(device: torch.device) -> bool:
