@@ -137,15 +137,15 @@ def orthogonal(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
 def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:
     """What the steps multiply a wide matrix by, from its products of rows: small square products instead of ones as wide as the matrix.
     All factors are polynomials of one matrix, so their order does not matter. Wants float32: squares double the range of numbers."""
-    whole = None
+    product = None
     for step in range(steps):
         factor = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=NS_B, alpha=NS_C)
         factor.diagonal(dim1=1, dim2=2).add_(NS_A)
-        whole = factor if whole is None else factor @ whole
+        product = factor if product is None else factor @ product
         if step < steps - 1:
             gram_NRR = factor @ gram_NRR @ factor
-    assert whole is not None
-    return whole
+    assert product is not None
+    return product
 
 
 def multiplies_bf16(device: torch.device) -> bool:
