@@ -15,16 +15,24 @@ from intermodal.train.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments, **environment):
+def command(*arguments, entry=(sys.executable, "-m", "intermodal"), **environment):
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "intermodal", *map(str, arguments)],
+        [*entry, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("intermodal tr", {"train"}), ("intermodal data ", {"fetch", "pack", "preview", "stats"})])
+def test_the_shell_completes_verbs(typed, offered):
+    """What bash asks after `intermodal --install-completion`."""
+    words = {"_INTERMODAL_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
+    done = command(entry=[Path(sys.executable).with_name("intermodal")], **words)
+    assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_overrides_are_typed():
