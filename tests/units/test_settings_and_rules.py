@@ -27,7 +27,9 @@ def command(*arguments, entry=(sys.executable, "-m", "intermodal"), **environmen
     )
 
 
-@pytest.mark.parametrize(("typed", "offered"), [("intermodal tr", {"train"}), ("intermodal data ", {"fetch", "pack", "preview", "stats"})])
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("intermodal tr", {"train"}), ("intermodal data ", {"fetch", "pack", "preview", "stats"})]
+)
 def test_the_shell_completes_verbs(typed, offered):
     """What bash asks after `intermodal --install-completion`."""
     words = {"_INTERMODAL_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
