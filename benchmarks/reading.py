@@ -52,7 +52,7 @@ SIDE, TOWER, PATCH = 96, 48, 6
 HEIGHTS = (6, 8, 10, 12, 14, 17, 20, 24)
 SEEN, UNSEEN = "fonts of the training", "a font never seen"
 FONTS: dict[str, Literal["train", "test"]] = {SEEN: "train", UNSEEN: "test"}
-KINDS = {"square": "one square of 48 px", "anyres": "AnyRes, 2 x 2 tiles of 48 px", "native": "native resolution, 96 px"}
+KINDS = {"square": "one square of 48 px", "anyres": "AnyRes, 2 x 2 tiles of it", "native": "native resolution"}
 DECODER = DecoderConfig(width=128, depth=3, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=1024)
 TANH = {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6}
 
@@ -124,6 +124,7 @@ def draw(results: dict[str, dict[str, Any]], chance: float, out: Path) -> None:
     axis.axhline(100 * chance, color="grey", linestyle=":", label="a guess")
     axis.set_xlabel(f"size of the font in a picture of {SIDE} px (dashed: a font never seen)")
     axis.set_ylabel("words read exactly, %")
+    axis.set_xticks(HEIGHTS)
     axis.set_ylim(0, 101)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -149,10 +150,10 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = found["results"] if found.get("settings") == settings else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.eyes or Path(scratch) / "eyes"
-        if not (folder / "model").exists():
-            train_eyes(asked.words, asked.eyes_steps, folder)
-        eyes = intermodal.load(folder / "model")
         for kind in [kind for kind in KINDS if kind not in results]:
+            if not (folder / "model").exists():
+                train_eyes(asked.words, asked.eyes_steps, folder)
+            eyes = intermodal.load(folder / "model")
             model, seconds = train(kind, eyes, source, asked.steps, Path(scratch) / kind)
             tokens = len(model.processor([user(tests[SEEN].sign(0).image, SIGN_QUESTION)]).ids)  # pyright: ignore[reportOptionalCall]
             right = {name: {str(h): read(model, signs, h, asked.count) for h in HEIGHTS} for name, signs in tests.items()}
@@ -165,7 +166,7 @@ def main() -> None:
     for kind, row in results.items():
         for name, right in row["right"].items():
             table.add_row(KINDS[kind], f"{row['seconds']}", f"{row['tokens']}", name, *(f"{right[str(h)]:.0%}" for h in HEIGHTS))
-    Console(width=120).print(table)
+    Console(width=124).print(table)
     draw(results, 1 / asked.words, asked.out)
     print(f"drew {asked.out}")
 
