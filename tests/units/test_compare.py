@@ -1,6 +1,9 @@
 """The comparison: its measures on models whose answers are known, its runs and report at their smallest."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,39 @@ def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
         lab.compare(RECIPES / "compare_stitched.py", RECIPES / "compare_native.py", folder, lab.Settings())
     with pytest.raises(IntermodalError, match="only recipes with stages"):
         lab.compare(RECIPES / "siglip.py", RECIPES / "compare_native.py", folder, lab.Settings())
+
+
+WAITING_CHILD = """
+import os, sys, time
+from pathlib import Path
+from intermodal.lab import compare
+
+def wait():
+    Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    compare._alone(wait)
+"""
+
+
+def test_a_killed_comparison_leaves_no_run_behind(tmp_path):
+    note, script = tmp_path / "pid", tmp_path / "main.py"
+    script.write_text(WAITING_CHILD)
+    parent = subprocess.Popen([sys.executable, script, note])
+    until(lambda: note.exists() and note.read_text())
+    child = Path(f"/proc/{note.read_text()}/stat")
+    parent.kill()
+    parent.wait()
+    until(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def until(true, seconds=30.0):
+    for _ in range(int(seconds * 10)):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"not so within {seconds} seconds")
 
 
 def test_both_sides_read_the_same_with_the_same_decoder():

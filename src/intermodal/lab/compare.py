@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -102,9 +104,20 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
 
 
 def _alone(function, *arguments: Any) -> None:
-    """Run in a fresh process; an error there is raised here."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Run in a fresh process; an error there is raised here, and the process ends when this one does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
         pool.submit(function, *arguments).result()
+
+
+def _end_with(parent: int) -> None:
+    """A killed process can end nobody: its child looks for it once a second, or it would train on for no one."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _line(result: dict[str, Any]) -> str:
