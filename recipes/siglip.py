@@ -27,7 +27,7 @@ def recipe(tiny: bool = False) -> Recipe:
                 "sprites:core?article=true&variations=2000&recolour=0.75",
                 "scenes:core?pair_share=0.7&forms=1&colour_share=0.2&lead=0.9&twins=0.6&twin_kind=swapped places",
             ),
-            weights=(0.45, 0.55),
+            weights=(0.3, 0.7),
             batch=128,
             workers=1,
         ),
