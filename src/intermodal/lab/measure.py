@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from ..train.recipe import StagedRecipe
 from ..train.vqvae import psnr
 from ..weights.load import load
 
+T = TypeVar("T", SceneTalks, SignTalks)
 RIDGE = 1e-3
 READ_OUT = (800, 200)
 """Pictures that the linear read-out is fitted on, and tested on."""
@@ -64,14 +65,22 @@ def side_of(model: Generative) -> int:
     return getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
 
 
+def asked_of(recipe: StagedRecipe, kind: type[T], side: int) -> T | None:
+    """The first conversations of a kind among the questions of the recipe's last stage."""
+    talks = (open_talks(spec, side=side) for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
+    return next((found for found in talks if isinstance(found, kind)), None)
+
+
 def scene_config(recipe: StagedRecipe, side: int) -> SceneConfig:
-    """The scenes that the recipe's last stage asks about, else the usual ones."""
-    for spec in recipe.stages[-1].data.train:
-        if spec.startswith("questions:scenes"):
-            talks = open_talks(spec, side=side)
-            assert isinstance(talks, SceneTalks)
-            return talks.scenes.config
-    return SceneConfig(side=side)
+    """The scenes that the recipe asks about, else the usual ones."""
+    talks = asked_of(recipe, SceneTalks, side)
+    return talks.scenes.config if talks else SceneConfig(side=side)
+
+
+def sign_config(recipe: StagedRecipe, side: int) -> SignConfig:
+    """The signs that the recipe asks about, else the usual ones."""
+    talks = asked_of(recipe, SignTalks, side)
+    return talks.signs.config if talks else SignConfig(side=side)
 
 
 def captions(model: Generative, config: SceneConfig, count: int) -> dict[str, float]:
@@ -87,16 +96,6 @@ def captions(model: Generative, config: SceneConfig, count: int) -> dict[str, fl
 def names(noun: str, text: str) -> bool:
     """Whether a text holds a noun, as one or as many, in whole words."""
     return any(re.search(rf"\b{re.escape(word)}\b", text) for word in (noun, plural(noun)))
-
-
-def sign_config(recipe: StagedRecipe, side: int) -> SignConfig:
-    """The signs that the recipe's last stage asks about, else the usual ones."""
-    for spec in recipe.stages[-1].data.train:
-        if spec.startswith("questions:signs"):
-            talks = open_talks(spec, side=side)
-            assert isinstance(talks, SignTalks)
-            return talks.signs.config
-    return SignConfig(side=side)
 
 
 def signs_read(model: Generative, signs: Signs, heights: Sequence[int], each: int) -> dict[str, float]:
