@@ -314,3 +314,11 @@ def test_packing_a_source_keeps_captions_and_names_what_is_unusable(tmp_path):
     (tmp_path / "n.jsonl").write_text(json.dumps(rows[3]) + "\n")
     with pytest.raises(SourceError, match="nothing in"):
         pack(str(tmp_path / "n.jsonl"), tmp_path / "n.tar", 40, progress=False)
+
+
+@pytest.mark.parametrize("address", ["http://no host/a.png", "http://[bad/a.png"])
+def test_an_address_that_is_none_is_a_reject(address):
+    from intermodal.data.readers import fetch
+
+    with pytest.raises(SampleError, match=r"a\.png: "):
+        fetch(address, True)

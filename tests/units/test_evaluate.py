@@ -152,3 +152,15 @@ def test_each_class_has_its_accuracy_and_commonest_mistake():
     assert rows["bus"] == {"samples": 2, "top-1": 0.5, "taken for": "dog"}
     assert rows["cat"] == {"samples": 3, "top-1": pytest.approx(2 / 3), "taken for": "dog"}
     assert rows["dog"] == {"samples": 1, "top-1": 1.0, "taken for": None}
+
+
+def test_a_file_that_begins_like_scenes_is_a_file(tmp_path, monkeypatch):
+    from intermodal.data.scenes import Scenes
+    from intermodal.evaluate.run import _held_out
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes-000.jsonl").write_text('{"image": "a.png", "text": "a cat"}\n')
+    assert len(_held_out("scenes-000.jsonl", 32)) == 1
+    scenes = _held_out("scenes:core?forms=1", 32)
+    assert isinstance(scenes, Scenes)
+    assert (scenes.config.forms, scenes.config.split, scenes.config.side, len(scenes.pool)) == (1, "test", 32, 60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import http.client
 import json
 import os
 import re
@@ -358,5 +359,5 @@ def fetch(address: str, allow_urls: bool) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=URL_TIMEOUT) as response:
             return response.read()
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last two: an address that is none, a reply cut short
         raise SampleError(f"{address}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,8 @@ def retrieval_scores(image, encoder: DualEncoder, captions: Sequence[Sequence[st
 
 
 def _held_out(spec: str, side: int):
-    if not spec.startswith("scenes"):
-        return open_source(spec, side=side)
-    from ..data.scenes import SceneConfig, Scenes
+    """A source; of composed scenes the test side, in an order that no training has."""
+    from ..data.scenes import Scenes
 
-    which = spec.partition(":")[2] or "core"
-    return Scenes(SceneConfig(side=side, concepts=which, split="test", seed=777))  # pyright: ignore[reportArgumentType]
+    source = open_source(spec, side=side)
+    return Scenes(replace(source.config, split="test", seed=777)) if isinstance(source, Scenes) else source
