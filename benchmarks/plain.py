@@ -1,7 +1,7 @@
 """The plain references the benchmarks compare with: open_clip's published formulas, written out.
 
 open_clip itself does not import beside a CPU torch (it needs torchvision). These follow its `loss.py`: the whole similarity matrix on
-every rank, features gathered from all ranks with gradients, and for SigLIP the bidirectional neighbour exchange of whole blocks.
+every rank, features gathered from all ranks with gradients.
 """
 
 from __future__ import annotations
