@@ -1,7 +1,9 @@
 """What AnyRes and native resolution are for: a tower that can read at its own size meets pictures of twice its side, squeezed to a square,
 cut into AnyRes tiles, or as patches of the whole picture; exactly right answers by the height of the letters.
 
-    python benchmarks/reading.py --out docs/reading.png      # a call that was stopped goes on with the models that are missing
+    python benchmarks/reading.py --out reading.png
+
+What stands in OUT's .json with the same settings is not run again: a call that was stopped goes on with the models that are missing.
 
 The tower learns from captions (SigLIP) on signs of 48 px. Each of the three then gets it as eyes, a fresh decoder of one size, and the same
 conversations about signs of 96 px in the same order; everything learns. Asked are fresh signs in the fonts of the training, and in one

@@ -87,9 +87,9 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
         add(f"questions, {kind}{beside}", lambda row, kind=kind: row["questions"].get(kind), percent)
     add("captions, exactly right", lambda row: row["captions"]["exact"], percent)
     add("captions, named things that are named", lambda row: row["captions"]["things"], percent)
+    guess = percent(first["signs_guess"])
     for height in first["signs"]:
-        guess = f" (a guess {percent(first['signs_guess'])})"
-        add(f"signs of {height} px read exactly{guess}", lambda row, height=height: row["signs"].get(height), percent)
+        add(f"signs of {height} px read exactly (a guess {guess})", lambda row, height=height: row["signs"].get(height), percent)
     add("kept by the eyes: linear read-out, dB", lambda row: row["kept"]["linear"], lambda value: f"{value:.1f}")
     add("kept by the eyes: own decoder, dB", lambda row: row["kept"]["decoder"], lambda value: f"{value:.1f}")
     add("tokens an image", lambda row: row["tokens_per_image"], lambda value: f"{value:.0f}")
