@@ -89,19 +89,39 @@ def _one_replaced(parts: tuple[Any, ...], steps: list[str], value: Any, path: st
 
 
 def checked(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type.
+    """`value` as the annotated type, by JSON's rules: a list is a tuple and a whole number a float; text is not a number, nor is true.
 
     Raises:
         SettingError: it is not one.
     """
     from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import PydanticSerializationError, to_json
 
-    if isinstance(value, bool) and hint in (int, float):
-        raise SettingError(f"{path} wants {_words(hint)}, got {json.dumps(value)}")
     try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        raise SettingError(f"{path} wants {_words(hint)}, got {value!r} ({error.errors()[0]['msg']})") from None
+        return TypeAdapter(hint).validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
+    except (ValidationError, PydanticSerializationError) as error:
+        why = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
+        raise SettingError(f"{path} wants {_words(hint)}, got {value!r}{why}") from None
+
+
+def validated(config: T, path: str = "") -> T:
+    """A dataclass tree with every value as its annotated type: Python itself would take `batch="many"`.
+
+    Raises:
+        SettingError: a value of the wrong type, by its path.
+    """
+    hints, values = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value, here = getattr(config, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            if not isinstance(value, hints[field.name]):
+                raise SettingError(f"{here} wants {_words(hints[field.name])}, got a {type(value).__name__}")
+            values[field.name] = validated(value, f"{here}.")
+        elif _named(value):
+            values[field.name] = tuple(validated(part, f"{here}.{part.name}.") for part in value)
+        else:
+            values[field.name] = checked(value, hints[field.name], here)
+    return dataclasses.replace(config, **values)  # pyright: ignore[reportArgumentType]
 
 
 def _words(hint: Any) -> str:

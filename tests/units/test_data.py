@@ -1,19 +1,25 @@
 """Readers on good and damaged files, the global order, rejects."""
 
+import base64
 import csv
 import io
 import json
 import tarfile
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.stream import StreamSource
 from intermodal.errors import IntermodalError, SampleError
-from intermodal.inputs.image import ImageProcessor
+from intermodal.inputs.image import ImageProcessor, open_image
 from intermodal.inputs.processor import PairProcessor
 from intermodal.inputs.text import fresh, train_tokenizer
 
@@ -94,9 +100,6 @@ def test_truncated_tar_gives_what_is_whole_and_names_the_shard(tmp_path, cut):
 
 
 def test_jsonl_csv_and_parquet_read_the_same(tmp_path):
-    from datasets import Dataset
-    from datasets import Image as ImageFeature
-
     for n in range(4):
         (tmp_path / f"{n}.png").write_bytes(png(n))
     with (tmp_path / "t.jsonl").open("w") as file:
@@ -110,8 +113,6 @@ def test_jsonl_csv_and_parquet_read_the_same(tmp_path):
     for name in ("t.jsonl", "t.csv", "t.parquet"):
         source = open_source(str(tmp_path / name))
         assert [source[n].texts[0] for n in range(4)] == CAPTIONS[:4], name
-        from intermodal.inputs.image import open_image
-
         assert open_image(source[2].image).getpixel((0, 0)) == (40, 100, 50), name
 
 
@@ -132,6 +133,95 @@ def test_addresses_are_off_by_default(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"url": "http://example.invalid/a.png", "caption": "x"}\n')
     with pytest.raises(SampleError, match="allow_urls"):
         open_source(str(tmp_path / "t.jsonl"))[0]
+
+
+@pytest.fixture
+def web():
+    """A server of pictures: /0.png to /5.png, anything else is not there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/").partition(".")[0]
+            found = name.isdigit() and int(name) < 6
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            if found:
+                self.wfile.write(png(int(name)))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "hub"])
+def test_addresses_and_data_uris_are_read_where_they_are_allowed(tmp_path, web, kind):
+    inline = "data:image/png;base64," + base64.b64encode(png(2)).decode()
+    records = [{"pic": f"{web}/{n}.png", "words": CAPTIONS[n]} for n in (0, 1)]
+    records += [{"pic": inline, "words": CAPTIONS[2]}, {"pic": f"{web}/gone.png", "words": "gone"}]
+    file = tmp_path / f"t.{'jsonl' if kind == 'hub' else kind}"
+    if kind == "csv":
+        with file.open("w", newline="") as lines:
+            rows = csv.DictWriter(lines, ["pic", "words"])
+            rows.writeheader()
+            rows.writerows(records)
+    elif kind == "parquet":
+        Dataset.from_list(records).to_parquet(file)
+    else:
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if kind == "hub":
+        stream = open_source(f"hf:{tmp_path}?image=pic&text=words", allow_urls=True)
+        found = {sample.texts[0]: sample.image for sample in (stream.next() for _ in range(3))}
+        rejects = [reason for _, reason in stream.take_rejects()]
+    else:
+        source = open_source(f"{file}?image=pic&text=words", allow_urls=True)
+        found, rejects = {}, []
+        for index in range(len(source)):
+            try:
+                sample = source[index]
+                found[sample.texts[0]] = open_image(sample.image)
+            except SampleError as error:
+                rejects.append(str(error))
+    assert {text: image.getpixel((0, 0))[0] for text, image in found.items()} == {CAPTIONS[n]: n * 20 for n in range(3)}
+    assert len(rejects) == 1
+    assert "gone.png" in rejects[0]
+    assert "404" in rejects[0]
+
+
+def test_conversations_from_addresses(tmp_path, web):
+    from intermodal.data.talks import open_talks
+
+    (tmp_path / "t.jsonl").write_text(json.dumps({"pic": f"{web}/1.png", "words": "one"}) + "\n")
+    for spec in (f"captions:{tmp_path / 't.jsonl'}?image=pic&text=words", f"captions:hf:{tmp_path}?image=pic&text=words"):
+        talks = open_talks(spec, allow_urls=True)
+        talk = talks.next() if isinstance(talks, StreamSource) else talks[0]
+        assert open_image(talk.messages[0]["content"][0]["image"]).getpixel((0, 0)) == (20, 100, 50)
+        assert talk.messages[1]["content"] == "one"
+        refused = open_talks(spec)
+        with pytest.raises(SampleError, match=r"allow_urls|no usable sample"):
+            _ = refused.next() if isinstance(refused, StreamSource) else refused[0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_table_of_paths(tmp_path, kind):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "3.png").write_bytes(png(3))
+    record = {"image_path": "pics/3.png", "caption": "three"}
+    if kind == "parquet":
+        Dataset.from_list([record]).to_parquet(tmp_path / "t.parquet")
+    else:
+        (tmp_path / "t.jsonl").write_text(json.dumps(record) + "\n")
+    sample = open_source(str(tmp_path / f"t.{kind}"))[0]
+    assert open_image(sample.image).getpixel((0, 0)) == (60, 100, 50)
+
+
+def test_a_table_has_no_other_settings(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(SourceError, match="'imag', did you mean 'image'"):
+        open_source(f"{tmp_path / 't.jsonl'}?imag=a")
 
 
 def test_folder_captions_by_metadata_by_file_and_by_folder_name(tmp_path):
@@ -183,6 +273,55 @@ def test_rejects_are_replaced_counted_and_named_once(tmp_path, processor):
     assert {n["key"]: n["reason"][:12] for n in named} == {"x.tar/3": "cannot read ", "x.tar/7": "x.tar/0007: "}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_counts_its_rejects_on_and_names_none_twice(tmp_path, processor, workers):
+    samples = {f"{n:04d}": {"png": png(n), "txt": CAPTIONS[n].encode()} for n in range(12)}
+    samples["0003"]["png"] = samples["0008"]["png"] = b"not a picture"
+    write_tar(tmp_path / "x.tar", samples)
+
+    def made():
+        return loader_of([tmp_path / "x.tar"], processor, tmp_path, workers=workers)
+
+    first = made()
+    take(first, 4)
+    state = json.loads(json.dumps(first.state()))
+    resumed = made()
+    resumed.restore([state])
+    take(resumed, 5)
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "rejects.jsonl").unlink()
+    whole = made()
+    take(whole, 9)
+    assert (whole.rejects.read, whole.rejects.rejected) == (resumed.rejects.read, resumed.rejects.rejected)
+    assert whole.rejects.rejected >= 6
+    # on another number of ranks the first goes on counting for all
+    two = [loader_of([tmp_path / "x.tar"], processor, tmp_path, rank=rank, ranks=2) for rank in range(2)]
+    for loader in two:
+        loader.restore([state, state, state])
+    assert [loader.rejects.read for loader in two] == [3 * state["rejects"][0], 0]
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_stream_counts_its_rejects_once(tmp_path, processor, at, workers):
+    def made():
+        mixture = Mixture([stream_of(tmp_path)], seed=3)
+        rejects = Rejects(tmp_path / "rejects.jsonl", 0.5)
+        return Loader(mixture, Fetcher(mixture.sources, processor, 3), batch=2, rejects=rejects, workers=workers)
+
+    first = made()
+    take(first, at)
+    second = made()
+    second.restore([json.loads(json.dumps(first.state()))])
+    take(second, 9 - at)
+    named = [json.loads(line)["key"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert named == ["stream/7"]
+    whole = made()
+    take(whole, 9)
+    assert (second.rejects.read, second.rejects.rejected) == (whole.rejects.read, whole.rejects.rejected)
+    assert whole.rejects.rejected == 2  # two passes
+
+
 def test_too_many_rejects_stop_the_run(tmp_path, processor):
     samples = {f"{n:04d}": {"png": png(n) if n % 2 else b"bad", "txt": b"words"} for n in range(12)}
     write_tar(tmp_path / "x.tar", samples)
@@ -205,7 +344,7 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, processor, workers):
     take(first, 4)
     state = json.loads(json.dumps(first.state()))
     second = loader_of(specs, processor, tmp_path, weights=weights, workers=workers)
-    second.restore(state)
+    second.restore([state])
     for resumed, wanted in zip(take(second, 5), whole[4:], strict=True):
         assert resumed.keys == wanted.keys
         assert torch.equal(resumed.images.pixels, wanted.images.pixels)
@@ -240,7 +379,7 @@ def test_weights_decide_the_share():
 def stream_of(tmp_path):
     from datasets import load_dataset
 
-    from intermodal.data.readers import record_to_sample
+    from intermodal.data.readers import _pair
 
     for shard in range(2):
         with (tmp_path / f"s{shard}.jsonl").open("w") as file:
@@ -250,7 +389,7 @@ def stream_of(tmp_path):
                 file.write(json.dumps({"image": str(tmp_path / name), "caption": f"shard {shard} record {n}"}) + "\n")
     files = [str(tmp_path / f"s{shard}.jsonl") for shard in range(2)]
     dataset = load_dataset("json", data_files=files, split="train", streaming=True)
-    return StreamSource("stream", dataset, record_to_sample, block=4)
+    return StreamSource("stream", dataset, partial(_pair, {}, False, None), block=4)
 
 
 def test_ranks_share_a_stream_and_resume_only_on_as_many(tmp_path):

@@ -1,14 +1,20 @@
 """Zero-shot and retrieval against the definitions written out, embed with resume, search."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from intermodal.errors import IntermodalError
 from intermodal.evaluate.embed import embed_source, search
 from intermodal.evaluate.retrieval import ranks, recall
-from intermodal.evaluate.zeroshot import accuracy, class_embeddings
+from intermodal.evaluate.run import evaluate_source
+from intermodal.evaluate.zeroshot import accuracy, class_embeddings, nearest_classes
 
 
 def unit(*shape, seed=0):
@@ -31,7 +37,7 @@ def test_recall_equals_the_definition(tile):
     scores = image @ text.T
     to_text = ranks(image, text, [torch.nonzero(row).squeeze(1).tolist() for row in pairs], tile=tile)
     to_image = ranks(text, image, [[o] for o in owner.tolist()], tile=tile)
-    whole = recall(image, text, owner.tolist())
+    whole = recall(image, text, [torch.nonzero(row).squeeze(1).tolist() for row in pairs])
     for k in (1, 5, 10):
         assert (to_text < k).float().mean().item() == pytest.approx(clip_benchmark_recall(scores, pairs, k))
         assert (to_image < k).float().mean().item() == pytest.approx(clip_benchmark_recall(scores.T, pairs.T, k))
@@ -41,7 +47,7 @@ def test_recall_equals_the_definition(tile):
 def test_equal_scores_are_not_all_hits():
     """A collapsed model gives every item the same score; it must not look perfect."""
     same = torch.ones(50, 4) / 2
-    found = recall(same, same, list(range(50)))
+    found = recall(same, same, [[i] for i in range(50)])
     assert found["image_to_text_recall@1"] == pytest.approx(1 / 50)
 
 
@@ -82,8 +88,11 @@ class Stub:
         class vision:
             image_size = 8
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, trained=0.0):
+        self.calls, self.trained = 0, trained
+
+    def state_dict(self):
+        return {"weight": torch.full((3,), self.trained)}
 
     def embed_images(self, images):
         self.calls += len(images)
@@ -95,8 +104,6 @@ class Stub:
 
 
 def colour_folder(tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, colour in (("r", (250, 5, 5)), ("g", (5, 250, 5)), ("b", (5, 5, 250))):
@@ -116,22 +123,32 @@ def test_embed_writes_all_and_names_the_rejects(tmp_path, ending):
 
 
 def test_embed_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Stopped after two of four: the parts are found by another process, and refused to a model that was trained on since."""
     from intermodal.evaluate import embed as module
 
-    monkeypatch.setattr(module, "PART", 2)
+    monkeypatch.setattr(module, "PART", 1)
     folder, out = colour_folder(tmp_path), tmp_path / "out.parquet"
-    stub = Stub()
-    monkeypatch.setattr(module, "_join", lambda parts, out: (_ for _ in ()).throw(KeyboardInterrupt))
+    stub, plain = Stub(), module._write_part
+
+    def stopping(file, *rest):
+        plain(file, *rest)
+        if file.name.startswith("0000000001"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write_part", stopping)
     with pytest.raises(KeyboardInterrupt):
         embed_source(stub, str(folder), out)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "PART", 2)
-    assert stub.calls == 3
-    # the parts are another process's: a new encoder finds them by the job's description
-    (tmp_path / "out.parquet.parts" / "job.json").unlink()
-    made, found, rejected = embed_source(stub, str(folder), out)
-    assert (made, found, rejected) == (0, 3, 1)
-    assert stub.calls == 3
+    monkeypatch.setattr(module, "_write_part", plain)
+    with pytest.raises(IntermodalError, match="parts of another job"):
+        embed_source(Stub(trained=1.0), str(folder), out)
+    again = Stub()
+    made, found, rejected = embed_source(again, str(folder), out)
+    assert (made, found, rejected) == (again.calls, stub.calls, 1)
+    assert made + found == 3
+    assert made in (1, 2)
+    whole = tmp_path / "whole.parquet"
+    embed_source(Stub(), str(folder), whole)
+    assert pq.read_table(out).equals(pq.read_table(whole))
 
 
 def test_search_ranks_by_the_sentence(tmp_path):
@@ -139,7 +156,16 @@ def test_search_ranks_by_the_sentence(tmp_path):
     for word, name in (("red", "r.png"), ("blue", "b.png")):
         assert search(Stub(), str(folder), word, 2)[0][0].endswith(name)
     embed_source(Stub(), str(folder), tmp_path / "e.parquet")
-    assert search(Stub(), str(tmp_path / "e.parquet"), "green", 1)[0][0].endswith("g.png")
+    embed_source(Stub(), str(folder), tmp_path / "e.npy")
+    for ending in ("parquet", "npy"):
+        assert search(Stub(), str(tmp_path / f"e.{ending}"), "green", 1)[0][0].endswith("g.png")
+    (tmp_path / "e.npy.keys.json").unlink()
+    with pytest.raises(IntermodalError, match=r"no e\.npy\.keys\.json beside"):
+        search(Stub(), str(tmp_path / "e.npy"), "green", 1)
+    wide = Stub()
+    wide.config = SimpleNamespace(embed_width=5)
+    with pytest.raises(IntermodalError, match="vectors of 3 numbers"):
+        search(wide, str(tmp_path / "e.parquet"), "green", 1)
 
 
 def test_each_class_has_its_accuracy_and_commonest_mistake():
@@ -152,6 +178,62 @@ def test_each_class_has_its_accuracy_and_commonest_mistake():
     assert rows["bus"] == {"samples": 2, "top-1": 0.5, "taken for": "dog"}
     assert rows["cat"] == {"samples": 3, "top-1": pytest.approx(2 / 3), "taken for": "dog"}
     assert rows["dog"] == {"samples": 1, "top-1": 1.0, "taken for": None}
+
+
+class Named:
+    """An encoder whose vectors are given: a picture's by its grey level, a text's by name."""
+
+    def __init__(self, pictures, texts):
+        self.pictures, self.texts, self.config = pictures, texts, SimpleNamespace(vision=SimpleNamespace(image_size=8))
+
+    def embed_images(self, images):
+        return torch.stack([self.pictures[image.convert("L").getpixel((0, 0))] for image in images])
+
+    def embed_texts(self, texts):
+        return torch.stack([self.texts[text] for text in texts])
+
+
+def test_eval_scores_every_caption_as_clip_benchmark_does(tmp_path):
+    """Five captions a picture, as in COCO; then a caption that two pictures share, which is right for both."""
+    pictures, texts, lines = {}, {}, []
+    for n in range(12):
+        Image.new("L", (8, 8), n * 20).save(tmp_path / f"{n}.png")
+        pictures[n * 20] = unit(8, seed=n)
+        own = [f"caption {n}.{k}" for k in range(1 + n % 5)]
+        texts |= {text: F.normalize(pictures[n * 20] + unit(8, seed=100 + len(texts) + i), dim=-1) for i, text in enumerate(own)}
+        lines.append(json.dumps({"image": f"{n}.png", "captions": own}))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n")
+    found = evaluate_source(Named(pictures, texts), str(tmp_path / "t.jsonl"), "retrieval", progress=False)
+    scores = torch.stack(list(pictures.values())) @ torch.stack(list(texts.values())).T
+    pairs = torch.tensor([[text.startswith(f"caption {n}.") for text in texts] for n in range(12)])
+    for k in (1, 5, 10):
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(clip_benchmark_recall(scores, pairs, k))
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(clip_benchmark_recall(scores.T, pairs.T, k))
+    assert 0 < found["image_to_text_recall@1"] < 1
+
+    shared = [{"image": "0.png", "caption": "caption 0.0"}, {"image": "5.png", "caption": "caption 0.0"}]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(one) + "\n" for one in shared))
+    found = evaluate_source(Named(pictures, texts), str(tmp_path / "s.jsonl"), "retrieval", progress=False)
+    assert found["image_to_text_recall@1"] == found["text_to_image_recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("tile", [3, 7, 100])
+def test_nearest_classes_in_tiles_are_the_nearest(tile):
+    image, classes = unit(20, 8), unit(33, 8, seed=1)
+    for k in (1, 5, 40):
+        want = (image @ classes.T).topk(min(k, 33), dim=1).indices
+        assert torch.equal(nearest_classes(image, classes, k, tile=tile), want)
+
+
+def test_mean_per_class_counts_each_class_once():
+    found = accuracy(torch.eye(3)[[0, 0, 0, 1]], torch.eye(3), [0, 0, 0, 2])
+    assert found["top-1"] == pytest.approx(3 / 4)
+    assert found["mean per class"] == pytest.approx(1 / 2)  # of the two classes that occur
+
+
+def test_a_template_needs_a_place_for_the_name():
+    with pytest.raises(IntermodalError, match=r"'a \{x\}' has no \{\}"):
+        class_embeddings(lambda texts: torch.zeros(len(texts), 2), ["cat"], ["a {x}"])
 
 
 def test_a_file_that_begins_like_scenes_is_a_file(tmp_path, monkeypatch):

@@ -227,6 +227,33 @@ def test_a_judge_learns_to_name_what_it_sees():
     assert after < before * 0.6
 
 
+def test_a_checkpoint_that_is_lost_itself_gives_way_to_the_one_before(trained, tmp_path, monkeypatch):
+    """The weights break after step 8's loss was seen, so that step 8 is saved broken: going back to it does not help."""
+    from intermodal.parallel import checkpoint
+    from intermodal.train.stages import StageTrainer
+
+    recipe, _ = trained
+    loop = replace(recipe.stages[0].train, steps=12, save_every=4, rollback=3.0)
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], train=loop),))
+    plain, broken = StageTrainer._update, []
+
+    def breaking(self):
+        done = plain(self)
+        if self.step == 7 and not broken:
+            broken.append(True)
+            with torch.no_grad():
+                self.model.head_weight.mul_(1e3)
+        return done
+
+    monkeypatch.setattr(StageTrainer, "_update", breaking)
+    train_stages(recipe, tmp_path, quiet=True)
+    run = tmp_path / "1-fuse"
+    events = [json.loads(line) for line in (run / "rollbacks.jsonl").read_text().splitlines()]
+    assert [event["to"] for event in events] == [8, 4]
+    assert [checkpoint.step_of(folder) for folder in checkpoint.whole(run)] == [8, 12]
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] < 10
+
+
 @pytest.mark.parametrize("poison", [50.0, float("nan")])
 def test_a_run_that_diverges_goes_back_and_past_the_data(trained, tmp_path, monkeypatch, poison):
     from intermodal.train import stages
@@ -252,6 +279,9 @@ def test_a_run_that_diverges_goes_back_and_past_the_data(trained, tmp_path, monk
     assert rows[-1]["step"] == 12
     assert all(torch.isfinite(v).all() for v in intermodal.load(tmp_path / "saved" / "model").state_dict().values())
     if poison != poison:
+        lost = json.loads((tmp_path / "saved" / "1-fuse" / "not-finite-0.json").read_text())
+        assert lost["loss"] == "nan"
+        assert len(lost["samples"]) > 0
         calls.clear()
         off = replace(recipe, stages=(replace(recipe.stages[0], train=replace(loop, rollback=None)),))
         with pytest.raises(NotFinite):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from intermodal.config import SettingError, from_dict, override, paths, to_dict
+from intermodal.errors import IntermodalError
 from intermodal.train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,9 @@ def test_overrides_are_typed():
         ("dta.batch=3", "did you mean 'data.batch'"),
         ("data.batch=many", "data.batch wants int"),
         ("data.batch=true", "data.batch wants int"),
+        ('data.batch="64"', "data.batch wants int"),
+        ("data.batch=64.5", "data.batch wants int"),
+        ("train.micro_batch=true", "train.micro_batch wants int"),
         ("train.loss=sigmod", "train.loss wants"),
         ("data.batch.size=3", "single value"),
         ("data.batch", "path=value"),
@@ -63,6 +67,24 @@ def test_overrides_are_typed():
 def test_wrong_overrides_name_the_field(assignment, words):
     with pytest.raises(SettingError, match=words):
         override(Recipe("x"), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("Recipe('x', data=DataConfig(bach=3))", r"mine.py:3: DataConfig has no setting 'bach', did you mean 'batch'"),
+        ("Recipe('x', data=DataConfig(batch='many'))", "mine.py: data.batch wants int, got 'many'"),
+        ("Recipe('x', data=TrainConfig())", "mine.py: data wants DataConfig, got a TrainConfig"),
+        ("Recipe('x', data=DataConfig(batch=1 / 0))", "mine.py:3: ZeroDivisionError"),
+        ("Recipe('x', data=)", "mine.py:3: invalid syntax"),
+        ("3", "returned a int"),
+    ],
+)
+def test_a_wrong_recipe_file_names_its_line_or_its_field(tmp_path, line, words):
+    head = "from intermodal.train.recipe import DataConfig, Recipe, TrainConfig\ndef recipe(tiny=False):\n"
+    (tmp_path / "mine.py").write_text(f"{head}    return {line}\n")
+    with pytest.raises(IntermodalError, match=words):
+        load_recipe(tmp_path / "mine.py")
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "recipes").glob("*.py")))

@@ -141,7 +141,7 @@ def embed(
 @app.command()
 def search(
     model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
-    folder: Annotated[str, typer.Argument(help="Pictures to rank: a folder, or parquet written by `embed`.")],
+    folder: Annotated[str, typer.Argument(help="Pictures to rank: a folder, or parquet or .npy written by `embed`.")],
     sentence: Annotated[str, typer.Argument(help="What to look for.")],
     top: Annotated[int, typer.Option(help="How many to show.")] = 10,
     as_json: Json = False,

@@ -42,12 +42,13 @@ class Reject:
 
 
 class Rejects:
-    """Counts unusable samples and names each once in `rejects.jsonl`."""
+    """Counts one rank's unusable samples and names each once in a file. A file that is there (of a run that goes on) is added to."""
 
     def __init__(self, path: Path | None, max_share: float):
         self.path, self.max_share = path, max_share
         self.read, self.rejected = 0, 0
-        self.seen: set[str] = set()
+        named = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.seen = {json.loads(line)["key"] for line in named}
 
     def note(self, key: str, reason: str) -> None:
         """Name something unusable that is not a sample (a shard that is cut short)."""
@@ -237,14 +238,16 @@ class Loader:
     ):
         if batch % ranks:
             raise DataError(f"data.batch={batch} does not divide over {ranks} ranks; take a multiple")
-        self.mixture, self.batch, self.rank, self.share = mixture, batch, rank, batch // ranks
+        self.mixture, self.batch, self.rank, self.ranks, self.share = mixture, batch, rank, ranks, batch // ranks
         self.rejects = rejects or Rejects(None, 1.0)
         self.fetcher = fetcher
         self.workers, self.prefetch = workers, prefetch
-        self._states: deque[dict[str, Any]] = deque()
+        self._drawn: deque[tuple[dict[str, Any], list[Reject]]] = deque()
+        """What was drawn and not handed out yet: the state after it, and what its streams skipped."""
         self._state = mixture.state()
 
     def __iter__(self) -> Iterator[Any]:
+        self._drawn.clear()
         loader = DataLoader(
             self.fetcher,
             batch_size=None,
@@ -254,22 +257,28 @@ class Loader:
             prefetch_factor=self.prefetch if self.workers else None,
         )
         for fetched in loader:
-            skipped = [Reject(*reject) for s in self.mixture.sources if isinstance(s, StreamSource) for reject in s.take_rejects()]
+            state, skipped = self._drawn.popleft()
             self.rejects.add(fetched.read, fetched.rejects + skipped)
-            self._state = self._states.popleft()
+            self._state = state
             yield fetched
 
     def state(self) -> dict[str, Any]:
-        return self._state
+        return {**self._state, "rejects": [self.rejects.read, self.rejects.rejected]}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.mixture.restore(state)
-        self._state = state
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all ranks, which may have been another number: rank 0 then counts for those that are gone."""
+        own = states[self.rank if len(states) == self.ranks else 0]
+        self.mixture.restore(own)
+        self._state = own
+        counted = [own] if len(states) == self.ranks else list(states) if self.rank == 0 else []
+        self.rejects.read, self.rejects.rejected = (sum(state["rejects"][i] for state in counted) for i in range(2))
 
     def _references(self):
         first, last = self.rank * self.share, (self.rank + 1) * self.share
         while True:
             start = self.mixture.position
             drawn = [self.mixture.next(first <= offset < last) for offset in range(self.batch)]
-            self._states.append(self.mixture.state())
+            streams = [source for source in self.mixture.sources if isinstance(source, StreamSource)]
+            skipped = [Reject(*reject) for stream in streams for reject in stream.take_rejects()]
+            self._drawn.append((self.mixture.state(), skipped))
             yield start + first, drawn[first:last]

@@ -11,6 +11,7 @@ import re
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -39,7 +40,7 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
             `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>` (with settings of
             `TuxPaintConfig`),
             `hf:<owner/name>[:split]`, or a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with
-            `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path names its columns.
+            `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path or a hub data set names its columns.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table names by http(s) address.
 
@@ -68,9 +69,9 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     if name.partition(":")[0] == "tuxpaint":
         return TuxPaint(name.partition(":")[2], override(TuxPaintConfig(), settings))
     if kind == "hf":
-        return open_hub(rest, seed=seed)
+        return open_pairs(rest, seed=seed, allow_urls=allow_urls)
     path, _, query = spec.partition("?")
-    columns = dict(parse_qsl(query))
+    columns = columns_of(query)
     files = expand(path)
     if len(files) == 1 and files[0].is_dir():
         return FolderSource(files[0])
@@ -89,6 +90,16 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
             f"{files[0]}: a compressed shard has no random access; unpack it to .tar first (pictures do not shrink anyway)"
         )
     raise SourceError(f"{files[0]}: unknown kind {suffix!r}; readable are a folder, .tar, .parquet, .jsonl, .csv, .tsv")
+
+
+def columns_of(query: str) -> dict[str, str]:
+    """`image=COLUMN&text=COLUMN` as a dict. Raises SourceError: another name."""
+    columns = dict(parse_qsl(query))
+    unknown = next((name for name in columns if name not in ("image", "text")), None)
+    if unknown is not None:
+        hint = nearest(unknown, ("image", "text"))
+        raise SourceError(f"a table has no setting {unknown!r}{hint}; write ?image=COLUMN&text=COLUMN")
+    return columns
 
 
 def expand(pattern: str) -> list[Path]:
@@ -277,11 +288,29 @@ class FolderSource:
         return Sample(f"{self.name}/{relative.as_posix()}", str(file), texts)
 
 
-def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]], Any] | None = None) -> StreamSource:
+def open_pairs(
+    rest: str, *, seed: int, allow_urls: bool = False, to_talk: Callable[[str, Sample], Any] | None = None
+) -> StreamSource:
+    """`owner/name[:split][?image=COLUMN&text=COLUMN]`: pictures with captions, streamed.
+
+    Args:
+        to_talk: makes something else of each sample and its key (a conversation).
+    """
+    name, _, query = rest.partition("?")
+    return open_hub(name, seed=seed, to_sample=partial(_pair, columns_of(query), allow_urls, to_talk))
+
+
+def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, record: dict[str, Any]) -> Any:
+    image = open_image(image_of(record, columns.get("image"), Path(), allow_urls))
+    sample = Sample(key, image, texts_of(record, columns.get("text")))
+    return to_talk(key, sample) if to_talk is not None else sample
+
+
+def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]], Any]) -> StreamSource:
     """`owner/name[:split]`, streamed by `datasets`; also a local folder of shards that `datasets` knows how to stream.
 
     Args:
-        to_sample: what a record becomes; by default a picture with its captions.
+        to_sample: what a record becomes, from its key and content.
     """
     import datasets
 
@@ -294,11 +323,7 @@ def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]],
     for column, feature in (stream.features or {}).items():
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
-    return StreamSource(name, stream, to_sample or record_to_sample, seed=seed)
-
-
-def record_to_sample(key: str, record: dict[str, Any]) -> Sample:
-    return Sample(key, open_image(image_of(record, None, Path(), False)), texts_of(record, None))
+    return StreamSource(name, stream, to_sample, seed=seed)
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:

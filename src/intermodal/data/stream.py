@@ -43,7 +43,10 @@ class StreamSource:
 
     def _rewind(self, beginning: dict[str, Any]) -> None:
         self.epoch = self.blocks = self.at = 0
-        self._block_epoch, self._block_state = 0, copy.deepcopy(beginning)
+        self.number = 0
+        """Records of this pass that were read so far, unusable ones among them."""
+        self._begin, self._block_state = (0, 0), copy.deepcopy(beginning)
+        self._counted = False
         self._samples: list[Any] | None = None
         self._iterator: Iterator[dict[str, Any]] | None = None
 
@@ -62,8 +65,9 @@ class StreamSource:
         return self._samples[self.at - 1]
 
     def state(self) -> dict[str, Any]:
-        place = {"epoch": self._block_epoch, "blocks": self.blocks, "at": self.at, "ranks": self.part[1]}
-        return {**place, "stream": self._block_state}
+        epoch, number = self._begin
+        place = {"epoch": epoch, "number": number, "blocks": self.blocks, "at": self.at, "ranks": self.part[1]}
+        return {**place, "filled": self._samples is not None, "stream": self._block_state}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises IntermodalError: the state was kept on another number of ranks, whose parts were others."""
@@ -72,8 +76,9 @@ class StreamSource:
                 f"{self.name} is a stream and was read by {state['ranks']} ranks, now there are {self.part[1]}: each has read another "
                 f"part. Resume on {state['ranks']} ranks, or start a new run from the trained model"
             )
-        self.epoch, self.blocks, self.at = state["epoch"], state["blocks"], state["at"]
-        self._block_epoch, self._block_state = state["epoch"], state["stream"]
+        self.epoch, self.number, self.blocks, self.at = state["epoch"], state["number"], state["blocks"], state["at"]
+        self._begin, self._block_state = (state["epoch"], state["number"]), state["stream"]
+        self._counted, self.rejects = state["filled"], []
         self.dataset.set_epoch(self.epoch)
         self.dataset.load_state_dict(copy.deepcopy(state["stream"]))
         self._iterator = self._samples = None
@@ -84,7 +89,7 @@ class StreamSource:
         return taken
 
     def _fill(self) -> None:
-        self._block_epoch = self.epoch
+        self._begin = (self.epoch, self.number)
         if self._iterator is not None:  # else it is known: a data set tells of a state that it was given only once it is read
             self._block_state = copy.deepcopy(self.dataset.state_dict())
         empty_passes, samples = 0, []
@@ -99,13 +104,17 @@ class StreamSource:
                 if empty_passes > 1:
                     raise SampleError(f"{self.name}: a whole pass over the stream gave no usable sample")
                 self.epoch += 1
+                self.number = 0
                 self._restart()
                 continue
-            key = f"{self.name}/{record.get('__key__', f'{self.epoch}.{self.blocks}.{len(samples)}')}"
+            part = f"{self.part[0]}." if self.part[1] > 1 else ""
+            key, self.number = record.get("__key__", f"{part}{self.number}"), self.number + 1
             try:
-                samples.append(self.to_sample(key, record))
+                samples.append(self.to_sample(f"{self.name}/{self.epoch}/{key}", record))
             except SampleError as error:
-                self.rejects.append((key, str(error)))
+                if not self._counted:  # a block that is read again after a resume has told of its own
+                    self.rejects.append((f"{self.name}/{key}", str(error)))
+        self._counted = False
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
         self._samples = samples
 

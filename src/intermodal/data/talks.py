@@ -13,7 +13,7 @@ from ..errors import SampleError, nearest
 from ..inputs.messages import placed
 from .facts import Facts
 from .questions import SIGN_QUESTION, questions
-from .readers import SourceError, open_hub, open_source, record_to_sample
+from .readers import SourceError, open_hub, open_pairs, open_source
 from .scenes import Scenes
 from .signs import Signs
 from .source import Sample, Source
@@ -47,7 +47,7 @@ class TalkSource(Protocol):
         ...
 
 
-def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource | StreamSource:
+def open_talks(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = False) -> TalkSource | StreamSource:
     """Conversations from their name on the command line.
 
     Args:
@@ -57,6 +57,7 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource | Stre
             sign says; `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
             or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`, or `hf:OWNER/NAME[:SPLIT]` with such records.
         side: pixels of a side for sources that draw their pictures.
+        allow_urls: fetch pictures that a table of captions names by http(s) address.
 
     Raises:
         SourceError: nothing there, or nothing readable.
@@ -67,8 +68,8 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0) -> TalkSource | Stre
     if kind in ("captions", "draws"):
         make = CaptionTalks if kind == "captions" else DrawTalks
         if rest.startswith("hf:"):
-            return open_hub(rest[3:], seed=seed, to_sample=partial(_pair_talk, make))
-        source = open_source(rest, side=side, seed=seed)
+            return open_pairs(rest[3:], seed=seed, allow_urls=allow_urls, to_talk=partial(_pair_talk, make))
+        source = open_source(rest, side=side, seed=seed, allow_urls=allow_urls)
         assert isinstance(source, Source)  # streams are the hub's, above
         return make(source)
     if kind in ("questions", "blind"):
@@ -149,9 +150,8 @@ class DrawTalks(PairTalks):
         return Talk(sample.key, [user(None, f"draw {caption}"), drawn], {**sample.meta, ALONE: rng.random() < cls.alone})
 
 
-def _pair_talk(make: type[PairTalks], key: str, record: dict[str, Any]) -> Talk:
-    """A streamed record with a picture and captions as a conversation."""
-    return make.talk(record_to_sample(key, record), random.Random(key))
+def _pair_talk(make: type[PairTalks], key: str, sample: Sample) -> Talk:
+    return make.talk(sample, random.Random(key))
 
 
 def record_talk(key: str, record: dict[str, Any]) -> Talk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ PART = 2048
 def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64) -> tuple[int, int, int]:
     """Embed every item of a source into `out` (.parquet with key and vector, or .npy with a `.keys.json` beside it).
 
-    Parts are written as they are done into `out` + ".parts"; a later call with the same model, source and batch skips those that are
+    Parts are written as they are done into `out` + ".parts"; a later call with the same weights and source skips those that are
     there. A `.txt` source embeds its lines as texts.
 
     Returns:
@@ -45,7 +46,7 @@ def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64
     length, item, encode = _items(encoder, spec)
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    _same_job(parts, {"model": str(model), "source": spec, "length": length})
+    _same_job(parts, {"weights": _fingerprint(encoder), "source": spec, "length": length})
     made = found = 0
     for start in track(range(0, length, PART), "embedding", disable=length < PART):
         file = parts / f"{start:010d}.parquet"
@@ -90,17 +91,27 @@ def _items(encoder: DualEncoder, spec: str):
     return len(source), item, encoder.embed_images
 
 
+def _fingerprint(encoder: DualEncoder) -> str:
+    """Of the beginning of every weight: another training of the same model at the same path is another model."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _same_job(parts: Path, job: dict[str, Any]) -> None:
     file = parts / "job.json"
     if file.exists() and json.loads(file.read_text()) != job:
-        raise IntermodalError(f"{parts} holds parts of another job ({file.read_text()}); remove it or give another --out")
+        raise IntermodalError(
+            f"{parts} holds parts of another job, of other weights or another source ({file.read_text()}); remove it or give another --out"
+        )
     file.write_text(json.dumps(job))
 
 
 def _write_part(file: Path, keys: list[str], rows: np.ndarray, rejects: list[dict[str, str]]) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
     partial = file.with_suffix(".partial")
-    pq.write_table(pa.table({"key": keys, "embedding": vectors}), partial)
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "embedding": vectors}), partial)
     file.with_suffix(".rejects.json").write_text(json.dumps(rejects))
     partial.rename(file)
 
@@ -133,17 +144,28 @@ def _matrix(table: pa.Table) -> np.ndarray:
 
 
 def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> list[tuple[str, float]]:
-    """The `top` pictures nearest to a sentence: (key, cosine). `where` is a folder, or parquet written by `embed`."""
+    """The `top` pictures nearest to a sentence: (key, cosine). `where` is a folder, or parquet or .npy written by `embed`."""
     encoder = load_encoder(model) if isinstance(model, str) else model
     if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
         table = pq.read_table(where)
         keys, image = table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy())
+    elif where.endswith(".npy"):
+        names = Path(where + ".keys.json")
+        if not names.exists():
+            raise IntermodalError(
+                f"{where} has no {names.name} beside it, which `embed` writes: there is no telling whose rows they are"
+            )
+        keys, image = json.loads(names.read_text()), torch.from_numpy(np.load(where))
     else:
         keys, rows = [], []
         for key_batch, vectors in _embedded(encoder, where):
             keys += key_batch
             rows.append(vectors)
         image = torch.cat(rows) if rows else torch.empty(0, encoder.config.embed_width)
+    if image.ndim == 2 and image.shape[1] != encoder.config.embed_width and len(image):
+        raise IntermodalError(
+            f"{where} holds vectors of {image.shape[1]} numbers, the model's have {encoder.config.embed_width}: they are another model's"
+        )
     if not len(image):
         raise IntermodalError(f"{where} holds no readable picture")
     scores = image @ encoder.embed_texts([sentence])[0]

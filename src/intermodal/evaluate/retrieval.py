@@ -56,19 +56,25 @@ def _best_positive(queries: Tensor, items: Tensor, positives: Sequence[Sequence[
     return best, padded.gather(1, column[:, None]).squeeze(1)
 
 
-def recall(image_NE: Tensor, text_ME: Tensor, image_of_text: Sequence[int], at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall both ways, with any number of captions a picture.
+def recall(
+    image_NE: Tensor, text_ME: Tensor, texts_of_image: Sequence[Sequence[int]], at: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall both ways; a picture may have any number of captions, and a caption any number of pictures.
 
     Args:
-        image_of_text: for each text the number of its picture.
+        texts_of_image: for each picture the numbers of its captions.
 
     Returns:
-        `image_to_text_recall@k` (a hit when any of a picture's captions is among the first k) and `text_to_image_recall@k`.
+        `image_to_text_recall@k` and `text_to_image_recall@k`: how often any of the positives is among the first k.
+
+    Raises:
+        ValueError: a picture without a caption, or a caption without a picture.
     """
-    captions: list[list[int]] = [[] for _ in range(len(image_NE))]
-    for text, image in enumerate(image_of_text):
-        captions[image].append(text)
-    to_text = ranks(image_NE, text_ME, captions)
-    to_image = ranks(text_ME, image_NE, [[image] for image in image_of_text])
+    images_of_text: list[list[int]] = [[] for _ in range(len(text_ME))]
+    for image, texts in enumerate(texts_of_image):
+        for text in texts:
+            images_of_text[text].append(image)
+    to_text = ranks(image_NE, text_ME, texts_of_image)
+    to_image = ranks(text_ME, image_NE, images_of_text)
     out = {f"image_to_text_recall@{k}": (to_text < k).float().mean().item() for k in at}
     return out | {f"text_to_image_recall@{k}": (to_image < k).float().mean().item() for k in at}

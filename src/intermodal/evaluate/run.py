@@ -47,7 +47,8 @@ def evaluate_source(
 ) -> dict[str, Any]:
     """Scores of a model on a source; zero-shot with `by_class` also for each class, worst first.
 
-    Pictures that share a caption count as positives of it. Unusable samples are counted under `rejected`. `scenes:` means held-out
+    Retrieval scores every caption of a sample; pictures that share one count as its positives. Zero-shot takes a sample's first
+    caption as its class. Unusable samples are counted under `rejected`. `scenes:` means held-out
     combinations in the training styles.
 
     Raises:
@@ -78,36 +79,34 @@ def evaluate_source(
     scores: dict[str, Any] = {"samples": len(captions), "rejected": rejected}
     if task == "zeroshot":
         names = (
-            [line.strip() for line in classes.read_text().splitlines() if line.strip()]
+            list(dict.fromkeys(line.strip() for line in classes.read_text().splitlines() if line.strip()))
             if classes
             else sorted({t[0] for t in captions})
         )
+        number = {name: i for i, name in enumerate(names)}
         absent = sorted({t[0] for t in captions} - set(names))
         if absent:
             raise IntermodalError(f"{classes}: {len(absent)} captions are not among the classes, the first: {absent[0]!r}")
         vectors = class_embeddings(encoder.embed_texts, names, templates or TEMPLATES)
-        labels = [names.index(t[0]) for t in captions]
+        labels = [number[t[0]] for t in captions]
         scores |= {"classes": len(names)} | accuracy(image, vectors, labels)
         return scores | ({"per class": per_class(image, vectors, labels, names)} if by_class else {})
     return scores | retrieval_scores(image, encoder, captions)
 
 
-def retrieval_scores(image, encoder: DualEncoder, captions: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Recall both ways over distinct captions; a caption of several pictures has several positives."""
-    from .retrieval import ranks
+def retrieval_scores(image_NE, encoder: DualEncoder, captions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Recall@1/5/10 both ways over every caption of every picture, as CLIP_benchmark counts it (`zeroshot_retrieval.py:evaluate`).
 
-    texts = list(dict.fromkeys(text for own in captions for text in own[:1]))
+    A caption that several pictures have is one text with several positives: CLIP_benchmark would count each copy as a mistake of
+    the others.
+
+    Args:
+        captions: for each picture all its captions.
+    """
+    texts = list(dict.fromkeys(text for own in captions for text in own))
     number = {text: i for i, text in enumerate(texts)}
-    text = encoder.embed_texts(texts)
-    pictures: list[list[int]] = [[] for _ in texts]
-    for row, own in enumerate(captions):
-        pictures[number[own[0]]].append(row)
-    if all(len(rows) == 1 for rows in pictures):
-        return recall(image, text, [rows[0] for rows in pictures], at=(1, 5, 10))
-    to_text = ranks(image, text, [[number[own[0]]] for own in captions])
-    to_image = ranks(text, image, pictures)
-    out = {f"image_to_text_recall@{k}": (to_text < k).float().mean().item() for k in (1, 5, 10)}
-    return out | {f"text_to_image_recall@{k}": (to_image < k).float().mean().item() for k in (1, 5, 10)}
+    texts_of = [[number[text] for text in own] for own in captions]
+    return recall(image_NE, encoder.embed_texts(texts), texts_of)
 
 
 def _held_out(spec: str, side: int):

@@ -63,7 +63,7 @@ class SceneTask:
     def score(self, image: Tensor, embed_texts: Callable[[list[str]], Tensor]) -> dict[str, float]:
         """Retrieval among the captions, and for each kind of hard negative how often the true caption scores higher."""
         texts = embed_texts(self.captions)
-        out = recall(image[: self.among], texts[: self.among], range(self.among), at=(1, 5))
+        out = recall(image[: self.among], texts[: self.among], [[i] for i in range(self.among)], at=(1, 5))
         true = (image * texts).sum(1)
         for kind, rows in self.by_kind().items():
             false = embed_texts([self.wrong[row][kind] for row in rows])

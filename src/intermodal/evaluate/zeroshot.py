@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import IntermodalError
+
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}.")
+TILE = 4096
+"""Pictures and classes that are compared at once."""
 
 
 @torch.no_grad()
@@ -18,23 +22,54 @@ def class_embeddings(
     embed_texts: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
     """(C, E) unit vectors: the mean over templates of normalised embeddings, normalised again (open_clip
-    `zero_shot_classifier.py:62-63`)."""
-    prompts = [template.format(name) for name in names for template in templates]
-    vectors = F.normalize(embed_texts(prompts), dim=-1).unflatten(0, (len(names), len(templates)))
-    return F.normalize(vectors.mean(1), dim=-1)
+    `zero_shot_classifier.py:62-63`).
+
+    Raises:
+        IntermodalError: a template has no {} for the name.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise IntermodalError(f"the template {template!r} has no {{}} where the name goes, as in 'a photo of a {{}}.'")
+    out = []
+    for low in range(0, len(names), TILE):
+        prompts = [template.replace("{}", name) for name in names[low : low + TILE] for template in templates]
+        vectors = F.normalize(embed_texts(prompts), dim=-1).unflatten(0, (-1, len(templates)))
+        out.append(F.normalize(vectors.mean(1), dim=-1))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def nearest_classes(image_NE: Tensor, class_CE: Tensor, k: int, tile: int = TILE) -> Tensor:
+    """(N, min(k, C)) numbers of the nearest classes, best first, in tiles: a picture's scores are never held for all classes."""
+    k = min(k, len(class_CE))
+    out = torch.empty(len(image_NE), k, dtype=torch.long)
+    for start in range(0, len(image_NE), tile):
+        images = image_NE[start : start + tile]
+        best = images.new_empty(len(images), 0)
+        which = torch.empty(len(images), 0, dtype=torch.long, device=images.device)
+        for low in range(0, len(class_CE), tile):
+            scores = images @ class_CE[low : low + tile].T
+            here, numbers = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, which = torch.cat([best, here], 1), torch.cat([which, numbers + low], 1)
+            best, kept = best.topk(min(k, best.shape[1]), dim=1)
+            which = which.gather(1, kept)
+        out[start : start + len(images)] = which.cpu()
+    return out
 
 
 def accuracy(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int], at: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """`top-k` accuracy of the nearest classes."""
+    """`top-k` accuracy of the nearest classes, and the mean over classes of their top-1 (CLIP_benchmark's mean per class recall)."""
     truth = torch.tensor(labels)
-    top = (image_NE @ class_CE.T).topk(min(max(at), len(class_CE)), dim=1).indices.cpu()
-    hit = top == truth[:, None]
-    return {f"top-{k}": hit[:, :k].any(1).float().mean().item() for k in at}
+    hit = nearest_classes(image_NE, class_CE, max(at)) == truth[:, None]
+    pictures = torch.bincount(truth, minlength=len(class_CE))
+    right = torch.bincount(truth[hit[:, 0]], minlength=len(class_CE))
+    mean = (right[pictures > 0] / pictures[pictures > 0]).mean().item()
+    return {f"top-{k}": hit[:, :k].any(1).float().mean().item() for k in at} | {"mean per class": mean}
 
 
 def per_class(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """For each class that occurs: how many pictures, their top-1 accuracy, and what the others are taken for most; worst first."""
-    guesses = (image_NE @ class_CE.T).argmax(1).tolist()
+    guesses = nearest_classes(image_NE, class_CE, 1)[:, 0].tolist()
     found: dict[int, list[int]] = {}
     for true, guess in zip(labels, guesses, strict=True):
         found.setdefault(true, []).append(guess)
@@ -48,8 +83,5 @@ def per_class(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int], names: 
 
 def confusions(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int]) -> dict[tuple[int, int], int]:
     """(true class, predicted class) -> how often, mistakes only, most frequent first."""
-    found: dict[tuple[int, int], int] = {}
-    for true, guess in zip(labels, (image_NE @ class_CE.T).argmax(1).tolist(), strict=True):
-        if true != guess:
-            found[true, guess] = found.get((true, guess), 0) + 1
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    guesses = nearest_classes(image_NE, class_CE, 1)[:, 0].tolist()
+    return dict(Counter(pair for pair in zip(labels, guesses, strict=True) if pair[0] != pair[1]).most_common())

@@ -67,14 +67,32 @@ def save(
     return final
 
 
+def whole(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest last."""
+    return [file.parent for file in sorted((run / "checkpoints").glob(f"step-????????/{META}"))]
+
+
 def latest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    found = sorted((run / "checkpoints").glob(f"step-????????/{META}"))
-    return found[-1].parent if found else None
+    found = whole(run)
+    return found[-1] if found else None
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def remove(folder: Path, world: World) -> None:
+    """Remove a checkpoint, once no rank is at it any more."""
+    _wait(world)
+    if world.main:
+        shutil.rmtree(folder)
+    _wait(world)
 
 
 def restore(folder: Path, world: World, model: nn.Module, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
-    """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data, with this rank's `data`.
+    """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data, with
+    `data` of every rank that wrote it.
 
     Raises:
         CheckpointError: the checkpoint is not whole, or is of another model.
@@ -101,11 +119,9 @@ def restore(folder: Path, world: World, model: nn.Module, optimizer, average: di
     parameters = dict(model.named_parameters())
     for name in unused:
         optimizer.state.pop(parameters[name], None)
-    same = meta["ranks"] == world.size
-    if same:
+    if meta["ranks"] == world.size:
         _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
-    data = json.loads((folder / f"data-{world.rank if same else 0}.json").read_text())
-    return {**meta, "data": data}
+    return {**meta, "data": [json.loads((folder / f"data-{rank}.json").read_text()) for rank in range(meta["ranks"])]}
 
 
 @contextmanager

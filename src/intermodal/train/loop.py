@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import statistics
 import time
@@ -62,11 +63,12 @@ class Trainer(ABC):
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.recent: list[float] = []
         """Losses of the last logged steps."""
-        self.rollbacks = 0
+        self.rollbacks, self.went_back_to = 0, -1
         self.step = 0
         if self.resumed_from is not None:
             meta = checkpoint.restore(self.resumed_from, world, self.model, self.optimizer, self.average)
             self.step = meta["step"]
+            self.recent, self.rollbacks, self.went_back_to = meta["recent"], meta["rollbacks"], meta["went_back_to"]
             self.loader.restore(meta["data"])
         self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
@@ -95,8 +97,12 @@ class Trainer(ABC):
             try:
                 clock, since = time.perf_counter(), self.step
                 batches = iter(self.loader) if self.step < steps else iter(())
+                every = recipe.train.save_every
                 for fetched in batches:
-                    logging = (self.step + 1) % recipe.train.log_every == 0 or self.step + 1 == steps
+                    saving = self.step + 1 == steps or bool(every and (self.step + 1) % every == 0)
+                    # a run that can roll back saves nothing before it has looked at the loss
+                    judged = saving and recipe.train.rollback is not None
+                    logging = (self.step + 1) % recipe.train.log_every == 0 or self.step + 1 == steps or judged
                     try:
                         values = self._train_step(fetched, logging)
                     except NotFinite as error:
@@ -108,19 +114,19 @@ class Trainer(ABC):
                     if logging:
                         seconds = time.perf_counter() - clock
                         values["samples_per_second"] = (self.step - since) * recipe.data.batch / seconds
-                        values["rejects"] = self.loader.rejects.rejected
+                        values["rejects"] = int(
+                            self.world.sum(torch.tensor(float(self.loader.rejects.rejected), device=self.world.device))
+                        )
                         clock, since = time.perf_counter(), self.step
                         if metrics is not None:
                             metrics.write(self.step, values)
                         display.step(self.step, self._note(values), values["samples_per_second"])
-                        if self._diverged(values["loss"]):
-                            why = f"the loss is {values['loss']:.3f} at step {self.step}, and was about {self._usual():.3f}"
-                            if self._rolled_back(why):
-                                clock, since = time.perf_counter(), self.step
-                                continue
+                        why = self._diverged(values)
+                        if why and self._rolled_back(why):
+                            clock, since = time.perf_counter(), self.step
+                            continue
                     stop = self.world.any(self.asked_to_stop is not None)
-                    every = recipe.train.save_every
-                    if stop or self.step == steps or (every and self.step % every == 0):
+                    if stop or saving:
                         self._save()
                     if stop and self.step < steps:
                         raise Stopped(
@@ -135,25 +141,29 @@ class Trainer(ABC):
                     metrics.close()
         return self._finish()
 
-    def _usual(self) -> float:
-        return statistics.median(self.recent)
-
-    def _diverged(self, loss: float) -> bool:
-        limit = self.recipe.train.rollback
-        far = limit is not None and len(self.recent) >= STEADY and loss > limit * self._usual()
-        if not far:
-            self.recent = [*self.recent[1 - RECENT :], loss]
-        return far
+    def _diverged(self, values: dict[str, Any]) -> str | None:
+        """What is wrong with a logged step, of a run that rolls back: a loss far from the usual, or an update that is not finite."""
+        limit, loss, norm = self.recipe.train.rollback, values["loss"], values["gradient_norm"]
+        if limit is not None and not math.isfinite(norm):
+            return f"the norm of the gradients is {norm} at step {self.step}"
+        if limit is not None and len(self.recent) >= STEADY and loss > limit * statistics.median(self.recent):
+            return f"the loss is {loss:.3f} at step {self.step}, and was about {statistics.median(self.recent):.3f}"
+        self.recent = [*self.recent[1 - RECENT :], loss]
+        return None
 
     def _rolled_back(self, why: str) -> bool:
-        """Go back to the newest checkpoint's weights; data goes on from here. False where rolling back is off or has not helped."""
-        last = checkpoint.latest(self.folder)
-        if self.recipe.train.rollback is None or last is None or self.rollbacks >= ROLLBACKS:
+        """Go back to the newest checkpoint's weights, or to the one before where going back to the newest has not helped; data goes on
+        from here. False where rolling back is off, or has not helped five times."""
+        found = checkpoint.whole(self.folder)
+        if self.recipe.train.rollback is None or not found or self.rollbacks >= ROLLBACKS:
             return False
+        if checkpoint.step_of(found[-1]) == self.went_back_to and len(found) > 1:
+            checkpoint.remove(found.pop(), self.world)  # it was saved when the run was already lost
         self.rollbacks += 1
         self.optimizer.zero_grad(set_to_none=True)
         came_to = self.step
-        self.step = checkpoint.restore(last, self.world, self.model, self.optimizer, self.average)["step"]
+        self.step = checkpoint.restore(found[-1], self.world, self.model, self.optimizer, self.average)["step"]
+        self.went_back_to = self.step
         if self.world.main:
             self.console.print(f"[yellow]{why}: back from step {came_to} to {self.step}, past the data between[/yellow]")
             with (self.folder / "rollbacks.jsonl").open("a") as file:
@@ -163,7 +173,8 @@ class Trainer(ABC):
     def _loader(self, sources: Sequence[Any], fetcher: Any) -> Loader:
         """This rank's steps of the sources. Whatever of them cannot be read at all (a shard cut short) is told and counted now."""
         data, world = self.recipe.data, self.world
-        rejects = Rejects(self.folder / "rejects.jsonl" if world.main else None, data.max_reject_share)
+        name = "rejects.jsonl" if world.main else f"rejects-{world.rank}.jsonl"
+        rejects = Rejects(self.folder / name, data.max_reject_share)
         for source in sources:
             if isinstance(source, StreamSource):
                 source.split(world.rank, world.size)
@@ -202,11 +213,12 @@ class Trainer(ABC):
 
     def _check_finite(self, value: Tensor, batch: Any) -> None:
         if self.world.any(not bool(torch.isfinite(value))):
-            keys = ", ".join(batch.keys[:8])
+            file = self.folder / f"not-finite-{self.world.rank}.json"
+            file.write_text(json.dumps({"step": self.step + 1, "loss": str(value.item()), "samples": batch.keys}) + "\n")
+            more = f" and {len(batch.keys) - 8} more, all in {file}" if len(batch.keys) > 8 else ""
             raise NotFinite(
-                f"the loss is {value.item()} at step {self.step + 1}; this rank's samples: {keys}"
-                f"{f' and {len(batch.keys) - 8} more' if len(batch.keys) > 8 else ''}. The weights before it are in the newest "
-                f"checkpoint; look at the samples, lower optim.lr, or set train.precision=fp32"
+                f"the loss is {value.item()} at step {self.step + 1}; this rank's samples: {', '.join(batch.keys[:8])}{more}. The "
+                f"weights before it are in the newest checkpoint; look at the samples, lower optim.lr, or set train.precision=fp32"
             )
 
     def _claim_folder(self, resume: bool) -> None:
@@ -220,12 +232,15 @@ class Trainer(ABC):
             self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(to_dict(self.recipe), indent=2) + "\n")
             if not resume:
-                (self.folder / "rejects.jsonl").unlink(missing_ok=True)
+                for old in self.folder.glob("rejects*.jsonl"):
+                    old.unlink()
         if self.world.size > 1:
             torch.distributed.barrier()
 
     def _save(self) -> None:
-        meta, data, keep = {"recipe": to_dict(self.recipe)}, self.loader.state(), self.recipe.train.keep
+        rolls = {"recent": self.recent, "rollbacks": self.rollbacks, "went_back_to": self.went_back_to}
+        meta, data = {"recipe": to_dict(self.recipe), **rolls}, self.loader.state()
+        keep = self.recipe.train.keep
         checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, data, keep)
 
     @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import re
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import IntermodalError
+from ..config import SettingError, validated
+from ..errors import IntermodalError, nearest
 from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
@@ -182,6 +186,8 @@ class TalksConfig:
     seed: int = 0
     side: int | None = None
     """Pixels of a side for sources that draw their pictures; None takes the tower's size, or 64 where it takes any."""
+    allow_urls: bool = False
+    """Fetch pictures of captions that are named by http(s) addresses."""
     max_reject_share: float = 0.05
 
 
@@ -286,6 +292,7 @@ def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
 
     Raises:
         IntermodalError: no such file, no such function, or it returned something else.
+        SettingError: the file fails, with its line; a setting that does not exist or is of the wrong type.
     """
     file = Path(path)
     if not file.is_file():
@@ -294,14 +301,38 @@ def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, "recipe", None)
-    if function is None:
-        raise IntermodalError(f"{file} defines no function `recipe(tiny=False)`")
-    made = function(tiny=tiny)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, "recipe", None)
+        if function is None:
+            raise IntermodalError(f"{file} defines no function `recipe(tiny=False)`")
+        made = function(tiny=tiny)
+    except SyntaxError as error:
+        raise SettingError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except IntermodalError:
+        raise
+    except Exception as error:  # a recipe is the user's Python: it can raise anything
+        raise SettingError(_where(file, module, error)) from error
     if not isinstance(made, Recipe | StagedRecipe | VQRecipe):
         raise IntermodalError(f"recipe() in {file} returned a {type(made).__name__}, not a Recipe, StagedRecipe or VQRecipe")
-    return made
+    try:
+        return validated(made)
+    except SettingError as error:
+        raise SettingError(f"{file}: {error}") from error
+
+
+def _where(file: Path, module: Any, error: Exception) -> str:
+    """The recipe's line where something else failed, what it was, and the nearest field where a setting does not exist."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == module.__file__]
+    what = f"{file}{f':{lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    settings = {**globals(), **vars(module)}.get(unknown[1]) if unknown else None
+    if unknown and dataclasses.is_dataclass(settings):
+        known = [field.name for field in dataclasses.fields(settings)]
+        return (
+            f"{file}:{lines[-1]}: {unknown[1]} has no setting {unknown[2]!r}{nearest(unknown[2], known)}; it has {', '.join(known)}"
+        )
+    return what
 
 
 def tiny_version(recipe: Recipe) -> Recipe:

@@ -138,7 +138,11 @@ class StageTrainer(Trainer):
         elif self.resumed_from is not None and initial.exists():
             self.model = load(initial)
         else:
-            every = [open_talks(spec, seed=stage.data.seed) for stage in self.whole.stages for spec in stage.data.train]
+            every = [
+                open_talks(spec, seed=stage.data.seed, allow_urls=stage.data.allow_urls)
+                for stage in self.whole.stages
+                for spec in stage.data.train
+            ]
             self.model = build_model(self.whole.model, every, self.recipe.train.seed)
             if self.world.main and self.whole.model.start is None:
                 save(self.model, initial)
@@ -159,7 +163,7 @@ class StageTrainer(Trainer):
             keep_word_rows(self.model, self.optimizer)
         config = self.model.config
         side = data.side or getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
-        sources = [open_talks(spec, side=side, seed=data.seed) for spec in data.train]
+        sources = [open_talks(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         longest = self.model.config_text.context
         processor = _for_workers(self.model.processor, self.world.device)
         fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
