@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ def _replaced(config: Any, steps: list[str], value: Any, path: str) -> Any:
         if not dataclasses.is_dataclass(current):
             raise SettingError(f"{path!r}: {name} is a single value, it has no parts")
         return dataclasses.replace(config, **{name: _replaced(current, steps[1:], value, path)})
-    hint = typing.get_type_hints(type(config))[name]
+    hint = typing.get_type_hints(type(config), include_extras=True)[name]
     return dataclasses.replace(config, **{name: checked(value, hint, path)})
 
 
@@ -110,7 +111,7 @@ def validated(config: T, path: str = "") -> T:
     Raises:
         SettingError: a value of the wrong type, by its path.
     """
-    hints, values = typing.get_type_hints(type(config)), {}
+    hints, values = typing.get_type_hints(type(config), include_extras=True), {}
     for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
         value, here = getattr(config, field.name), f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -125,7 +126,18 @@ def validated(config: T, path: str = "") -> T:
 
 
 def _words(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+    """A type as a person writes it in JSON."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _words(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _words(part) for part in parts)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(json.dumps(part) for part in parts)
+    if origin is tuple:
+        inside = [_words(part) for part in parts if part is not ...]
+        return f"a list of {inside[0]}" if ... in parts else f"[{', '.join(inside)}]"
+    return getattr(hint, "__name__", None) or str(hint)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
@@ -134,7 +146,7 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     Raises:
         SettingError: an unknown field or a wrong type, by its path.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     arguments = {}
     for name, value in values.items():
         if name not in hints:

@@ -1,11 +1,13 @@
 """Packed == separate, no cross-talk, windows and masks against dense attention."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intermodal.nn.attention import Segments, attention
+from intermodal.nn.attention import Segments, _varlen_cuda, attention
 from intermodal.nn.layers import AttentionPool, Encoder, TransformerConfig
 
 LENGTHS = [(1,), (1, 1, 1), (5, 1, 5, 3), (7,), (300,), (2, 9, 2, 1, 9, 4)]
@@ -104,3 +106,28 @@ def test_wrong_lengths_are_refused():
         Segments([3, 0])
     with pytest.raises(ValueError, match="same lengths"):
         attention(q[:2], k, v, Segments([2]), Segments([5]), causal=True)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (True, (3, -1))])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_cuda_kernel_is_called_for_the_same_result(monkeypatch, causal, window, kv_heads):
+    """No GPU here: a stand-in with the kernel's documented signature, which computes what its arguments mean."""
+    from torch.nn.attention import varlen
+
+    real = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*arguments, **settings):
+        bound = real.bind(*arguments, **settings)
+        bound.apply_defaults()
+        q, k, v, starts, kv_starts, longest, kv_longest = list(bound.arguments.values())[:7]
+        assert starts.dtype == kv_starts.dtype == torch.int32
+        assert (longest, kv_longest) == (9, 9)
+        assert bound.arguments["enable_gqa"] == (q.shape[1] != k.shape[1])
+        spans = [slice(*pair) for pair in zip(starts.tolist(), starts.tolist()[1:], strict=False)]
+        return torch.cat([dense(q[s], k[s], v[s], window=bound.arguments["window_size"]) for s in spans])
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    segments, packed = Segments((2, 9, 2, 1)), qkv(14, kv_heads=kv_heads)
+    asked = (window[0], 0) if causal and window else window  # as `attention` hands it on
+    got = _varlen_cuda(*packed, segments, segments, causal, asked, None)
+    torch.testing.assert_close(got, attention(*packed, segments, causal=causal, window=window))

@@ -175,7 +175,7 @@ def test_addresses_and_data_uris_are_read_where_they_are_allowed(tmp_path, web, 
     if kind == "hub":
         stream = open_source(f"hf:{tmp_path}?image=pic&text=words", allow_urls=True)
         found = {sample.texts[0]: sample.image for sample in (stream.next() for _ in range(3))}
-        rejects = [reason for _, reason in stream.take_rejects()]
+        rejects = [reject.reason for reject in stream.take_rejects()]
     else:
         source = open_source(f"{file}?image=pic&text=words", allow_urls=True)
         found, rejects = {}, []
@@ -418,7 +418,7 @@ def test_streams_resume_exactly_and_count_rejects(tmp_path):
     whole = stream_of(tmp_path)
     texts = [whole.next().texts[0] for _ in range(30)]
     assert sorted(texts[:9]) == sorted(f"shard {s} record {n}" for s in range(2) for n in range(5) if (s, n) != (1, 2))
-    assert any("missing.png" in reason for _, reason in whole.take_rejects())
+    assert any("missing.png" in reject.reason for reject in whole.take_rejects())
     again = stream_of(tmp_path)
     again.restore(whole.state())
     for _ in range(3):

@@ -58,8 +58,11 @@ def test_overrides_are_typed():
         ("data.batch=true", "data.batch wants int"),
         ('data.batch="64"', "data.batch wants int"),
         ("data.batch=64.5", "data.batch wants int"),
-        ("train.micro_batch=true", "train.micro_batch wants int"),
-        ("train.loss=sigmod", "train.loss wants"),
+        ("data.batch=0", r"data.batch wants int, got 0 \(Input should be greater than or equal to 1\)"),
+        ("train.micro_batch=true", "train.micro_batch wants int or null, got True"),
+        ("data.crop_scale=1", r"data.crop_scale wants \[float, float\] or null, got 1"),
+        ("data.train=3", "data.train wants a list of str, got 3"),
+        ("train.loss=sigmod", 'train.loss wants one of "sigmoid", "softmax", got \'sigmod\''),
         ("data.batch.size=3", "single value"),
         ("data.batch", "path=value"),
     ],
@@ -137,6 +140,35 @@ def test_errors_are_one_line_and_debug_shows_more():
     assert "Traceback" in command("--debug", "train", ROOT / "recipes" / "siglip.py", "data.bach=3").stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "{model}", "sprites:core", "--task", "zeroshot", "--template", "a {{x}}"], "has no {} where the name goes"),
+        (["eval", "{model}", "--task", "zeroshot", "--classes", "nofile"], "'nofile' does not exist"),
+        (["convert", "{model}", "{out}", "--dtype", "float23"], "did you mean 'float32'"),
+        (["train", "recipes/siglip.py", "data.batch=0"], "data.batch wants int, got 0"),
+        (["train", "recipes/siglp.py"], "no recipe at recipes/siglp.py"),
+        (["data", "stats", "nothing.tar"], "no such file"),
+        (["embed", "{model}", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_what_people_get_wrong_is_said_without_a_traceback(words, said, tmp_path, tiny_run):
+    done = command(*[word.format(model=tiny_run, out=tmp_path / "x") for word in words])
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    from intermodal.train.contrastive import train
+
+    out = tmp_path_factory.mktemp("tiny")
+    made = load_recipe(ROOT / "recipes" / "siglip.py", tiny=True)
+    train(replace(made, train=replace(made.train, threads=1)), out, quiet=True)
+    return out / "model"
+
+
 def test_the_verbs_work_together(tmp_path):
     """train -> eval -> convert -> embed -> search, as a person would."""
     run = tmp_path / "run"
@@ -147,14 +179,13 @@ def test_the_verbs_work_together(tmp_path):
     scores = command("eval", model, "scenes:core", "--count", 20, "--json")
     assert scores.returncode == 0, scores.stderr
     assert json.loads(scores.stdout)["samples"] == 20
-    assert command("convert", model, tmp_path / "half", "--dtype", "bfloat16").returncode == 0
-    sheet = command("data", "preview", "scenes:all", "--out", tmp_path / "sheet.png", "--count", 4)
-    assert sheet.returncode == 0, sheet.stderr
+    half = command("convert", model, tmp_path / "half", "--dtype", "bfloat16", "--json")
+    assert json.loads(half.stdout)["layout"] == "hf", half.stderr
     pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (tmp_path / "sheet.png").rename(pictures / "a.png")
-    embedded = command("embed", model, pictures, "--out", tmp_path / "e.parquet")
-    assert "1 embeddings" in embedded.stdout, embedded.stderr
+    sheet = command("data", "preview", "scenes:all", "--out", pictures / "a.png", "--count", 4, "--json")
+    assert json.loads(sheet.stdout) == {"out": str(pictures / "a.png"), "samples": 4, "unusable": 0}, sheet.stderr
+    embedded = command("embed", model, pictures, "--out", tmp_path / "e.parquet", "--json")
+    assert json.loads(embedded.stdout)["embeddings"] == 1, embedded.stderr
     found = command("search", model, pictures, "a dog", "--json")
     assert json.loads(found.stdout)["hits"][0]["key"].endswith("a.png")
 

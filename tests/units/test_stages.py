@@ -578,7 +578,7 @@ def test_streams_of_the_hub_are_conversations(recipe, tmp_path):
     stream = open_talks(chatted)
     said = {stream.next().messages[1]["content"][0]["text"] for _ in range(7)}
     assert said == {f"it is {n}" for n in range(8) if n != 3}
-    assert any("pictures more" in reason for _, reason in stream.take_rejects())
+    assert any("pictures more" in reject.reason for reject in stream.take_rejects())
     sources = (f"captions:{captioned}", chatted)
     stage = recipe.stages[1]
     stage = replace(stage, data=replace(stage.data, train=sources, weights=(1.0, 1.0), max_reject_share=1.0))

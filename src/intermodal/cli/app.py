@@ -26,6 +26,7 @@ for verb in (chat.chat, chat.generate, chat.inspect):
     app.command()(verb)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Urls = Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures that a table names by http(s) address.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 
 
@@ -95,10 +96,13 @@ def evaluate(
         str, typer.Argument(help="`scenes:core`, `sprites:core`, `tuxpaint`, or your own data with captions.")
     ] = "scenes:core",
     task: Annotated[str, typer.Option(help="`retrieval` or `zeroshot` (every distinct caption is a class).")] = "retrieval",
-    classes: Annotated[Path | None, typer.Option(help="Zero-shot: a file with one class name a line.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Zero-shot: a file with one class name a line.")
+    ] = None,
     template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
     count: Annotated[int, typer.Option(help="At most this many samples.")] = 1000,
     by_class: Annotated[bool, typer.Option("--by-class", help="Zero-shot: accuracy and commonest mistake of each class.")] = False,
+    allow_urls: Urls = False,
     as_json: Json = False,
 ) -> None:
     """Score a model: retrieval recall@1/5/10 both ways, or zero-shot top-1 and top-5.
@@ -112,7 +116,15 @@ def evaluate(
     from ..evaluate.run import evaluate_source
 
     scores = evaluate_source(
-        model, source, task, classes=classes, templates=template, count=count, by_class=by_class, progress=not as_json
+        model,
+        source,
+        task,
+        classes=classes,
+        templates=template,
+        count=count,
+        by_class=by_class,
+        allow_urls=allow_urls,
+        progress=not as_json,
     )
     rows = [f"{name:28s} {_number(value)}" for name, value in scores.items() if not isinstance(value, dict)]
     for name, row in scores.get("per class", {}).items():
@@ -126,7 +138,9 @@ def embed(
     model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
     source: Annotated[str, typer.Argument(help="A folder of pictures, a table, shards, or a .txt file with a text a line.")],
     out: Out = Path("embeddings.parquet"),
-    batch: Annotated[int, typer.Option(help="Items of one forward.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Items of one forward.")] = 64,
+    allow_urls: Urls = False,
+    as_json: Json = False,
 ) -> None:
     """Write unit-length embeddings to parquet (key, vector) or .npy; a run that was stopped goes on where it was.
 
@@ -134,8 +148,12 @@ def embed(
     """
     from ..evaluate.embed import embed_source
 
-    written, reused, rejected = embed_source(model, source, out, batch)
-    typer.echo(f"{out}: {written + reused} embeddings ({reused} from an earlier run), {rejected} rejected")
+    written, reused, rejected = embed_source(model, source, out, batch, allow_urls=allow_urls, progress=not as_json)
+    _print(
+        {"out": str(out), "embeddings": written + reused, "from an earlier run": reused, "rejected": rejected},
+        as_json,
+        f"{out}: {written + reused} embeddings ({reused} from an earlier run), {rejected} rejected",
+    )
 
 
 @app.command()
@@ -167,6 +185,7 @@ def convert(
     layout: Annotated[str, typer.Option(help="`hf` (transformers) or `open_clip`.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     image_size: Annotated[int | None, typer.Option(help="Resample the positions for pictures of this side.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint in another layout, type or image size.
 
@@ -176,7 +195,12 @@ def convert(
 
     model = load(source, dtype=dtype, image_size=image_size)
     save(model, target, layout=layout)
-    typer.echo(f"{target}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, layout {layout}")
+    count = sum(p.numel() for p in model.parameters())
+    _print(
+        {"out": str(target), "model": type(model).__name__, "parameters": count, "layout": layout},
+        as_json,
+        f"{target}: {type(model).__name__}, {count:,} parameters, layout {layout}",
+    )
 
 
 @app.command()
@@ -200,6 +224,7 @@ def stitch(
     deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Make a stitched model from a tower and a decoder, with a fresh connector between them, to be trained in stages.
 
@@ -257,7 +282,11 @@ def stitch(
         model = stitch_native(eyes, decoder, deepstack=blocks, seed=seed)
     save(model, out)
     count = sum(p.numel() for p in model.parameters())
-    typer.echo(f"{out}: {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}")
+    _print(
+        {"out": str(out), "family": model.family, "parameters": count},
+        as_json,
+        f"{out}: {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}",
+    )
 
 
 @app.command()
@@ -266,6 +295,7 @@ def demo(
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
     llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 175.0,
     steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Train SigLIP on composed scenes for three minutes, then a LLaVA and its blind twin on its tower for four, and draw `report.html`.
 
@@ -273,14 +303,18 @@ def demo(
 
     Example: `intermodal demo --out runs/demo`
     """
+    from rich.console import Console
+
     from ..evaluate.demo import run_demo
 
-    report = run_demo(out, seconds, steps)
+    console = Console(stderr=as_json)
+    report = run_demo(out, seconds, steps, console)
+    results = json.loads((out / "report.json").read_text())
     if llava_seconds > 0:
         from ..evaluate.demo_llava import run_llava_demo
 
-        run_llava_demo(out, out / "model", llava_seconds, steps)
-    typer.echo(f"report: {report}")
+        results["llava"] = run_llava_demo(out, out / "model", llava_seconds, steps, console)
+    _print({"report": str(report), **results}, as_json, f"report: {report}")
 
 
 @app.command("demo-native")
@@ -290,14 +324,18 @@ def demo_native(
     steps: Annotated[int | None, typer.Option(help="Train both exactly this many steps instead.")] = None,
     count: Annotated[int, typer.Option(help="How many held-out captions it draws.")] = 120,
     guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 2.0,
+    as_json: Json = False,
 ) -> None:
     """Train a VQ-VAE and a small Chameleon on scenes, let it draw captions it has never seen, and draw `report.html`.
 
     Example: `intermodal demo-native --out runs/demo-native`
     """
+    from rich.console import Console
+
     from ..evaluate.demo_native import run_native_demo
 
-    typer.echo(f"report: {run_native_demo(out, seconds, steps, count=count, guidance=guidance)}")
+    page = run_native_demo(out, seconds, steps, count=count, guidance=guidance, console=Console(stderr=as_json))
+    _print({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, f"report: {page}")
 
 
 @app.command()
@@ -338,6 +376,8 @@ def preview(
     out: Out = Path("preview.png"),
     count: Annotated[int, typer.Option(help="How many samples.")] = 24,
     side: Annotated[int, typer.Option(help="Pixels of a picture on the sheet.")] = 128,
+    allow_urls: Urls = False,
+    as_json: Json = False,
 ) -> None:
     """Draw a contact sheet: pictures with their captions.
 
@@ -345,8 +385,9 @@ def preview(
     """
     from ..data.preview import contact_sheet
 
-    shown, rejected = contact_sheet(source, out, count, side)
-    typer.echo(f"{out}: {shown} samples" + (f", {rejected} unusable" if rejected else ""))
+    shown, rejected = contact_sheet(source, out, count, side, allow_urls)
+    text = f"{out}: {shown} samples" + (f", {rejected} unusable" if rejected else "")
+    _print({"out": str(out), "samples": shown, "unusable": rejected}, as_json, text)
 
 
 @data.command()
@@ -355,6 +396,8 @@ def pack(
     out: Out = Path("shard.tar"),
     side: Annotated[int, typer.Option(min=1, help="Longest side of a packed picture, in pixels.")] = 256,
     count: Annotated[int | None, typer.Option(min=1, help="How many samples; all where left out.")] = None,
+    allow_urls: Urls = False,
+    as_json: Json = False,
 ) -> None:
     """Write a source as one tar shard of small pictures with their captions: large files are then decoded once and not every epoch.
 
@@ -362,10 +405,9 @@ def pack(
     """
     from ..data.pack import pack as write
 
-    written, rejected = write(source, out, side, count)
-    typer.echo(
-        f"{out}: {written} samples" + (f", {rejected} unusable (named in {out.with_suffix('.rejects.jsonl')})" if rejected else "")
-    )
+    written, rejected = write(source, out, side, count, allow_urls=allow_urls, progress=not as_json)
+    named = f", {rejected} unusable (named in {out.with_suffix('.rejects.jsonl')})" if rejected else ""
+    _print({"out": str(out), "samples": written, "unusable": rejected}, as_json, f"{out}: {written} samples{named}")
 
 
 @data.command()
@@ -373,6 +415,7 @@ def stats(
     source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
     count: Annotated[int, typer.Option(help="How many samples are looked at.")] = 500,
     side: Annotated[int, typer.Option(help="Pixels of a scene's side.")] = 48,
+    allow_urls: Urls = False,
     as_json: Json = False,
 ) -> None:
     """Print what a source holds and, for scenes, every baseline beside which a result must be shown.
@@ -381,12 +424,14 @@ def stats(
     """
     from ..data.preview import describe
 
-    found = describe(source, count, side, progress=not as_json)
+    found = describe(source, count, side, progress=not as_json, allow_urls=allow_urls)
     _print(found, as_json, "\n".join(_lines(found)))
 
 
 @data.command()
-def fetch(name: Annotated[str, typer.Argument(help="`tuxpaint`: Debian's stamps, about 160 MB, GPL-2 and others.")]) -> None:
+def fetch(
+    name: Annotated[str, typer.Argument(help="`tuxpaint`: Debian's stamps, about 160 MB, GPL-2 and others.")], as_json: Json = False
+) -> None:
     """Fetch a data set that is not ours to ship.
 
     Example: `intermodal data fetch tuxpaint`
@@ -398,7 +443,9 @@ def fetch(name: Annotated[str, typer.Argument(help="`tuxpaint`: Debian's stamps,
     if name != "tuxpaint":
         raise SourceError(f"nothing to fetch by the name {name!r}; there is: tuxpaint")
     folder = fetch_tuxpaint()
-    typer.echo(f"{folder}: {len(TuxPaint(str(folder)))} stamps; train on them as the source tuxpaint:{folder}")
+    stamps = len(TuxPaint(str(folder)))
+    text = f"{folder}: {stamps} stamps; train on them as the source tuxpaint:{folder}"
+    _print({"folder": str(folder), "stamps": stamps, "source": f"tuxpaint:{folder}"}, as_json, text)
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from ..batch import PairBatch
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
 from ..inputs.processor import PairProcessor
-from .source import Sample, Source
+from .source import Reject, Sample, Source
 from .stream import StreamSource
 
 ENDLESS = 1 << 32
@@ -33,12 +33,6 @@ ATTEMPTS = 50
 
 class DataError(IntermodalError):
     """The data cannot feed a run: nothing readable, or too many rejects."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    key: str
-    reason: str
 
 
 class Rejects:
@@ -279,6 +273,6 @@ class Loader:
             start = self.mixture.position
             drawn = [self.mixture.next(first <= offset < last) for offset in range(self.batch)]
             streams = [source for source in self.mixture.sources if isinstance(source, StreamSource)]
-            skipped = [Reject(*reject) for stream in streams for reject in stream.take_rejects()]
+            skipped = [reject for stream in streams for reject in stream.take_rejects()]
             self._drawn.append((self.mixture.state(), skipped))
             yield start + first, drawn[first:last]

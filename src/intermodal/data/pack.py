@@ -5,22 +5,28 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 from rich.progress import track
 
-from ..errors import SampleError
-from ..inputs.image import open_image
 from .loader import ENDLESS
 from .readers import SourceError, open_source
-from .stream import StreamSource
+from .source import Reject
+from .stream import StreamSource, first_samples
 
 
-def pack(spec: str, out: Path, side: int, count: int | None = None, *, progress: bool = True) -> tuple[int, int]:
+def pack(
+    spec: str, out: Path, side: int, count: int | None = None, *, allow_urls: bool = False, progress: bool = True
+) -> tuple[int, int]:
     """Write a source to a WebDataset shard: a PNG whose longer side is at most `side`, and a JSON with its captions, a sample.
 
     What cannot be used is named in a file beside `out` that ends in `.rejects.jsonl`.
+
+    Args:
+        count: of how many samples; None takes all, of a stream one pass.
+        allow_urls: fetch pictures that a table names by http(s) address.
 
     Returns:
         How many samples were written, and how many could not be used.
@@ -28,28 +34,25 @@ def pack(spec: str, out: Path, side: int, count: int | None = None, *, progress:
     Raises:
         SourceError: the source is endless and `count` is not given, or nothing in it could be used.
     """
-    source = open_source(spec, side=side)
-    endless = isinstance(source, StreamSource) or len(source) >= ENDLESS
-    if endless and count is None:
+    source = open_source(spec, side=side, allow_urls=allow_urls)
+    stream = isinstance(source, StreamSource)
+    if count is None and not stream and len(source) >= ENDLESS:
         raise SourceError(f"{spec} has no end: say how many samples with --count")
-    length = count or 0 if isinstance(source, StreamSource) else min(count or len(source), len(source))
+    total = count if stream else min(count or len(source), len(source))
     written, rejects = 0, []
     out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out, "w") as archive:
-        for index in track(range(length), "packing", transient=True, disable=not progress):
-            try:
-                sample = source.next() if isinstance(source, StreamSource) else source[index]
-                picture = open_image(sample.image)
-            except SampleError as error:
-                rejects.append({"key": f"{source.name}/{index}", "reason": str(error)})
+        samples = track(first_samples(source, count), "packing", total, transient=True, disable=not progress)
+        for index, sample in enumerate(samples):
+            if isinstance(sample, Reject):
+                rejects.append(asdict(sample))
                 continue
-            picture.thumbnail((side, side), Image.Resampling.BICUBIC)
+            sample.image.thumbnail((side, side), Image.Resampling.BICUBIC)
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            sample.image.save(buffer, "PNG")
             _add(archive, f"{index:08d}.png", buffer.getvalue())
-            _add(
-                archive, f"{index:08d}.json", json.dumps({"captions": sample.texts, "key": sample.key}, ensure_ascii=False).encode()
-            )
+            captions = json.dumps({"captions": sample.texts, "key": sample.key}, ensure_ascii=False)
+            _add(archive, f"{index:08d}.json", captions.encode())
             written += 1
     if rejects:
         out.with_suffix(".rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in rejects))

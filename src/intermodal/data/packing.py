@@ -15,7 +15,8 @@ from ..inputs.chat import ChatProcessor, Conversation, NoSupervision
 from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import VisionCache
 from ..nn.attention import Segments
-from .loader import ATTEMPTS, DataError, Reject, number_of
+from .loader import ATTEMPTS, DataError, number_of
+from .source import Reject
 from .stream import StreamSource
 from .talks import ALONE, Talk, TalkSource
 

@@ -10,27 +10,26 @@ from typing import Any
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-from ..errors import SampleError
-from ..inputs.image import open_image
 from .compose import font_files
 from .readers import open_source
 from .scenes import Scenes
-from .stream import StreamSource
+from .source import Reject
+from .stream import StreamSource, first_samples
 
 
-def contact_sheet(spec: str, out: Path, count: int, side: int) -> tuple[int, int]:
-    """Draw the first `count` samples with their captions; returns (shown, unusable)."""
-    source = open_source(spec, side=side)
+def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool = False) -> tuple[int, int]:
+    """Draw the first `count` usable samples with their captions; returns (shown, unusable)."""
+    source = open_source(spec, side=side, allow_urls=allow_urls)
     cells: list[tuple[Image.Image, str]] = []
-    rejected, index = 0, 0
-    length = count if isinstance(source, StreamSource) else len(source)
-    while len(cells) < count and index < length:
-        try:
-            sample = source.next() if isinstance(source, StreamSource) else source[index]
-            cells.append((open_image(sample.image), sample.texts[index % len(sample.texts)]))
-        except SampleError:
+    rejected = 0
+    for index, sample in enumerate(first_samples(source, None)):
+        if isinstance(sample, Reject):
             rejected += 1
-        index += 1
+        else:
+            cells.append((sample.image, sample.texts[index % len(sample.texts)]))
+        if len(cells) == count:
+            break
+    out.parent.mkdir(parents=True, exist_ok=True)
     sheet(cells, side).save(out)
     return len(cells), rejected
 
@@ -58,27 +57,32 @@ def sheet(cells: list[tuple[Image.Image, str]], side: int, columns: int = 6) -> 
     return canvas
 
 
-def describe(spec: str, count: int, side: int, progress: bool = False) -> dict[str, Any]:
-    """Counts and caption lengths of any source; for scenes the share of every fact and all baselines."""
-    source = open_source(spec, side=side)
-    samples, reasons = [], Counter()
-    looks = range(count if isinstance(source, StreamSource) else min(count, len(source)))
-    for index in track(looks, "looking", transient=True, disable=not progress):
-        try:
-            samples.append(source.next() if isinstance(source, StreamSource) else source[index])
-        except SampleError as error:
-            reasons[str(error)] += 1
+def describe(spec: str, count: int, side: int, progress: bool = False, allow_urls: bool = False) -> dict[str, Any]:
+    """Counts and caption lengths of any source, and what guessing its captions gives; for scenes the share of every fact and all
+    baselines."""
+    source = open_source(spec, side=side, allow_urls=allow_urls)
+    samples, rejects = [], []
+    for one in track(first_samples(source, count), "looking", count, transient=True, disable=not progress):
+        (rejects if isinstance(one, Reject) else samples).append(one)
     words = [len(text.split()) for sample in samples for text in sample.texts]
     texts = Counter(sample.texts[0] for sample in samples)
+    reasons = Counter(reject.reason for reject in rejects)
     out: dict[str, Any] = {
         "source": source.name,
         "samples": "endless" if isinstance(source, Scenes | StreamSource) else len(source),
-        "looked at": len(samples) + sum(reasons.values()),
-        "unusable": sum(reasons.values()),
+        "looked at": len(samples) + len(rejects),
+        "unusable": len(rejects),
         "words in a caption, mean": sum(words) / max(1, len(words)),
         "words in a caption, most": max(words, default=0),
         "captions on several pictures": sum(1 for n in texts.values() if n > 1),
     }
+    if samples:
+        out["baselines"] = {
+            "caption, chance": 1 / len(texts),
+            "caption, most common": texts.most_common(1)[0][1] / len(samples),
+        }
+    if reasons:
+        out["reasons"] = dict(reasons.most_common(10))
     problems = getattr(source, "problems", [])
     if problems:
         out["problems"] = dict(problems[:10])

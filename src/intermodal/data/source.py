@@ -20,6 +20,14 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Reject:
+    """A sample that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
 @runtime_checkable
 class Source(Protocol):
     """Random access by number; must survive pickling into a worker."""

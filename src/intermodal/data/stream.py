@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import IntermodalError, SampleError
+from ..inputs.image import open_image
+from .source import Reject, Sample, Source
 
 
 class StreamSource:
@@ -23,7 +25,7 @@ class StreamSource:
     def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Any], *, seed: int = 0, block: int = 1024):
         self.name, self.dataset, self.to_sample = name, dataset, to_sample
         self.seed, self.block = seed, block
-        self.rejects: list[tuple[str, str]] = []
+        self.rejects: list[Reject] = []
         self.part = (0, 1)
         """This rank, and how many there are."""
         self._whole, self._beginning = dataset, copy.deepcopy(dataset.state_dict())
@@ -83,8 +85,8 @@ class StreamSource:
         self.dataset.load_state_dict(copy.deepcopy(state["stream"]))
         self._iterator = self._samples = None
 
-    def take_rejects(self) -> list[tuple[str, str]]:
-        """(key, reason) of the records skipped since the last call."""
+    def take_rejects(self) -> list[Reject]:
+        """The records skipped since the last call."""
         taken, self.rejects = self.rejects, []
         return taken
 
@@ -113,7 +115,7 @@ class StreamSource:
                 samples.append(self.to_sample(f"{self.name}/{self.epoch}/{key}", record))
             except SampleError as error:
                 if not self._counted:  # a block that is read again after a resume has told of its own
-                    self.rejects.append((f"{self.name}/{key}", str(error)))
+                    self.rejects.append(Reject(f"{self.name}/{key}", str(error)))
         self._counted = False
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
         self._samples = samples
@@ -121,3 +123,29 @@ class StreamSource:
     def _restart(self) -> None:
         self.dataset.set_epoch(self.epoch)
         self._iterator = iter(self.dataset)
+
+
+def first_samples(source: Source | StreamSource, count: int | None) -> Iterator[Sample | Reject]:
+    """The first `count` samples with their pictures decoded, or what is wrong with each that cannot be used; of a stream at most one
+    pass. None: all."""
+    if not isinstance(source, StreamSource):
+        for index in range(len(source) if count is None else min(count, len(source))):
+            try:
+                sample = source[index]
+                sample.image = open_image(sample.image)
+                yield sample
+            except SampleError as error:
+                yield Reject(f"{source.name}/{index}", str(error))
+        return
+    given = 0
+    while count is None or given < count:
+        try:
+            sample = source.next()
+        except SampleError as error:
+            yield from source.take_rejects() or [Reject(source.name, str(error))]
+            return
+        yield from source.take_rejects()
+        if source.epoch:
+            return
+        given += 1
+        yield sample

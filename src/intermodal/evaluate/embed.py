@@ -28,7 +28,9 @@ PART = 2048
 """Items of one part file."""
 
 
-def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64) -> tuple[int, int, int]:
+def embed_source(
+    model: str | DualEncoder, spec: str, out: Path, batch: int = 64, *, allow_urls: bool = False, progress: bool = True
+) -> tuple[int, int, int]:
     """Embed every item of a source into `out` (.parquet with key and vector, or .npy with a `.keys.json` beside it).
 
     Parts are written as they are done into `out` + ".parts"; a later call with the same weights and source skips those that are
@@ -43,12 +45,12 @@ def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64
     if out.suffix not in (".parquet", ".npy"):
         raise IntermodalError(f"{out}: embeddings are written to .parquet or .npy")
     encoder = load_encoder(model) if isinstance(model, str) else model
-    length, item, encode = _items(encoder, spec)
+    length, item, encode = _items(encoder, spec, allow_urls)
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     _same_job(parts, {"weights": _fingerprint(encoder), "source": spec, "length": length})
     made = found = 0
-    for start in track(range(0, length, PART), "embedding", disable=length < PART):
+    for start in track(range(0, length, PART), "embedding", transient=True, disable=not progress or length < PART):
         file = parts / f"{start:010d}.parquet"
         if file.exists():
             found += pq.read_metadata(file).num_rows
@@ -72,13 +74,15 @@ def embed_source(model: str | DualEncoder, spec: str, out: Path, batch: int = 64
     return made, found, rejected
 
 
-def _items(encoder: DualEncoder, spec: str):
+def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False):
     """(how many, number -> (key, value), values -> vectors) of a source of pictures or a file of lines."""
     if spec.endswith(".txt"):
         lines = Path(spec).read_text(encoding="utf-8").splitlines()
         return len(lines), lambda i: (f"{spec}:{i + 1}", lines[i]), encoder.embed_texts
     path = Path(spec).expanduser()
-    source = FolderSource(path) if path.is_dir() else open_source(spec, side=encoder.config.vision.image_size)
+    source = (
+        FolderSource(path) if path.is_dir() else open_source(spec, side=encoder.config.vision.image_size, allow_urls=allow_urls)
+    )
     if isinstance(source, StreamSource) or len(source) >= ENDLESS:
         raise SourceError(f"{spec} has no end: embed takes a folder, a table or shards")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,15 @@ from rich.progress import track
 
 from ..data.loader import ENDLESS
 from ..data.readers import open_source
-from ..data.source import Sample
-from ..data.stream import StreamSource
-from ..errors import IntermodalError, SampleError
-from ..inputs.image import open_image
+from ..data.source import Reject
+from ..data.stream import StreamSource, first_samples
+from ..errors import IntermodalError
 from ..models.clip import DualEncoder
 from ..weights.load import load_encoder
 from .retrieval import recall
 from .zeroshot import TEMPLATES, accuracy, class_embeddings, per_class
 
 CHUNK = 256
-
-
-def usable(source, count: int) -> Iterator[Sample | SampleError]:
-    """Up to `count` samples with their pictures decoded, or the error of each that cannot be used."""
-    for index in range(count if isinstance(source, StreamSource) else min(count, len(source))):
-        try:
-            sample = source.next() if isinstance(source, StreamSource) else source[index]
-            sample.image = open_image(sample.image)
-            yield sample
-        except SampleError as error:
-            yield error
 
 
 def evaluate_source(
@@ -43,6 +31,7 @@ def evaluate_source(
     templates: Sequence[str] | None = None,
     count: int = 1000,
     by_class: bool = False,
+    allow_urls: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores of a model on a source; zero-shot with `by_class` also for each class, worst first.
@@ -57,12 +46,12 @@ def evaluate_source(
     if task not in ("retrieval", "zeroshot"):
         raise IntermodalError(f"unknown task {task!r}: retrieval or zeroshot")
     encoder = load_encoder(model) if isinstance(model, str) else model
-    source = _held_out(spec, encoder.config.vision.image_size)
+    source = _held_out(spec, encoder.config.vision.image_size, allow_urls)
     images, captions, rejected = [], [], 0
     chunk: list[Any] = []
     total = count if isinstance(source, StreamSource) or len(source) >= ENDLESS else min(count, len(source))
-    for sample in track(usable(source, total), "embedding", total, disable=not progress, transient=True):
-        if isinstance(sample, SampleError):
+    for sample in track(first_samples(source, total), "embedding", total, disable=not progress, transient=True):
+        if isinstance(sample, Reject):
             rejected += 1
             continue
         chunk.append(sample.image)
@@ -109,9 +98,9 @@ def retrieval_scores(image_NE, encoder: DualEncoder, captions: Sequence[Sequence
     return recall(image_NE, encoder.embed_texts(texts), texts_of)
 
 
-def _held_out(spec: str, side: int):
+def _held_out(spec: str, side: int, allow_urls: bool = False):
     """A source; of composed scenes the test side, in an order that no training has."""
     from ..data.scenes import Scenes
 
-    source = open_source(spec, side=side)
+    source = open_source(spec, side=side, allow_urls=allow_urls)
     return Scenes(replace(source.config, split="test", seed=777)) if isinstance(source, Scenes) else source

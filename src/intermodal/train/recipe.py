@@ -8,7 +8,9 @@ import re
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from ..config import SettingError, validated
 from ..errors import IntermodalError, nearest
@@ -16,6 +18,9 @@ from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
 from ..models.vqvae import VQConfig
+
+Positive = Annotated[int, Ge(1)]
+NotNegative = Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ class DataConfig:
     `{000..009}` and `*` expand."""
     weights: tuple[float, ...] | None = None
     """How often each source is drawn; by size when left out."""
-    batch: int = 256
+    batch: Positive = 256
     """Pairs a step over all ranks."""
-    workers: int = 1
+    workers: NotNegative = 1
     """Processes that decode pictures and make tokens; 0 does it in the training process."""
-    prefetch: int = 4
+    prefetch: Positive = 4
     """Batches each worker keeps ready."""
     seed: int = 0
     crop_scale: tuple[float, float] | None = None
@@ -70,14 +75,14 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon makes the updates of linear layers and convolutions orthogonal (`optim.Muon`): fewer steps to the same loss, each a little
     dearer."""
-    lr: float = 1e-3
+    lr: Annotated[float, Ge(0)] = 1e-3
     matrix_lr_factor: float = 1.0
     """Muon only: rate of the orthogonal updates, as a multiple."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.1
     """Not applied to vectors and scalars: norms, biases, positions' rows are matrices and do decay, the scale does not."""
-    warmup: int = 50
+    warmup: NotNegative = 50
     """Steps of linear warm-up, then a cosine to `final_lr_share`."""
     final_lr_share: float = 0.0
     scalar_lr_factor: float = 1.0
@@ -92,19 +97,19 @@ class OptimConfig:
 class LoopConfig:
     """What every objective's loop asks for."""
 
-    steps: int = 300
+    steps: Positive = 300
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32 always."""
     checkpoint_activations: bool = False
     threads: int | None = None
     seed: int = 0
-    log_every: int = 10
-    save_every: int | None = None
+    log_every: Positive = 10
+    save_every: Positive | None = None
     """Steps between checkpoints; the last step is always saved."""
     rollback: float | None = None
     """When a logged loss is this many times the median of those before it, or not finite, go back to the newest checkpoint and pass over
     the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
-    keep: int = 2
+    keep: Positive = 2
     """How many checkpoints stay on disk."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Across ranks: whole weights on each, or sharded weights, gradients and optimizer state."""
@@ -115,7 +120,7 @@ class TrainConfig(LoopConfig):
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
     duplicates: Literal["negative", "positive", "ignore"] = "negative"
     """What two different samples with the same caption are to each other."""
-    micro_batch: int | None = None
+    micro_batch: Positive | None = None
     """Pairs of one forward on one rank (gradient caching); None takes the rank's whole share at once."""
 
 
@@ -177,12 +182,12 @@ class TalksConfig:
     """Sources of conversations, as `data.talks.open_talks` reads them."""
     weights: tuple[float, ...] | None = None
     """How often each source is drawn; by size when left out."""
-    batch: int = 64
+    batch: Positive = 64
     """Conversations a step over all ranks."""
-    tokens: int = 4096
+    tokens: Positive = 4096
     """Most tokens of one forward: a step's conversations are packed into as few packs of this size as they fit in."""
-    workers: int = 1
-    prefetch: int = 4
+    workers: NotNegative = 1
+    prefetch: Positive = 4
     seed: int = 0
     side: int | None = None
     """Pixels of a side for sources that draw their pictures; None takes the tower's size, or 64 where it takes any."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data.loader import Fetcher, Reject
+from ..data.loader import Fetcher
 from ..data.readers import open_source
+from ..data.source import Reject
 from ..errors import IntermodalError
 from ..inputs.image import BICUBIC, HALF, ImageProcessor
 from ..models.vqvae import VQVAE, initialise

@@ -31,6 +31,7 @@ _CODECS = {
     ".chameleon": ("chameleon",),
     ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAMILIES = {family: module for module, families in _CODECS.items() for family in families}
 
 
@@ -74,7 +75,11 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
 
     Raises:
         CheckpointError: says which file or key is wrong.
+        IntermodalError: a dtype by a name that there is not.
     """
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None:
+        raise IntermodalError(f"weights have no type {dtype!r}{nearest(str(dtype), DTYPES)}; known are {', '.join(DTYPES)}")
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         from . import gguf
@@ -99,7 +104,6 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
         from .clip import resized
 
         model, native, processor = resized(model, native, processor, family, image_size)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assign(model, native, kind, device)
     model.processor = processor
     if hasattr(model, "bind"):
