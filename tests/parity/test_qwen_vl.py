@@ -1,8 +1,13 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL against transformers on tiny random models: ids, pixels, positions, logits, generation, files."""
 
+import ast
 import json
+import math
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +229,60 @@ def test_pixels_equal_the_pil_processor(made, family):
         assert [list(g) for g in mine.grids] == out["image_grid_thw"].tolist()
         assert plan.features * 4 == len(mine.pixels)
         torch.testing.assert_close(mine.pixels, out["pixel_values"], atol=1e-6, rtol=0)
+
+
+def rule_of(family):
+    """transformers' rule for a clip's size, out of its source file: the module itself needs torchvision to import."""
+    family = "qwen3_vl" if family == "qwen3_vl" else "qwen2_vl"
+    file = Path(transformers.__file__).parent / "models" / family / f"video_processing_{family}.py"
+    (found,) = (n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "smart_resize")
+    names = {"math": math}
+    exec(ast.unparse(found), names)
+    return names["smart_resize"]
+
+
+CLIPS = [
+    (64, 720, 1280),
+    (8, 720, 1280),
+    (700, 720, 1280),
+    (4, 100, 60),
+    (64, 50, 40),
+    (768, 2160, 3840),
+    (2, 1080, 1920),
+    (3, 33, 64),
+]
+AUTHORS = {  # of `qwen_vl_utils.vision_process` 0.0.14, for patches of 14 and of 16
+    28: [(560, 1008), (560, 1008), (364, 672), (420, 252), (364, 308), (336, 644), (560, 1008)],
+    32: [(640, 1152), (640, 1152), (416, 768), (480, 288), (416, 352), (384, 736), (640, 1152)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["flat", "nested", "pictures' file"])
+def test_the_size_of_a_clip_follows_the_authors_or_the_file(made, tmp_path, family, layout):
+    """PITFALLS D3: the authors have a budget a frame and a clip, transformers what the video processor's file says."""
+    shutil.copytree(made(family)[0], tmp_path, dirs_exist_ok=True)
+    unit = 32 if family == "qwen3_vl" else 28
+    size = {"shortest_edge": 130 * unit**2, "longest_edge": 900 * unit**2}
+    if layout == "flat":
+        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": size}))
+    elif layout == "nested":
+        pictures = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        both = {"image_processor": pictures, "video_processor": {"size": size}}
+        (tmp_path / "processor_config.json").write_text(json.dumps(both))
+        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 1, "longest_edge": 2}}))
+    else:
+        size = processor_settings(family)["size"]
+    planner = intermodal.load(tmp_path).processor.planner
+    clips = [SimpleNamespace(frames=range(frames), size=(width, height)) for frames, height, width in CLIPS]
+    assert [planner.clip_size(clip) for clip in clips[: len(AUTHORS[unit])]] == AUTHORS[unit]
+    theirs = replace(planner, authors=False)
+    bounds = dict(factor=unit, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+    for clip, (frames, height, width) in zip(clips, CLIPS, strict=True):
+        more = dict(num_frames=frames, temporal_factor=2) if family == "qwen3_vl" else {}
+        expected = rule_of(family)(height=height, width=width, **more, **bounds)
+        assert theirs.clip_size(clip) == expected, (frames, height, width)
+    assert planner.min_pixels == processor_settings(family)["size"]["shortest_edge"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

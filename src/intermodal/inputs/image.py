@@ -341,12 +341,13 @@ def centred(pixels_HWC: np.ndarray, size: tuple[int, int], fill: int) -> np.ndar
     return out
 
 
-def read_processor(folder: Path) -> dict[str, Any]:
-    """The image processor's settings in either layout: `processor_config.json` (transformers 5) or `preprocessor_config.json` (4)."""
+def read_processor(folder: Path, kind: str = "image") -> dict[str, Any]:
+    """The "image" or "video" processor's settings, in the order in which transformers looks for them: in `processor_config.json`
+    (transformers 5), then `video_preprocessor_config.json` for clips, then `preprocessor_config.json` for both (4)."""
     nested = folder / "processor_config.json"
     if nested.exists():
         config = read_json(nested)
-        if isinstance(config.get("image_processor"), dict):
-            return config["image_processor"]
-    flat = folder / "preprocessor_config.json"
-    return read_json(flat) if flat.exists() else {}
+        if isinstance(config.get(f"{kind}_processor"), dict):
+            return config[f"{kind}_processor"]
+    names = ["preprocessor_config.json"] if kind == "image" else ["video_preprocessor_config.json", "preprocessor_config.json"]
+    return next((read_json(folder / name) for name in names if (folder / name).exists()), {})

@@ -80,6 +80,13 @@ def block_patches(pixels_HWC: np.ndarray, patch: int, merge: int) -> np.ndarray:
     return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch * patch)
 
 
+def _budget(settings: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Least and most pixels as a processor's file gives them; None where it does not."""
+    size = settings.get("size") or {}
+    least = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    return least, settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+
+
 @dataclass
 class QwenPlanner:
     """Tokens, pixels and positions of media for Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
@@ -96,8 +103,8 @@ class QwenPlanner:
     merge: int = 2
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    video_pixels: tuple[int, int] | None = None
-    """transformers' rule: least and most pixels, of a frame or (Qwen3-VL) of the clip; None is the class default."""
+    video_pixels: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
+    """transformers' rule: least and most pixels, of a frame or (Qwen3-VL) of the clip."""
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     resample: int = 3
@@ -107,15 +114,11 @@ class QwenPlanner:
     _table: LookUp | None = field(default=None, repr=False)
 
     @classmethod
-    def from_hf(
-        cls, config: Any, settings: dict[str, Any], tokenizer: Tokenizer, video: dict[str, Any] | None = None
-    ) -> QwenPlanner:
-        """From a model's config and its image (and video) processor's JSON."""
+    def from_hf(cls, config: Any, settings: dict[str, Any], video: dict[str, Any], tokenizer: Tokenizer) -> QwenPlanner:
+        """From a model's config and the JSON of its image processor and of its video processor."""
         vision, third = config.vision, config.family == "qwen3_vl"
-        size = settings.get("size") or {}
-        least = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56
-        most = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
-        clip = (video or {}).get("size") or {}
+        least, most = _budget(settings)
+        clip, unit = _budget(video), (32 if third else 28) ** 2
         name = tokenizer.id_to_token
         placeholders = {"image": config.image_id, "video": config.video_id}
         return cls(
@@ -127,9 +130,9 @@ class QwenPlanner:
             patch=vision.patch_size,
             temporal=vision.temporal_patch,
             merge=vision.merge,
-            min_pixels=least,
-            max_pixels=most,
-            video_pixels=(clip["shortest_edge"], clip["longest_edge"]) if clip else None,
+            min_pixels=least or 56 * 56,
+            max_pixels=most or 28 * 28 * 1280,
+            video_pixels=(clip[0] or unit * VIDEO_TOKENS[0], clip[1] or unit * VIDEO_TOKENS[1]),
             mean=tuple(settings.get("image_mean") or (HALF if third else CLIP_MEAN)),
             std=tuple(settings.get("image_std") or (HALF if third else CLIP_STD)),
             resample=int(settings.get("resample", 3)),
@@ -181,10 +184,8 @@ class QwenPlanner:
             share = CLIP_TOKENS * unit / frames * self.temporal
             return smart_resize(height, width, self.factor, least, max(min(VIDEO_TOKENS[1] * unit, share), int(least * 1.05)))
         if self.family == "qwen3_vl":
-            least, most = self.video_pixels or (128 * 32 * 32, 32 * 32 * 768)
-            return resize_clip(frames, height, width, self.factor, self.temporal, least, most)
-        least, most = self.video_pixels or (128 * 28 * 28, 28 * 28 * 768)
-        return smart_resize(height, width, self.factor, least, most)
+            return resize_clip(frames, height, width, self.factor, self.temporal, *self.video_pixels)
+        return smart_resize(height, width, self.factor, *self.video_pixels)
 
     def pixels(self, items: Sequence[Image.Image | Clip], plans: Sequence[Plan]) -> Tensor:
         ends = np.cumsum([0, *(math.prod(plan.detail) for plan in plans)]).tolist()

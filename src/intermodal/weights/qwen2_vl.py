@@ -139,8 +139,8 @@ def build(family: str, config: QwenVLConfig) -> QwenVL:
 def processor(folder: Path, family: str, config: QwenVLConfig, raw: dict[str, Any]) -> ChatProcessor | None:
     if not any((folder / name).exists() for name in CHAT_FILES if name != "generation_config.json"):
         return None
-    settings = read_processor(folder)
-    return ChatProcessor.from_folder(folder, raw, lambda tokenizer: QwenPlanner.from_hf(config, settings, tokenizer))
+    settings, video = read_processor(folder), read_processor(folder, "video")
+    return ChatProcessor.from_folder(folder, raw, lambda tokenizer: QwenPlanner.from_hf(config, settings, video, tokenizer))
 
 
 def family_of(model: QwenVL) -> str:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..errors import IntermodalError
@@ -32,6 +31,8 @@ _SHARES = {"qwen2_vl": 3 / 8, "qwen2_5_vl": 3 / 8, "qwen3_vl": 5 / 16}
 """The part of a head's frequencies that turns with the row, and again with the column; the rest turns with time."""
 LEAST_TOKENS, MOST_SIDES = 4, 4
 """Pictures get at least this many tokens, and at most the pixels of this many squares of the tower's own size."""
+CLIP_TOKENS = 24_576
+"""The released Qwen3-VL models' budget of a whole clip (transformers' rule)."""
 
 
 def stitch_native(
@@ -59,7 +60,7 @@ def stitch_native(
         raise IntermodalError(
             "the decoder came without a tokenizer or chat template, which a model that is asked about pictures needs"
         )
-    tower, state, settings, family = _tower(vision, deepstack, merge, language.config.width)
+    tower, state, settings, clips, family = _tower(vision, deepstack, merge, language.config.width)
     text, more = _decoder(language.config, family)
     files, ids = chat_files(
         language.processor, {"image": f"{START}{IMAGE}{END}", "video": f"{START}{VIDEO}{END}"}, (START, END, IMAGE, VIDEO)
@@ -87,13 +88,13 @@ def stitch_native(
     base = "qwen3" if family == "qwen3_vl" else "qwen2"
     section = text_to_hf(text, base, {**original, "model_type": f"{family}_text"})
     model.source = {"config": {**raw, "text_config": section}}
+    kind = "Qwen3VLVideoProcessor" if family == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    video = {key: value for key, value in settings.items() if key not in ("image_processor_type", "size")}
+    video |= {"video_processor_type": kind, "size": {"shortest_edge": clips[0], "longest_edge": clips[1]}}
     files["preprocessor_config.json"] = json.dumps(settings, indent=2).encode()
-    model.processor = ChatProcessor.from_files(files, raw, lambda t: _planner(config, settings, t))
+    files["video_preprocessor_config.json"] = json.dumps(video, indent=2).encode()
+    model.processor = ChatProcessor.from_files(files, raw, lambda t: QwenPlanner.from_hf(config, settings, video, t))
     return model.eval()
-
-
-def _planner(config: QwenVLConfig, settings: dict[str, Any], tokenizer: Tokenizer) -> QwenPlanner:
-    return QwenPlanner.from_hf(config, settings, tokenizer)
 
 
 def _decoder(config: DecoderConfig, family: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -129,8 +130,8 @@ def _decoder(config: DecoderConfig, family: str) -> tuple[DecoderConfig, dict[st
 
 def _tower(
     vision: DualEncoder | QwenVL, deepstack: tuple[int, ...] | None, merge: int, out_width: int
-) -> tuple[NativeVisionConfig, dict[str, Tensor], dict[str, Any], Any]:
-    """(config, weights without the mergers' products, image processor's settings, family)."""
+) -> tuple[NativeVisionConfig, dict[str, Tensor], dict[str, Any], tuple[int, int], Any]:
+    """(config, weights without the mergers' products, image processor's settings, least and most pixels of clips, family)."""
     if isinstance(vision, QwenVL):
         if deepstack and vision.family != "qwen3_vl":
             raise IntermodalError(f"deepstack is Qwen3-VL's: a {vision.family} has no place for it")
@@ -144,7 +145,8 @@ def _tower(
         assert vision.processor is not None
         planner = vision.processor.planner
         assert isinstance(planner, QwenPlanner)
-        return config, kept, _settings(config, planner.mean, planner.std, planner.min_pixels, planner.max_pixels), vision.family
+        settings = _settings(config, planner.mean, planner.std, planner.min_pixels, planner.max_pixels)
+        return config, kept, settings, planner.video_pixels, vision.family
     pictures = vision.processor.images if vision.processor else None
     if not isinstance(vision, SigLIP) or not isinstance(pictures, ImageProcessor | NaflexProcessor):
         raise IntermodalError(
@@ -177,9 +179,11 @@ def _tower(
             for old, new in (("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("self_attn.out_proj", "attn.proj"),
                              ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):  # fmt: skip
                 out[f"{ours}.{new}.{kind}"] = state[f"{theirs}.{old}.{kind}"].clone()
-    least = LEAST_TOKENS * (given.patch_size * merge) ** 2
+    unit = (given.patch_size * merge) ** 2
+    least = LEAST_TOKENS * unit
     mean, std = pictures.mean or (0.0,) * 3, pictures.std or (1.0,) * 3
-    return config, out, _settings(config, mean, std, least, MOST_SIDES * (side * given.patch_size) ** 2), "qwen3_vl"
+    settings = _settings(config, mean, std, least, MOST_SIDES * (side * given.patch_size) ** 2)
+    return config, out, settings, (least, CLIP_TOKENS * unit), "qwen3_vl"
 
 
 def _settings(config: NativeVisionConfig, mean: Any, std: Any, least: int, most: int) -> dict[str, Any]:
