@@ -47,13 +47,13 @@ def main() -> None:
         decibels = psnr((pixels_of(again) - pixels_of(pictures)).square().mean().item())
         grid = SIDE // recipe.model.shrink
         bits = grid * grid * (codes - 1).bit_length()
-        label = f"{codes} codes, {grid} x {grid}, {bits} bits: {decibels:.1f} dB, {last['codebook_use']:.0%} of the codes used"
+        label = f"{codes} codes, {grid} x {grid}, {bits} bits: {decibels:.1f} dB, {last['codebook_use']:.0%} of codes used"
         print(label)
         rows.append((label, again))
     sheet = Image.new("RGB", (LABEL + len(pictures) * (SIDE + EDGE), len(rows) * (SIDE + EDGE)), "white")
     pen, face = ImageDraw.Draw(sheet), font(next(name for name in fonts_of("train") if name == "DejaVuSans.ttf"), 11)
     for y, (label, drawn) in enumerate(rows):
-        words = label.replace(": ", ":\n").replace(", ", ",\n").replace(" (", "\n(")
+        words = label.replace(", ", "\n").replace(": ", "\n").replace(" (", "\n(")
         pen.multiline_text((4, y * (SIDE + EDGE) + 4), words, font=face, fill="black")
         for x, picture in enumerate(drawn):
             sheet.paste(picture, (LABEL + x * (SIDE + EDGE), y * (SIDE + EDGE)))

@@ -1,6 +1,8 @@
 """Chameleon against transformers: logits on words as they are there, on picture codes as its head would score them unmasked."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +190,48 @@ def test_packed_equals_separate(made):
     torch.testing.assert_close(loss, sum(one for one, _ in alone))
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, sum(g[name] for _, g in alone), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("swin", [False, True])
+def test_unlocking_pictures_of_a_released_layout_moves_no_word(made, tmp_path, swin):
+    """Anole's method on a directory that transformers wrote: its own class reads the result, and says about words what it said."""
+    from intermodal.train.recipe import load_recipe
+    from intermodal.train.stages import train_stages
+
+    folder, theirs = made(swin=swin)
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "unlock_images.py", tiny=True)
+    loop = replace(recipe.stages[0].train, threads=1, precision="fp32")
+    recipe = replace(recipe, model=replace(recipe.model, start=str(folder)), stages=(replace(recipe.stages[0], train=loop),))
+    train_stages(recipe, tmp_path, quiet=True)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "1-unlock" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3
+    after = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    ours = intermodal.load(folder)
+    tokens = ours.config.image_tokens
+    words = [row for row in range(256 + len(SPECIAL)) if row not in (tokens.begin, tokens.end)]
+    ids = ours.processor(CASES["no image"]).ids[None]
+    with torch.no_grad():
+        assert torch.equal(after(input_ids=ids).logits[..., words], theirs(input_ids=ids).logits[..., words])
+    state, was = after.state_dict(), theirs.state_dict()
+    for key in ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.embed_tokens.weight"):
+        if key in state:
+            assert torch.equal(state[key][words], was[key][words])
+            assert not torch.equal(state[key][list(tokens.ids)], was[key][list(tokens.ids)])
+    assert sum(not torch.equal(state[key], was[key]) for key in state) == 2
+
+
+def test_all_codes_of_the_released_vocabulary_round_trip():
+    """8,192 codes named as the released tokenizer names them, at 4 to 8195 in another order than their numbers."""
+    order = np.random.default_rng(1).permutation(8192)
+    names = {f"IMGIMG{''.join(LETTERS[int(d)] for d in str(code))}Z": 4 + place for place, code in enumerate(order)}
+    names |= {"<s>": 0, "</s>": 2, "<image>": 8711, "<racm3:break>": 8197, "<eoss>": 8196}
+    tokens = ImageTokens.from_vocabulary(names, 8192)
+    every = torch.arange(8192)
+    mapped = tokens.tokens(every)
+    assert torch.equal(tokens.codes(mapped), every)
+    assert sorted(mapped.tolist()) == list(range(4, 8196))
+    mapping = transformers.models.chameleon.modeling_chameleon.ChameleonImageVocabularyMapping(names)
+    assert torch.equal(mapped, mapping.convert_img2bpe(every[None])[0].long())
 
 
 @pytest.mark.parametrize("tied", [False, True])

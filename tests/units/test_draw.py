@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 import intermodal
 from intermodal.cli.app import app
-from intermodal.generate.draw import guided, pictures_of
+from intermodal.generate.draw import Canvas, guided, marks_of, pictures_of
 from intermodal.generate.engine import Partial, Reply
+from intermodal.generate.sample import Sampling
 from intermodal.inputs.codes import ImageTokens
 from intermodal.models.chameleon import Chameleon, ChameleonConfig
 from intermodal.models.decoder import DecoderConfig
@@ -170,6 +172,21 @@ def test_no_picture_begins_without_room_or_a_decoder(model):
     assert not model.generate(TALKS[0], max_new_tokens=9, max_images=0).images
     model.vqmodel.decoder = None
     assert BEGIN not in model.generate(TALKS[0], max_new_tokens=9).ids
+
+
+def test_only_words_and_ends_come_in_a_text(folder):
+    """PITFALLS 8.8: no begin of sequence, no reserved token; "</" is a word, whatever the reference says."""
+    model = intermodal.load(folder)
+    ends = model.processor.end_ids
+    assert END in ends
+    canvas = Canvas.of(model, Sampling(), ends)
+    allowed = torch.isfinite(canvas.text_scores(torch.zeros(len(model.head_weight)), True)).nonzero().flatten().tolist()
+    assert allowed == [*range(256), *sorted({END, BEGIN, *ends})]
+    assert BOS not in allowed
+    pieces = {"a": 0, "</": 1, "<=": 2, "<": 3, "<reserved08707>": 4, "<pad>": 5}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="a"))
+    tokenizer.add_special_tokens(["<pad>"])
+    assert marks_of(tokenizer) == {4, 5}
 
 
 def test_a_stream_grows_pictures(model):

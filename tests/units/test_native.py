@@ -1,6 +1,7 @@
 """Early fusion trained: data that draws, packs that stay exact, statistics, the whole way from recipe to picture."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from intermodal.data.packing import TalkFetcher, picture_alone
 from intermodal.data.talks import ALONE, open_talks
 from intermodal.errors import IntermodalError
 from intermodal.losses_tokens import next_token_loss, score_statistics, targets
+from intermodal.models.decoder import DecoderConfig, DecoderLayer
+from intermodal.nn.attention import Segments
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.train.vqvae import train_vqvae
@@ -225,6 +228,46 @@ def test_a_judge_learns_to_name_what_it_sees():
             for judge in (short, longer)
         )
     assert after < before * 0.6
+
+
+def test_dropout_is_the_runs_and_resumes_bit_for_bit(trained, tmp_path):
+    recipe, run = trained
+    loop = replace(recipe.stages[0].train, steps=6, log_every=1, save_every=3)
+    model = replace(recipe.model, start=str(run / "model"))  # of a model that is gone on with, too
+
+    def losses(folder, dropout, **more):
+        stage = replace(recipe.stages[0], train=replace(loop, **more), dropout=dropout)
+        train_stages(
+            replace(recipe, model=model, stages=(stage,)), tmp_path / folder, quiet=True, resume=(tmp_path / folder).exists()
+        )
+        rows = (tmp_path / folder / "1-fuse" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows], intermodal.load(tmp_path / folder / "model").state_dict()
+
+    whole, weights = losses("whole", 0.3)
+    assert whole[0] != losses("plain", 0.0)[0][0], "dropout was on"
+    losses("parts", 0.3)
+    (tmp_path / "parts" / "1-fuse" / "model").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "parts" / "1-fuse" / "checkpoints" / "step-00000006")
+    resumed, again = losses("parts", 0.3)
+    assert resumed == whole
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+def test_a_layer_drops_from_both_branches_only_in_training():
+    layer = DecoderLayer(DecoderConfig(32, 1, 2, 2, 16, 64, 10), 0)
+    layer.dropout = 0.25
+    x = torch.randn(40, 32)
+    tables = (torch.ones(40, 1, 16), torch.zeros(40, 1, 16))  # no rotation
+    calls = []
+    dropped = layer._dropped
+    layer._dropped = lambda branch: calls.append(dropped(branch)) or calls[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    layer.train()
+    layer(x, Segments([40]), tables, None)
+    assert len(calls) == 2
+    for branch in calls:
+        assert 0.15 < (branch == 0).float().mean() < 0.35
+    layer.eval()
+    assert torch.equal(layer(x, Segments([40]), tables, None), layer(x, Segments([40]), tables, None))
 
 
 def test_a_checkpoint_that_is_lost_itself_gives_way_to_the_one_before(trained, tmp_path, monkeypatch):

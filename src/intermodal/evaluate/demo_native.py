@@ -239,9 +239,9 @@ def _page(
     cards = []
     for fact, picture, verdict in list(zip(facts, drawn, found, strict=True))[:SHOWN]:
         tone = "right" if all(verdict.things) and verdict.place is not False else "lose"
-        said = f"{sum(verdict.things)} of {len(verdict.things)} things" + (
-            "" if verdict.place is None else f", place {verdict.place}"
-        )
+        said = f"{sum(verdict.things)} of {len(verdict.things)} things"
+        if verdict.place is not None and all(verdict.things):
+            said += f", placed {'right' if verdict.place else 'wrong'}"
         about = f"{html.escape(fact.caption())}<br><span class={tone}>{said}</span>"
         cards.append(f'<div class=card><img src="{inline(picture)}"><br>{about}</div>')
     both = list(zip(real, again, strict=True))[:8]

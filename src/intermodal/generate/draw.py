@@ -1,17 +1,20 @@
 """Drawing with tokens: what may come next in a text and in a picture, and guidance without a classifier.
 
-In a text every word may come, and a picture may begin while the context has room for all of it. In a picture exactly the grid's number of
-codes comes, then its end, which is forced. Sources: chameleon `inference/chameleon.py:251-269,301-366`, `logits_processor.py:312-336`;
-what the reference does by reading everything again at each switch goes on in the same cache here (PITFALLS 8.11).
+In a text every word and the reply's end may come, and a picture may begin while the context has room for all of it. In a picture exactly
+the grid's number of codes comes, then its end, which is forced. Sources: chameleon `inference/chameleon.py:251-269,301-366`,
+`logits_processor.py:312-336`; what the reference does by reading everything again at each switch goes on in the same cache here
+(PITFALLS 8.11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..inputs.codes import CodePlanner, ImageTokens
@@ -46,7 +49,14 @@ class Canvas:
     """What one model may draw, and how, in one call."""
 
     def __init__(
-        self, planner: CodePlanner, vocabulary: int, bos: int | None, sampling: Sampling, device: torch.device, draws: bool
+        self,
+        planner: CodePlanner,
+        vocabulary: int,
+        bos: int | None,
+        sampling: Sampling,
+        device: torch.device,
+        draws: bool,
+        marks: Collection[int] = (),
     ):
         self.planner, self.sampling, self.tokens, self.bos = planner, sampling, planner.image_tokens, bos
         self.side, self.count = planner.grid, planner.grid**2
@@ -54,21 +64,27 @@ class Canvas:
         """Tokens of a picture with its begin and end."""
         words = torch.ones(vocabulary, dtype=torch.bool, device=device)
         codes = torch.tensor(self.tokens.ids, device=device)
-        never = [*planner.placeholders.values(), self.tokens.end]
+        never = [*planner.placeholders.values(), self.tokens.end, *marks]
         words[codes] = words[torch.tensor(never, device=device)] = False
+        words[self.tokens.begin] = True
         self.words, self.codes, self.draws = words, codes, draws
         self.image_sampling = replace(
             sampling, temperature=sampling.image_temperature, top_p=sampling.image_top_p, top_k=0, min_p=0.0, repetition_penalty=1.0
         )
 
     @classmethod
-    def of(cls, model, sampling: Sampling) -> Canvas | None:
-        """None where the model's vocabulary holds no pictures. A model without a VQ decoder reads pictures and draws none."""
+    def of(cls, model, sampling: Sampling, ends: Collection[int]) -> Canvas | None:
+        """None where the model's vocabulary holds no pictures. A model without a VQ decoder reads pictures and draws none.
+
+        Args:
+            ends: tokens that end a reply: of the tokens that are no words only these may come in a text.
+        """
         planner = model.processor.planner
         if not isinstance(planner, CodePlanner):
             return None
         draws = planner.vq is not None and planner.vq.decoder is not None
-        return cls(planner, len(model.head_weight), model.processor.bos_id, sampling, model.device, draws)
+        marks = marks_of(model.processor.tokenizer) - set(ends)
+        return cls(planner, len(model.head_weight), model.processor.bos_id, sampling, model.device, draws, marks)
 
     @property
     def streams(self) -> int:
@@ -109,6 +125,13 @@ class Canvas:
         top = round(picture.height * len(tokens) / self.count)
         picture.paste((128, 128, 128), (0, top, picture.width, picture.height))
         return picture
+
+
+def marks_of(tokenizer: Tokenizer) -> set[int]:
+    """Tokens that are no words: special ones, and names like <reserved08706>. The reference takes every name that begins with "<" for
+    one (`vocab.py:60-74`), words like "</" and "<=" among them."""
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return special | {index for name, index in tokenizer.get_vocab().items() if re.fullmatch(r"<reserved\d+>", name)}
 
 
 def pictures_of(ids: Sequence[int], tokens: ImageTokens) -> list[int]:

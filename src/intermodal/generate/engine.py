@@ -158,7 +158,7 @@ def _events(
         model.vision_cache = MemoryCache()
     if isinstance(model.vision_cache, MemoryCache):
         model.vision_cache.begin(model.tower_parameters())
-    canvas = Canvas.of(model, sampling)
+    canvas = Canvas.of(model, sampling, ends)
     streams = canvas.streams if canvas else 1
     cache = model.model.cache(slots * streams)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]

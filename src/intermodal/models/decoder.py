@@ -44,8 +44,6 @@ class DecoderConfig:
     """LayerNorm with bias over each head of queries and keys, its own weights a head, before the rotation (Chameleon)."""
     swin_norm: bool = False
     """Norms after attention and MLP, on what they add, instead of before them (Chameleon 34B)."""
-    dropout: float = 0.0
-    """Probability of dropping a value of each residual branch while training; a setting of the run, not of a checkpoint."""
     tied: bool = False
     """The output layer is the embedding table."""
 
@@ -119,7 +117,9 @@ class DecoderLayer(nn.Module):
         self.self_attn = DecoderAttention(config, index)
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = GatedMLP(config.width, config.mlp_width, config.activation, config.mlp_bias)
-        self.swin_norm, self.dropout = config.swin_norm, config.dropout
+        self.swin_norm = config.swin_norm
+        self.dropout = 0.0
+        """Probability of dropping a value of each residual branch while training: a run's setting (`Stage.dropout`), no checkpoint's."""
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
         if self.swin_norm:

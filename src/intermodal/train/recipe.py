@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from ..config import SettingError, validated
 from ..errors import IntermodalError, nearest
@@ -224,6 +224,8 @@ class Stage:
     native model says about words stays as it is, to the bit."""
     z_loss: float = 0.0
     """Weight of log Z squared in the loss; Chameleon's authors use 1e-5."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Of what attention and MLP add in the decoder's layers; Chameleon 7B trained with 0.1."""
     cache_tower: bool = False
     """Keep what the frozen tower says of each picture on disk, in the run's `tower-cache/`: a picture that comes again, in another epoch or
     a later stage, is neither prepared nor looked at again."""

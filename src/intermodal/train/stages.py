@@ -154,6 +154,8 @@ class StageTrainer(Trainer):
         for module in self.model.modules():
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
+        for layer in self.model.model.layers:
+            layer.dropout = self.recipe.dropout
         factors = choose_learning(self.model, self.recipe.learn)
         self.sharded = self.world.size > 1 and self.recipe.train.parallel == "fsdp"
         if self.sharded:
