@@ -1,4 +1,4 @@
-"""The lecture's instability, on purpose: early fusion without norms on queries and keys, z-loss and clipping, at a far too high rate
+"""The lecture's instability, on purpose: early fusion without norms on queries and keys and without z-loss, at a far too high rate
 (`recipes/unstable.py`), beside the stable recipe at its own rate and at the same high one; the same data, the same start, the same steps.
 
     python benchmarks/instability.py --vq runs/demo-native/vqvae/model --out docs/instability.png
@@ -13,17 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from intermodal.config import override
+from intermodal.evaluate.curves import curves
 from intermodal.train.loop import NotFinite
 from intermodal.train.recipe import StagedRecipe, load_recipe
 from intermodal.train.stages import train_stages
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-CURVES = {
-    "loss": "loss a token",
-    "score_norm": "norm of a token's scores",
-    "log_z": "log Z",
-    "gradient_norm": "norm of the gradient",
-}
 
 
 def run(recipe: StagedRecipe, vq: str, steps: int, folder: Path) -> list[dict[str, float]]:
@@ -55,26 +50,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             runs[recipe.name] = run(recipe, asked.vq, asked.steps, Path(folder) / "run")
         last, lowest = runs[recipe.name][-1], min(row["loss"] for row in runs[recipe.name])
-        highest = max(row["score_norm"] for row in runs[recipe.name])
+        norms, attention = (max(row[key] for row in runs[recipe.name]) for key in ("score_norm", "attention_score"))
         print(
-            f"{recipe.name}: step {last['step']}, loss {last['loss']:.2f} (lowest {lowest:.2f}), highest norm of scores {highest:.0f}"
+            f"{recipe.name}: step {last['step']}, loss {last['loss']:.2f} (lowest {lowest:.2f}), highest norm of scores {norms:.0f}, "
+            f"largest score in attention {attention:.0f}"
         )
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(13, 2.9), layout="constrained")
-    for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
-        for (name, rows), colour in zip(runs.items(), ("#2b5fb3", "#3a8f4d", "#c05a1e"), strict=True):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=name, color=colour)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_yscale("log" if key != "loss" else "linear")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=9)
-    figure.savefig(asked.out, dpi=110)
+    asked.out.write_bytes(curves(runs))
     print(f"drew {asked.out}")
 
 

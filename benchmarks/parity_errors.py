@@ -1,89 +1,86 @@
-"""Largest absolute difference of our logits from transformers', in float32, over all cases of the parity tests.
+"""Largest absolute difference from the reference, system by system, over the cases of the parity tests (float32).
 
     python benchmarks/parity_errors.py
 
-Tiny random models with weights large enough that logits reach 3 to 5; see `tests/parity/test_qwen_vl.py`, `test_llava.py` and
-`test_decoder.py` for the cases (text, one and three pictures of odd sizes, clips, two turns).
+Runs `tests/parity` and notes what each comparison of numbers finds, instead of only whether it is within its bound: tiny random models
+with weights large enough that logits reach 3 to 5.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-import tempfile
+from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
-import intermodal
-from intermodal.nn.attention import Segments
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
-
-
-def loud(model: torch.nn.Module, amount: float = 0.12) -> torch.nn.Module:
-    """The same model with weights far from their small start."""
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * (amount if parameter.ndim > 1 else 0.05)
-    return model.eval()
-
-
-def stitched(module, family: str, folder: Path) -> tuple[float, float]:
-    import chat_files as files
-
-    torch.manual_seed(0)
-    if module.__name__ == "test_qwen_vl":
-        model = loud(module.CLASSES[family][1](module.config(family)))
-        parts = (files.byte_tokenizer(module.QWEN_SPECIAL), module.QWEN_TEMPLATE, "<|im_end|>", module.processor_settings(family))
-        cases = module.CASES
-    else:
-        kind = getattr(transformers, f"{module.NAMES[family]}ForConditionalGeneration")
-        model = loud(kind(module.config(family, False)))
-        parts = (files.byte_tokenizer(module.SPECIAL), module.TEMPLATE, "</s>", module.settings(family))
-        cases = module.cases(family)
-    model.save_pretrained(folder)
-    files.write_chat_files(folder, parts[0], parts[1], eos=parts[2], **parts[3])
-    ours, worst, largest = intermodal.load(folder), 0.0, 0.0
-    for messages in cases.values():
-        batch = ours.processor(messages)
-        if module.__name__ == "test_qwen_vl":
-            expected = module.theirs(family, model, batch, module.clips_of(messages), batch.positions)[0]
-        else:
-            expected = module.theirs(family, model, batch, messages)
-        with torch.no_grad():
-            worst = max(worst, (ours(batch) - expected).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
-    return worst, largest
+TESTS = Path(__file__).parents[1] / "tests" / "parity"
+SYSTEMS = {
+    "CLIP": r"test_embeddings.*(equal_transformers|to_logits).*\[(clip)",
+    "SigLIP": r"test_embeddings.*(equal_transformers|to_logits).*\[siglip(-(?!fixed)|\])",
+    "SigLIP 2, one resolution": r"test_embeddings.*to_logits.*\[siglip2-fixed",
+    "SigLIP 2, NaFlex": r"test_embeddings.*(equal_transformers|to_logits).*\[(siglip2(?!-fixed)|naflex)",
+    "Llama, Vicuna, SmolLM2, Mistral, Qwen2, Qwen3": r"test_decoder.*test_logits",
+    "LLaVA 1.5": r"test_llava.*test_logits.*\[.*llava(-|\])(?!next|onevision)",
+    "LLaVA-NeXT": r"test_llava.*test_logits.*llava_next",
+    "LLaVA-OneVision": r"test_llava.*test_logits.*llava_onevision",
+    "Qwen-VL (the first)": r"test_qwen_vl_first.*test_logits",
+    "Qwen2-VL": r"test_qwen_vl.py.*test_logits_and_positions.*qwen2_vl",
+    "Qwen2.5-VL": r"test_qwen_vl.py.*test_logits_and_positions.*qwen2_5_vl",
+    "Qwen3-VL": r"test_qwen_vl.py.*test_logits_and_positions.*qwen3_vl",
+    "Idefics2": r"test_idefics2.*test_ids_pixels_and_logits",
+    "VQGAN": r"test_vqgan.*(encoder_and_codes|decoder)_equal",
+    "Chameleon": r"test_chameleon.*test_logits",
+}
 
 
-def text_only(module, case: str, folder: Path) -> tuple[float, float]:
-    name, more = module.CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**module.SHAPE, **more})
-    model = loud(getattr(transformers, f"{name}ForCausalLM")(config), 0.15)
-    model.save_pretrained(folder)
-    ids = torch.randint(0, 270, (150,))
-    with torch.no_grad():
-        expected = model(ids[None]).logits[0]
-        return (
-            module.run(intermodal.load(folder), ids, Segments([150])) - expected
-        ).abs().max().item(), expected.abs().max().item()
+class Notes:
+    """A pytest plugin: the differences that the running test has looked at."""
+
+    def __init__(self):
+        self.of: dict[str, list[float]] = defaultdict(list)
+        self.running = ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        self.running = item.nodeid
+
+    def note(self, mine: object, theirs: object) -> None:
+        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor) and mine.is_floating_point() and mine.numel():
+            self.of[self.running].append((mine.double() - theirs.double()).abs().max().item())
 
 
 def main() -> None:
-    import test_decoder
-    import test_llava
-    import test_qwen_vl
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    sys.path.insert(0, str(TESTS))
+    import hf_checkpoints
 
-    jobs = [(f"decoder: {case}", text_only, test_decoder, case) for case in test_decoder.CASES]
-    jobs += [(family, stitched, module, family) for module in (test_llava, test_qwen_vl) for family in module.FAMILIES]
-    for title, function, module, case in jobs:
-        with tempfile.TemporaryDirectory() as folder:
-            worst, largest = function(module, case, Path(folder))
-        print(f"{title:45s} largest error {worst:.1e}, largest logit {largest:.1f}", flush=True)
+    notes = Notes()
+    plain_close, plain_distance = torch.testing.assert_close, hf_checkpoints.distance
+
+    def assert_close(actual, expected, *arguments, **settings):
+        notes.note(actual, expected)
+        plain_close(actual, expected, *arguments, **settings)
+
+    def distance(a, b):
+        notes.note(a, b)
+        return plain_distance(a, b)
+
+    torch.testing.assert_close, hf_checkpoints.distance = assert_close, distance
+    names = ("embeddings", "decoder", "llava", "qwen_vl_first", "qwen_vl", "idefics2", "vqgan", "chameleon")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
+    wanted = "equal_transformers or to_logits or test_logits or and_logits or equal_janus"
+    if code := pytest.main([*files, "-k", wanted, "-q", "-p", "no:cacheprovider"], plugins=[notes]):
+        sys.exit(code)
+    print()
+    for system, pattern in SYSTEMS.items():
+        found = [value for name, values in notes.of.items() if re.search(pattern, name) for value in values]
+        print(f"{system:48s} {max(found):.1e} over {len(found)} comparisons" if found else f"{system:48s} nothing compared")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
     main()

@@ -53,7 +53,7 @@ def main() -> None:
     sheet = Image.new("RGB", (LABEL + len(pictures) * (SIDE + EDGE), len(rows) * (SIDE + EDGE)), "white")
     pen, face = ImageDraw.Draw(sheet), font(next(name for name in fonts_of("train") if name == "DejaVuSans.ttf"), 11)
     for y, (label, drawn) in enumerate(rows):
-        words = label.replace(", ", "\n").replace(": ", "\n").replace(" (", "\n(")
+        words = label.replace(" bits: ", " bits\n").replace(" dB, ", " dB\n").replace("codes, ", "codes\n").replace(" (", "\n(")
         pen.multiline_text((4, y * (SIDE + EDGE) + 4), words, font=face, fill="black")
         for x, picture in enumerate(drawn):
             sheet.paste(picture, (LABEL + x * (SIDE + EDGE), y * (SIDE + EDGE)))

@@ -330,8 +330,12 @@ CONTEXT = 16
 
 
 def save_whole(family: str, folder: Path, seed: int = 5):
-    """Weights, image processor and tokenizer in one directory -> (model, image processor, tokenizer) of transformers."""
-    vocab = {"clip": len(clip_vocabulary()[0]), "siglip": 200, "siglip2": len(siglip2_vocabulary()[0])}[family]
+    """Weights, image processor and tokenizer in one directory -> (model, image processor, tokenizer) of transformers.
+
+    "siglip2-fixed" is how SigLIP 2 at one resolution is published: SigLIP's class with Gemma's tokenizer.
+    """
+    gemma = len(siglip2_vocabulary()[0])
+    vocab = {"clip": len(clip_vocabulary()[0]), "siglip": 200, "siglip2": gemma, "siglip2-fixed": gemma}[family]
     text = _tower(24, 3, 30, "gelu", vocab_size=vocab, max_position_embeddings=CONTEXT)
     vision = _tower(30, 5, 37, "gelu", patch_size=7)
     if family == "clip":
@@ -346,6 +350,13 @@ def save_whole(family: str, folder: Path, seed: int = 5):
         config = SiglipConfig(vision_config=vision, text_config=text)
         images = SiglipImageProcessorPil(size={"height": 29, "width": 29})
         tokenizer = siglip_tokenizer(folder, model_max_length=CONTEXT)
+    elif family == "siglip2-fixed":
+        vision["image_size"] = 29
+        text.update(projection_size=30, eos_token_id=1, pad_token_id=0)
+        config = SiglipConfig(vision_config=vision, text_config=text)
+        images = SiglipImageProcessorPil(size={"height": 29, "width": 29})
+        tokenizer = siglip2_tokenizer(padding_side="right", add_eos_token=True, add_bos_token=False)
+        family = "siglip"
     else:
         vision["num_patches"] = 16
         text.update(projection_size=30, eos_token_id=1, pad_token_id=0)

@@ -5,6 +5,8 @@ import json
 import hf_checkpoints as hf
 import pytest
 import torch
+import transformers
+from test_token_ids import siglip2_transformers_4
 
 import intermodal
 from intermodal.batch import Images, Texts
@@ -130,7 +132,7 @@ def test_naflex_images_do_not_depend_on_their_neighbours(case, checkpoint):
             assert (row - expected).norm() / expected.norm() <= hf.TOLERANCE
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", [*hf.FAMILIES, "siglip2-fixed"])
 def test_pictures_and_texts_to_logits_equal_transformers(family, whole):
     folder, theirs, images, tokenizer = whole(family)
     pictures = hf.pictures(7)
@@ -142,6 +144,20 @@ def test_pictures_and_texts_to_logits_equal_transformers(family, whole):
     assert hf.distance(ours.embed_images(pictures), expected.image_embeds) <= hf.TOLERANCE
     assert hf.distance(ours.embed_texts(texts), expected.text_embeds) <= hf.TOLERANCE
     assert hf.distance(ours.logits(pictures, texts), expected.logits_per_image) <= hf.TOLERANCE
+
+
+def test_siglip_2_of_one_resolution_as_published(whole, tmp_path):
+    """PITFALLS 2.6: its files name Gemma's tokenizer, which lowers nothing by itself; the authors trained on lower case."""
+    folder = hf.copy(whole("siglip2-fixed")[0], tmp_path / "model")
+    siglip2_transformers_4(folder)
+    ours = intermodal.load(folder)
+    assert type(ours).__name__ == "SigLIP"
+    assert not ours.config.naflex
+    texts = ["A Photo of a CAT", "two dogs"]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    call = dict(padding="max_length", truncation=True, max_length=hf.CONTEXT)
+    assert ours.processor.texts.ids(texts) == [theirs(text.lower(), **call).input_ids for text in texts]
+    assert ours.processor.texts.ids(texts)[0] != theirs(texts[0], **call).input_ids
 
 
 @pytest.mark.parametrize("family", hf.FAMILIES)

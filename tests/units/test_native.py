@@ -1,5 +1,6 @@
 """Early fusion trained: data that draws, packs that stay exact, statistics, the whole way from recipe to picture."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import intermodal
 from intermodal.batch import TokenBatch
@@ -16,11 +18,12 @@ from intermodal.data.packing import TalkFetcher, picture_alone
 from intermodal.data.talks import ALONE, open_talks
 from intermodal.errors import IntermodalError
 from intermodal.losses_tokens import next_token_loss, score_statistics, targets
-from intermodal.models.decoder import DecoderConfig, DecoderLayer
+from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.train.vqvae import train_vqvae
+from intermodal.train.watch import attention_scores
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -111,6 +114,42 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
     losses = F.cross_entropy(scores, ids, reduction="none")
     assert found["loss_image"] == pytest.approx(losses[drawn].mean().item(), rel=1e-4)
     assert found["loss_text"] == pytest.approx(losses[~drawn].mean().item(), rel=1e-4)
+
+
+def test_the_largest_score_in_attention_is_that_of_the_plain_formula():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(32, 2, 4, 2, 8, 48, 20, qk_layernorm=True)).eval()
+    for parameter in decoder.parameters():
+        parameter.data.normal_(0, 0.5)
+    segments, seen = Segments([3, 7]), []
+    with attention_scores(decoder) as found:
+        plain = DecoderAttention.heads
+        DecoderAttention.heads = lambda self, *inputs: seen.append(plain(self, *inputs)) or seen[-1]
+        try:
+            decoder(decoder.embed_tokens(torch.randint(0, 20, (10,))), segments, segments.positions)
+        finally:
+            DecoderAttention.heads = plain
+    most = 0.0
+    for q, k, _ in seen:
+        for part in (slice(0, 3), slice(3, 10)):
+            for head in range(4):
+                scores = q[part, head] @ k[part, head // 2].T / 8**0.5
+                most = max(most, scores.tril().abs().max().item())
+    assert found["attention_score"] == pytest.approx(most, rel=1e-5)
+    with attention_scores(decoder, wanted=False) as nothing:
+        decoder(decoder.embed_tokens(torch.randint(0, 20, (10,))), segments, segments.positions)
+    assert nothing == {}
+
+
+def test_a_run_is_drawn_with_what_it_logged(trained):
+    from intermodal.evaluate.curves import PANELS, curves
+
+    _, run = trained
+    rows = [json.loads(line) for line in (run / "1-fuse" / "metrics.jsonl").read_text().splitlines()]
+    assert set(PANELS) <= set().union(*rows)
+    picture = Image.open(io.BytesIO(curves({"one": rows, "other": rows})))
+    few = Image.open(io.BytesIO(curves({"one": [{"step": row["step"], "loss": row["loss"]} for row in rows]})))
+    assert picture.size[0] > 3 * few.size[0]
 
 
 def test_what_is_no_vq_vae_is_refused(trained, tmp_path):

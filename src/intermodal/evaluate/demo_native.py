@@ -33,6 +33,7 @@ from ..train.fit import fit, fit_stages, with_stage_steps, with_steps
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from ..train.vqvae import psnr, train_vqvae
+from .curves import curves
 from .demo import RECIPE as SIGLIP_RECIPE
 from .judge import Judge, Verdict, pixels_of, retrieved, shares, train_judge, verdicts
 from .report import STYLE, inline
@@ -173,7 +174,10 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     page = out / "report.html"
-    page.write_text(_page(results, facts, drawn, again, [scene.image for scene in scenes], found, steps), encoding="utf-8")
+    cards = _page(results, facts, drawn, again, [scene.image for scene in scenes], found, steps)
+    logged = (out / "native" / f"1-{recipe.stages[0].name}" / "metrics.jsonl").read_text().splitlines()
+    figure = curves({recipe.name: [json.loads(line) for line in logged]})
+    page.write_text(f'{cards}<h2>The decoder\'s training</h2><img src="{inline(figure)}">\n', encoding="utf-8")
     console.print(summary(results))
     return page
 

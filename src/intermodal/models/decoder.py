@@ -85,15 +85,19 @@ class DecoderAttention(nn.Module):
         self.normed = config.qk_norm or config.qk_layernorm
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *tables), rotate(k, *tables)
+        q, k, v = self.heads(x_TD, tables)
         if cache is None:
             out_THK = attention(q, k, v, segments, causal=True)
         else:
             out_THK = cache.attend(self.index, q, k, v)
         return self.o_proj(out_THK.flatten(1))
+
+    def heads(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, K) queries and (T, G, K) keys, normed and turned to their places, and values."""
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, *tables), rotate(k, *tables), v
 
 
 class GatedMLP(nn.Module):

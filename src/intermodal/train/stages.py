@@ -36,6 +36,7 @@ from . import lora
 from .loop import Trainer
 from .optim import choose_learning, optimizer_of
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from .watch import attention_scores
 
 
 def train_stages(
@@ -212,11 +213,12 @@ class StageTrainer(Trainer):
             batches, scale = in_step(batches, self.idle, self.world), float(self.world.size)  # FSDP takes the mean over the ranks
         for batch in batches:
             moved = batch.to(device)
-            with self.autocast():
+            first = logging and not statistics
+            with self.autocast(), attention_scores(self.model.model, first) as scores:
                 hidden = self.model.hidden(moved)
                 loss, _ = next_token_loss(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
-                if logging and not statistics:
-                    statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids())
+                if first:
+                    statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids()) | scores
             if (
                 self.sharded and hidden.requires_grad
             ):  # on every rank the same parts must take part in backward, learned from or not
