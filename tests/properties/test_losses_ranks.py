@@ -1,5 +1,8 @@
 """One rank == two ranks == four ranks: loss and every gradient, through the real ring over gloo."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,9 @@ from ranks import on_ranks
 
 from intermodal import losses
 from intermodal.losses import sigmoid_loss, softmax_loss
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import loss_ranks
 
 PAIRS, WIDTH = 24, 12
 
@@ -59,3 +65,13 @@ def test_ranks_equal_one_process(size, block):
         scalars = [sum(r[i] for r in theirs) for i in range(4, len(mine))]
         for a, b in zip(mine, [*summed, *gathered, *scalars], strict=True):
             torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def test_memory_does_not_grow_with_the_ranks():
+    """The same pairs a rank on 1, 2 and 4 ranks: within 5 %, where gathering everything doubles each time."""
+    need = {size: on_ranks(size, loss_ranks.share, 1024, 64) for size in (1, 2, 4)}
+    most = {size: {name: max(rank[name] for rank in found) for name in found[0]} for size, found in need.items()}
+    for name in ("ring sigmoid", "ring softmax"):
+        for size in (2, 4):
+            assert most[size][name] <= 1.05 * most[1][name], (name, size)
+    assert most[4]["gathered softmax"] > 3 * most[1]["gathered softmax"], "the count sees what grows"

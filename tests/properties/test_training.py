@@ -1,5 +1,6 @@
 """Resumed == uninterrupted, one rank == two ranks, sharded == replicated, saved == loaded."""
 
+import io
 import json
 import os
 import re
@@ -53,14 +54,16 @@ def forget_after(folder, step):
         {"data": {"train": ("sprites:core", "scenes:core"), "weights": (1.0, 2.0), "crop_scale": (0.6, 1.0)}},
         {"data": {"workers": 1}},
         {"optim": {"name": "muon", "matrix_lr_factor": 2.0}},
+        {"train": {"rollback": 9.0}},
     ],
-    ids=["plain", "cached-ema", "mixture-crops", "worker", "muon"],
+    ids=["plain", "cached-ema", "mixture-crops", "worker", "muon", "rollback"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     dropout = replace(tiny().model.vision, dropout=0.2)
     changes = {**changes, "model": {"vision": dropout}}
     recipe = tiny(**changes)
     train(recipe, tmp_path / "run", quiet=True)
+    judged = rolls(tmp_path / "run")
     whole, lines = weights(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     forget_after(tmp_path / "run", 2)
     train(recipe, tmp_path / "run", resume=True, quiet=True)
@@ -72,6 +75,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     losses = [[json.loads(line)["loss"] for line in text] for text in (lines, again)]
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 6, "six steps on different batches"
+    assert rolls(tmp_path / "run") == judged
+    if "rollback" in changes.get("train", {}):
+        assert len(judged["recent"]) == 6
+
+
+def rolls(folder):
+    """What the last checkpoint says of the losses that a roll-back judges by."""
+    meta = json.loads((sorted((folder / "checkpoints").glob("step-*"))[-1] / "meta.json").read_text())
+    return {key: meta[key] for key in ("recent", "rollbacks", "went_back_to")}
 
 
 def assert_near(mine, wanted, what):
@@ -166,6 +178,23 @@ def test_nan_names_the_samples(tmp_path):
     recipe = tiny(4, optim={"lr": 1e30, "warmup": 0, "clip_norm": None})
     with pytest.raises(NotFinite, match=r"step \d.*(scenes|sprites)-core"):
         train(recipe, tmp_path / "run", quiet=True)
+
+
+def test_tensorboard_and_a_terminal_see_what_the_metrics_hold(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=160)
+    train(tiny(4), tmp_path / "run", console=console)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "samples_per_second", "rejects"):
+        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] == [(row["step"], row[name]) for row in rows]
+    shown = terminal.getvalue()
+    assert "4/4" in shown
+    assert "img/s" in shown
+    assert "chance" in shown
 
 
 def test_a_run_is_not_overwritten(tmp_path):

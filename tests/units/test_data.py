@@ -16,8 +16,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
+from intermodal.data.preview import describe
 from intermodal.data.readers import SourceError, open_source
-from intermodal.data.stream import StreamSource
+from intermodal.data.source import Reject, Sample
+from intermodal.data.stream import StreamSource, first_samples
 from intermodal.errors import IntermodalError, SampleError
 from intermodal.inputs.image import ImageProcessor, open_image
 from intermodal.inputs.processor import PairProcessor
@@ -461,3 +463,36 @@ def test_an_address_that_is_none_is_a_reject(address):
 
     with pytest.raises(SampleError, match=r"a\.png: "):
         fetch(address, True)
+
+
+def test_stats_of_any_source_say_what_guessing_gives(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    rows = [("0.png", "a cat"), ("0.png", "a cat"), ("0.png", "a dog there"), ("gone.png", "a bus"), ("0.png", "a car")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
+    found = describe(str(tmp_path / "t.jsonl"), 100, 8)
+    assert (found["samples"], found["looked at"], found["unusable"], found["captions on several pictures"]) == (5, 5, 1, 1)
+    assert found["baselines"] == {"caption, chance": pytest.approx(1 / 3), "caption, most common": 0.5}
+    assert found["words in a caption, mean"] == pytest.approx(9 / 4)
+    assert any("gone.png" in reason for reason in found["reasons"])
+
+
+def test_stats_of_scenes_hold_every_baseline():
+    found = describe("scenes:core", 30, 24)
+    assert found["facts"]["concepts"] == 60
+    assert sum(found["facts"]["relations"].values()) == 30
+    scenes = found["baselines on held-out combinations"]
+    assert set(scenes) == {"chance", "text_only", "bag_of_words", "raw_pixels"}
+    assert scenes["chance"]["image_to_text_recall@1"] == pytest.approx(1 / 30)
+    assert found["baselines on single sprites of the held-out style"]["chance"] == pytest.approx(1 / 60)
+
+
+def test_a_stream_is_looked_at_once(tmp_path):
+    """A hub split of fewer records than asked for is not read a second time."""
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    rows = [{"image": str(tmp_path / f"{n}.png"), "caption": f"number {n}"} for n in (0, 1, 9, 2)]
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(first_samples(open_source(f"hf:{tmp_path / 'shards'}"), 100))
+    assert sorted(one.texts[0] for one in found if isinstance(one, Sample)) == ["number 0", "number 1", "number 2"]
+    assert len([one for one in found if isinstance(one, Reject)]) == 1

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import sprites
 from .facts import BACKGROUNDS, COLOURS, Facts, Group
 
-HELD_OUT_FONT = "DejaVuSerif-Italic.ttf"
+HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic.ttf", "DejaVuSerif-Italic.ttf")
 
 
 @dataclass
@@ -194,7 +194,7 @@ def font_files() -> tuple[Path, ...]:
 
 def fonts_of(side: str) -> list[str]:
     """Names of the fonts of the "train" or of the "test" side."""
-    return [path.name for path in font_files() if (path.name == HELD_OUT_FONT) == (side == "test")]
+    return [path.name for path in font_files() if (path.name in HELD_OUT_FONTS) == (side == "test")]
 
 
 @lru_cache(maxsize=256)
