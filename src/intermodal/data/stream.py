@@ -137,15 +137,19 @@ def first_samples(source: Source | StreamSource, count: int | None) -> Iterator[
             except SampleError as error:
                 yield Reject(f"{source.name}/{index}", str(error))
         return
-    given = 0
+    given, told = 0, set()
     while count is None or given < count:
+        sample = None
         try:
             sample = source.next()
         except SampleError as error:
-            yield from source.take_rejects() or [Reject(source.name, str(error))]
-            return
-        yield from source.take_rejects()
-        if source.epoch:
+            if not source.rejects:
+                yield Reject(source.name, str(error))
+        rejects = source.take_rejects()
+        # the end shows only once the second pass has begun: its rejects were told of in the first
+        yield from (reject for reject in rejects if reject.key not in told)
+        told |= {reject.key for reject in rejects}
+        if sample is None or source.epoch:
             return
         given += 1
         yield sample
