@@ -1,7 +1,7 @@
 """A training step of a LLaVA- or Qwen2-VL-shaped model on mixed-length conversations: packed here, padded in transformers, same weights
 and data.
 
-    python benchmarks/vlm_train_step.py
+    python benchmarks/vlm_train_step.py [--dtype fp32]
     python benchmarks/vlm_train_step.py --shape qwen2_vl        # pictures of 56 to 224 pixels a side, each at its own size
 
 Prints tokens/s of both (real tokens, padding not counted), the ratio, and both losses, which must agree.
@@ -37,6 +37,7 @@ from intermodal.models.qwen2_vl import QwenVL, QwenVLConfig
 from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
 from intermodal.models.vit_native import NativeVisionConfig
+from intermodal.train.loop import autocast_for
 from intermodal.train.stages import spoken
 from intermodal.weights.stitch import fresh_decoder, stitch
 from intermodal.weights.stitch_native import stitch_native
@@ -56,7 +57,8 @@ def build(shape: str) -> tuple[Generative, list[Any]]:
     if shape == "qwen2_vl":
         vision = NativeVisionConfig(384, 8, 6, 1536, TEXT.width, patch_size=PATCH)
         eyes = random_weights(QwenVL(QwenVLConfig("qwen2_vl", vision, replace(TEXT, depth=1))))
-        planner = QwenPlanner.from_hf(eyes.config, {"min_pixels": 28 * 28, "max_pixels": 224 * 224}, small.processor.tokenizer)
+        budget = {"min_pixels": 28 * 28, "max_pixels": 224 * 224}
+        planner = QwenPlanner.from_hf(eyes.config, budget, budget, small.processor.tokenizer)
         eyes.processor = copy.copy(small.processor)
         eyes.processor.planner = planner
         return stitch_native(eyes, language), sources
@@ -113,10 +115,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--conversations", type=int, default=16)
     arguments.add_argument("--shape", choices=("llava", "qwen2_vl"), default="llava")
+    arguments.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is autocast over fp32 weights, on both sides"
+    )
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--threads", type=int, default=2)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
+    autocast = autocast_for(options.dtype, torch.device("cpu"))
     torch.manual_seed(0)
     model, sources = build(options.shape)
     assert model.processor is not None
@@ -140,7 +146,8 @@ def main() -> None:
     def ours() -> float:
         total = 0.0
         for pack in packs:
-            loss, _ = next_token_loss(model.hidden(pack), model.head_weight, pack)
+            with autocast():
+                loss, _ = next_token_loss(model.hidden(pack), model.head_weight, pack)
             (loss / count).backward()
             total += loss.item() / count
         model.zero_grad(set_to_none=True)
@@ -157,14 +164,15 @@ def main() -> None:
     media = peer_media(options.shape, visuals, ids, model.config.image_id)
 
     def theirs() -> float:
-        out = peer(input_ids=ids, attention_mask=mask, labels=labels, **media)
+        with autocast():
+            out = peer(input_ids=ids, attention_mask=mask, labels=labels, **media)
         out.loss.backward()
         peer.zero_grad(set_to_none=True)
         return out.loss.item()
 
     (seconds, loss), (peer_seconds, peer_loss) = in_turn((ours, theirs), options.repeats)
     parameters = sum(p.numel() for p in model.parameters())
-    size = f"{parameters / 1e6:.0f}M parameters, {len(talks)} conversations, {tokens} tokens ({min(lengths)} to {longest}), fp32"
+    size = f"{parameters / 1e6:.0f}M parameters, {len(talks)} conversations, {tokens} tokens ({min(lengths)} to {longest}), {options.dtype}"
     table = Table(title=f"{options.shape}: {size}")
     for column in ("", "tokens/s", "step", "loss"):
         table.add_column(column)
@@ -174,7 +182,7 @@ def main() -> None:
     console.print(table)
     padding = len(talks) * longest / tokens
     console.print(f"ratio {peer_seconds / seconds:.2f}x; padding makes the peer's batch {padding:.2f}x as long")
-    if abs(loss - peer_loss) > 1e-3 * peer_loss:
+    if abs(loss - peer_loss) > (1e-3 if options.dtype == "fp32" else 1e-2) * peer_loss:
         raise SystemExit("the losses differ: this is not the same work")
 
 
