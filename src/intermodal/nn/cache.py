@@ -63,16 +63,16 @@ class Cache:
         """Store the new keys and values and let the new queries see everything up to themselves: (T, H, K)."""
         keys, values = self.keys[layer], self.values[layer]
         q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))  # under autocast they come in another type
-        gqa = q_THK.shape[1] != k_TGK.shape[1]
         if self.single:
             slots, places = self.at
             keys[slots, :, places], values[slots, :, places] = k_TGK, v_TGK
             most = max(self.totals)
             every = self.slots == list(range(self.shape[1]))
             k, v = (x[:, :, :most] if every else x[slots, :, :most] for x in (keys, values))
-            out = F.scaled_dot_product_attention(q_THK.unsqueeze(2), k, v, attn_mask=self.mask, scale=scale, enable_gqa=gqa)
-            return out.squeeze(2)
-        pieces = []
+            # the heads of a group stand where several queries would: the kernel reads their keys once instead of once a head
+            q_NGRK = q_THK.unflatten(1, (k.shape[1], -1))
+            return F.scaled_dot_product_attention(q_NGRK, k, v, attn_mask=self.mask, scale=scale).flatten(1, 2)
+        gqa, pieces = q_THK.shape[1] != k_TGK.shape[1], []
         for slot, total, q, k, v in zip(
             self.slots, self.totals, *(x.split(self.segments.lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True
         ):
