@@ -108,6 +108,22 @@ def test_wrong_lengths_are_refused():
         attention(q[:2], k, v, Segments([2]), Segments([5]), causal=True)
 
 
+@pytest.mark.parametrize("length", [40, 1100], ids=["short, in float32", "long, in bf16"])
+def test_bf16_on_the_cpu_is_near_the_exact_values_and_stays_bf16(length):
+    """Short sequences are computed in float32, which is faster there; what goes in and comes out, gradients too, is bf16."""
+    exact = qkv(length + 7, kv_heads=2)
+    segments = Segments((length, 7))
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(*rounded, segments, causal=True)
+        assert out.dtype == torch.bfloat16
+        wanted = attention(*(x.detach().double() for x in rounded), segments, causal=True)
+        torch.testing.assert_close(out.double(), wanted, atol=0.02, rtol=0.02)
+        gradients = torch.autograd.grad(out.sum(), rounded)
+        assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+
+
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (True, (3, -1))])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_cuda_kernel_is_called_for_the_same_result(monkeypatch, causal, window, kv_heads):

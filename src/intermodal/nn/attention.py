@@ -191,8 +191,15 @@ def _permute(x: Tensor, segments: Segments, order: Tensor) -> tuple[Tensor, tupl
     return _Permute.apply(x, tokens, inverse), (inverse, tokens)  # pyright: ignore[reportReturnType]
 
 
+FLOAT_LENGTH = 1024
+"""The CPU's kernel is slower in bf16 than in float32 on sequences up to about this length: forward a little, backward twice."""
+
+
 def _equal_lengths(q, k, v, causal, window, dropout, scale) -> Tensor:
     """(N, H, L, K) x (N, G, L', K) -> (N, H, L, K)."""
+    if q.device.type == "cpu" and q.shape[2] <= FLOAT_LENGTH and torch.bfloat16 in (q.dtype, k.dtype, v.dtype):
+        with torch.autocast("cpu", enabled=False):  # it would make bf16 of them again
+            return _equal_lengths(q.float(), k.float(), v.float(), causal, window, dropout, scale).to(v.dtype)
     gqa = q.shape[1] != k.shape[1]
     length = q.shape[2]
     if window is None:
