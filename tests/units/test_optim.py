@@ -19,13 +19,14 @@ def test_small_products_give_what_the_iteration_gives(shape):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     wanted = x.mT if shape[1] > shape[2] else x
-    torch.testing.assert_close(optim.orthogonal(given), wanted.float(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(optim.orthogonal(given, half=False), wanted.float(), atol=2e-5, rtol=0)
 
 
-def test_updates_are_orthogonal_in_every_shape():
+@pytest.mark.parametrize("half", [False, True])
+def test_updates_are_orthogonal_in_every_shape(half):
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 24, 24), (2, 40, 16), (1, 16, 40)):
-        update = optim.orthogonal(torch.randn(shape, generator=generator))
+        update = optim.orthogonal(torch.randn(shape, generator=generator), half)
         values = torch.linalg.svdvals(update)
         assert update.shape == shape
         assert values.max() < 1.3
@@ -33,13 +34,12 @@ def test_updates_are_orthogonal_in_every_shape():
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
-def test_steps_are_those_of_torchs_muon(shape, monkeypatch):
+def test_steps_are_those_of_torchs_muon(shape):
     """`torch.optim.Muon` scaled to match AdamW, which rounds to bf16 inside: so does ours for this comparison."""
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: True)
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2))) for _ in range(2))
     group = {"params": [ours], "weight_decay": 0.1, "orthogonal": True, "factor": 1.0}
-    mine = optim.Muon([group], lr=0.02, fused=True)
+    mine = optim.Muon([group], half=True, lr=0.02, fused=True)
     oracle = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     start = theirs.detach().clone()
     for _ in range(4):
@@ -58,7 +58,9 @@ def test_a_convolution_is_a_matrix_of_windows():
     linear.weight.data.copy_(conv.weight.flatten(1))
     for layer in (conv, linear):
         layer.weight.grad = torch.ones(8, 12).cumsum(1).view(layer.weight.shape)
-        optim.Muon([{"params": [layer.weight], "weight_decay": 0.1, "orthogonal": True, "factor": 1.0}], lr=0.1, fused=True).step()
+        optim.Muon(
+            [{"params": [layer.weight], "weight_decay": 0.1, "orthogonal": True, "factor": 1.0}], half=False, lr=0.1, fused=True
+        ).step()
     assert torch.equal(conv.weight.flatten(1), linear.weight)
 
 
@@ -77,7 +79,7 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     assert optim.matrix_names(model) == ["body.0.weight", "body.2.weight"]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_rate = {}
-    for group in optim.optimizer_for(model, config).param_groups:
+    for group in optim.optimizer_for(model, config, "fp32").param_groups:
         for parameter in group["params"]:
             by_rate[names[id(parameter)]] = (group["factor"], group["weight_decay"], group["orthogonal"])
     assert by_rate.keys() == set(names.values())
@@ -85,7 +87,7 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     assert by_rate["lm_head.weight"] == by_rate["embed.weight"] == by_rate["position_embedding"] == (1.0, 0.1, False)
     assert by_rate["body.1.weight"] == by_rate["body.0.bias"] == (1.0, 0.0, False)
     assert by_rate["logit_scale"] == (10.0, 0.0, False)
-    staged = optim.optimizer_of(model, config, optim.choose_learning(model, (("body.*", 0.5),)))
+    staged = optim.optimizer_of(model, config, optim.choose_learning(model, (("body.*", 0.5),)), "fp32")
     assert {group["factor"] for group in staged.param_groups} == {1.5, 0.5}
     assert not model.lm_head.weight.requires_grad
     with pytest.raises(IntermodalError, match=r"heads\.\*"):

@@ -121,7 +121,7 @@ class PairTrainer(Trainer):
                 block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
         self.model.to(self.world.device).train()
         wrap(self.model, self.world, recipe.train.parallel)
-        self.optimizer = optimizer_for(self.model, recipe.optim)
+        self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
 
     def _loader_and_model(self) -> Loader:
         recipe, data = self.recipe, self.recipe.data

@@ -21,10 +21,10 @@ NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 """Jordan 2024: steepest at zero, so that small singular values grow fast."""
 
 
-def optimizer_for(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def optimizer_for(model: nn.Module, config: OptimConfig, precision: str) -> torch.optim.AdamW:
     """The optimizer of a dual encoder or a VQ-VAE: everything learns, the loss's scale and bias at a rate of their own."""
     factors = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return optimizer_of(model, config, factors | dict.fromkeys(SCALARS & factors.keys(), config.scalar_lr_factor))
+    return optimizer_of(model, config, factors | dict.fromkeys(SCALARS & factors.keys(), config.scalar_lr_factor), precision)
 
 
 def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -52,8 +52,9 @@ def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dic
     return factors
 
 
-def optimizer_of(model: nn.Module, config: OptimConfig, factors: dict[str, float]) -> torch.optim.AdamW:
-    """Fused AdamW, or Muon, over the parameters named in `factors`, each at that multiple of the rate.
+def optimizer_of(model: nn.Module, config: OptimConfig, factors: dict[str, float], precision: str) -> torch.optim.AdamW:
+    """Fused AdamW, or Muon, over the parameters named in `factors`, each at that multiple of the rate. Muon rounds as the run does: to
+    bf16 where `precision` and the processor multiply bf16.
 
     Nothing with fewer than two axes decays, which covers norms, biases, scale and bias (open_clip `optim.py:67-75`).
     """
@@ -67,8 +68,11 @@ def optimizer_of(model: nn.Module, config: OptimConfig, factors: dict[str, float
         {"params": held, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor, "orthogonal": orthogonal}
         for (factor, decays, orthogonal), held in groups.items()
     ]
-    kind = Muon if config.name == "muon" else torch.optim.AdamW
-    return kind(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    rest: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    if config.name != "muon":
+        return torch.optim.AdamW(settings, **rest)
+    device = next(model.parameters()).device
+    return Muon(settings, half=precision != "fp32" and multiplies_bf16(device), **rest)
 
 
 def matrix_names(model: nn.Module) -> list[str]:
@@ -83,9 +87,16 @@ class Muon(torch.optim.AdamW):
 
     The update of a matrix is the nearest orthogonal one to its Nesterov momentum, by five steps of a Newton-Schulz iteration, scaled by
     0.2 sqrt(longer side) so that its entries are about as large as AdamW's and the same rates and decay fit (Jordan 2024; Liu et al.,
-    arXiv 2502.16982, section 2.2). Matrices of one shape are done in one batched product, in float32 on processors that multiply bf16
-    slowly: `torch.optim.Muon` rounds to bf16 everywhere, which is 25 times slower on such a machine. A sharded matrix is gathered first.
+    arXiv 2502.16982, section 2.2). Matrices of one shape are done in one batched product, and a sharded matrix is gathered first.
+
+    Args:
+        half: the products are in bf16, as `torch.optim.Muon`'s always are; in float32 else: 25 times as fast as that on a processor that
+            multiplies bf16 slowly, and equal on any number of ranks.
     """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, half: bool, **settings: Any):
+        super().__init__(groups, **settings)
+        self.half = half
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -112,15 +123,14 @@ class Muon(torch.optim.AdamW):
             wanted = whole(parameter.grad.add(momentum, alpha=MOMENTUM)).flatten(1)  # a convolution is a matrix (out, in x window)
             by_shape.setdefault(wanted.shape, []).append((parameter, wanted))
         for shape, found in by_shape.items():
-            updates = orthogonal(torch.stack([wanted for _, wanted in found])) * (0.2 * max(shape) ** 0.5)
+            updates = orthogonal(torch.stack([wanted for _, wanted in found]), self.half) * (0.2 * max(shape) ** 0.5)
             for (parameter, _), update in zip(found, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(like(update.view(parameter.shape).to(parameter.dtype), parameter), alpha=group["lr"])
 
 
-def orthogonal(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+def orthogonal(matrices_NRC: Tensor, half: bool, steps: int = 5) -> Tensor:
     """(N, R, C) -> about U V^T of each matrix's singular value decomposition U S V^T: singular values between 0.7 and 1.2."""
-    half = multiplies_bf16(matrices_NRC.device)
     x = matrices_NRC.bfloat16() if half else matrices_NRC.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x

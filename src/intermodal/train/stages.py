@@ -161,7 +161,7 @@ class StageTrainer(Trainer):
         self.sharded = self.world.size > 1 and self.recipe.train.parallel == "fsdp"
         if self.sharded:
             self._shard()
-        self.optimizer = optimizer_of(self.model, self.recipe.optim, factors)
+        self.optimizer = optimizer_of(self.model, self.recipe.optim, factors, self.recipe.train.precision)
         if self.recipe.image_rows_only:
             keep_word_rows(self.model, self.optimizer)
         config = self.model.config

@@ -145,7 +145,7 @@ class VQTrainer(Trainer):
         vq.encoder.checkpoint_activations = recipe.train.checkpoint_activations
         if vq.decoder is not None:
             vq.decoder.checkpoint_activations = recipe.train.checkpoint_activations
-        self.optimizer = optimizer_for(self.model, recipe.optim)
+        self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
         side = recipe.model.resolution
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)
