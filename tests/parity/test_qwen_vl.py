@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,18 @@ import torch
 import transformers
 from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_files
 from PIL import Image
+from safetensors.torch import load_file
 from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
 from intermodal.batch import TokenBatch
-from intermodal.inputs.media import Clip, MediaError
+from intermodal.inputs.media import Clip, MediaError, load_part
+from intermodal.inputs.messages import placed
+from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from intermodal.train.stages import train_stages
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
+from ranks import on_ranks
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CLASSES = {
@@ -468,3 +476,56 @@ def test_box_parts_are_written_as_the_family_does(made):
     ):
         with pytest.raises(MediaError, match=message):
             processor.conversation([told[0], {"role": "assistant", "content": [wrong]}])
+
+
+def _on_rank(rank, size, recipe, out):
+    train_stages(recipe, out, quiet=True)
+
+
+@pytest.mark.parametrize(("family", "parallel"), [("qwen2_vl", "ddp"), ("qwen2_5_vl", "fsdp"), ("qwen3_vl", "ddp")])
+def test_clips_train_and_two_ranks_equal_one(made, tmp_path, family, parallel):
+    """Words, a picture, a clip and both in one step over two ranks; the first loss is the mean that transformers' logits give."""
+    folder, model = made(family)
+    frames = [f"{number}.png" for number in range(5)]
+    for number, name in enumerate(frames):
+        picture(70, 50, number).save(tmp_path / name)
+    still, moving = {"type": "image", "image": "0.png"}, {"type": "video", "video": frames, "fps": 2.0}
+    talks = [
+        [user("How are you?"), said("Fine.")],
+        [{"role": "user", "content": [still, {"type": "text", "text": "What?"}]}, said("Noise.")],
+        [{"role": "user", "content": [moving, {"type": "text", "text": "And then?"}]}, said("More of it.")],
+        [{"role": "user", "content": [still, moving, {"type": "text", "text": "Both?"}]}, said("Yes.")],
+    ]
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+    data = TalksConfig(train=(str(tmp_path / "mix.jsonl"),), batch=4, tokens=700, workers=0)
+    train = LoopConfig(steps=3, log_every=1, precision="fp32", threads=1, parallel=parallel)
+    optim = OptimConfig(lr=1e-3, eps=1e-3, warmup=0)
+    recipe = StagedRecipe(
+        "clips", StitchConfig(start=str(folder)), (Stage("tune", (("*", 1.0),), data=data, optim=optim, train=train),)
+    )
+    train_stages(recipe, tmp_path / "one", quiet=True)
+    on_ranks(2, _on_rank, recipe, tmp_path / "two")
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "1-tune" / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) == 3
+    for alone, together in zip(*logs, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
+        assert together["supervised_tokens"] == alone["supervised_tokens"]
+    before, after, ranks = (
+        load_file(one / "model.safetensors") for one in (folder, tmp_path / "one/model", tmp_path / "two/model")
+    )
+    assert {key for key in before if "patch_embed" in key and not torch.equal(before[key], after[key])}, "the tower learned"
+    for key in after:
+        torch.testing.assert_close(ranks[key], after[key], rtol=1e-3, atol=1e-5)
+    total, count = 0.0, 0
+    ours = intermodal.load(folder)
+    for messages in (placed(messages, tmp_path) for messages in talks):
+        batch, clips = ours.processor(messages), [load_part(part) for part in messages[0]["content"] if part["type"] == "video"]
+        scores = theirs(family, model, batch, clips, batch.positions)[0]
+        rows = torch.nonzero(batch.supervised).squeeze(1)
+        total += torch.nn.functional.cross_entropy(scores[rows - 1], batch.ids[rows], reduction="sum").item()
+        count += len(rows)
+    assert logs[0][0]["loss"] == pytest.approx(total / count, rel=1e-5)
