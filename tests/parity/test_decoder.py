@@ -1,6 +1,7 @@
 """Text decoders against transformers on tiny random models, with and without a cache; GGUF files, a real one among them."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -224,6 +225,21 @@ def test_smollm2_answers_and_equals_transformers():
     with torch.no_grad():
         expected = theirs(torch.tensor([conversation.ids])).logits[0]
     torch.testing.assert_close(ours.logits(messages), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_generation(made, case, tmp_path):
+    """64 tokens are those of transformers' own `generate`, whatever they are."""
+    folder, theirs = made(case)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    write_chat_files(tmp_path, byte_tokenizer(QWEN_SPECIAL), QWEN_TEMPLATE, eos="<|im_end|>")
+    ours = intermodal.load(tmp_path)
+    ours.processor.end_ids = ()
+    asked = [{"role": "user", "content": "hello?"}]
+    prompt = ours.processor(asked, reply=True).ids[None]
+    theirs.generation_config.eos_token_id = None
+    wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert ours.generate(asked, max_new_tokens=64).ids == wanted[0, prompt.shape[1] :].tolist()
 
 
 def test_a_directory_with_chat_files(made, tmp_path):

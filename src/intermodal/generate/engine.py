@@ -204,7 +204,8 @@ def _begun(index: int, messages: Any, model: Generative, processor: ChatProcesso
     conversation, dropped = fitting(processor, messages, context, sampling)
     prompt = processor.batch(conversation, cache=model.vision_cache).to(model.device)
     generator = torch.Generator().manual_seed(sampling.seed)
-    return _Run(index, prompt, generator, int(prompt.positions.max()) + 1, context - len(prompt.ids), dropped)
+    # the last token's place, not the largest: by transformers' rule a long clip reaches past the words after it (PITFALLS D1)
+    return _Run(index, prompt, generator, int(prompt.positions[..., -1].max()) + 1, context - len(prompt.ids), dropped)
 
 
 def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slots: int) -> Tensor:
