@@ -9,16 +9,15 @@ import pytest
 import torch
 import transformers
 from chat_files import byte_tokenizer
+from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 import intermodal
-from intermodal.batch import TokenBatch
 from intermodal.errors import CheckpointError, IntermodalError
 from intermodal.inputs.codes import ImageTokens
 from intermodal.inputs.media import Clip, MediaError
-from intermodal.losses_tokens import next_token_loss
 from intermodal.models.vqvae import VQVAE, initialise
 from intermodal.weights import vqgan
 from intermodal.weights.chameleon import attach_decoder
@@ -175,21 +174,9 @@ def test_codes_and_tokens_round_trip():
             ImageTokens.from_vocabulary(broken, CODES)
 
 
-def test_packed_equals_separate(made):
-    ours = intermodal.load(made(swin=True)[0], dtype="float64")
-    singles = [ours.processor(messages) for messages in CASES.values()]
-
-    def run(batch):
-        ours.zero_grad()
-        total, _ = next_token_loss(ours.hidden(batch), ours.head_weight, batch)
-        total.backward()
-        return total.detach(), {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
-
-    alone = [run(single) for single in singles]
-    loss, gradients = run(TokenBatch.pack(singles))
-    torch.testing.assert_close(loss, sum(one for one, _ in alone))
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, sum(g[name] for _, g in alone), rtol=1e-7, atol=1e-9)
+@pytest.mark.parametrize("swin", [False, True])
+def test_packed_equals_separate(made, swin):
+    check_packed_equals_separate(intermodal.load(made(swin=swin)[0], dtype="float64"), CASES.values())
 
 
 @pytest.mark.parametrize("swin", [False, True])

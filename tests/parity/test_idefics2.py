@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 from chat_files import byte_tokenizer, write_chat_files
+from packed import check_packed_equals_separate
 from PIL import Image
 from test_stitch_native import decoder, siglip
 from typer.testing import CliRunner
 
 import intermodal
-from intermodal.batch import TokenBatch
 from intermodal.cli.app import app
 from intermodal.errors import CheckpointError, IntermodalError
 from intermodal.inputs.media import Clip, MediaError
@@ -140,13 +140,7 @@ def test_greedy_generation(folder):
 
 
 def test_packed_equals_separate(folder):
-    model = intermodal.load(folder, dtype="float64")
-    parts = [model.processor(messages) for messages in CASES.values()]
-    for part in parts:
-        if part.visual is not None:
-            part.visual.pixels = part.visual.pixels.double()
-    with torch.no_grad():
-        torch.testing.assert_close(model(TokenBatch.pack(parts)), torch.cat([model(part) for part in parts]), atol=1e-10, rtol=0)
+    check_packed_equals_separate(intermodal.load(folder, dtype="float64"), CASES.values())
 
 
 def test_saved_again_key_for_key(folder, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from chat_files import byte_tokenizer, write_chat_files
+from packed import check_packed_equals_separate
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -245,25 +246,7 @@ def test_anyres_max_scales_down(made):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_separate(made, family):
-    ours = intermodal.load(made(family)[0], dtype="float64")
-    batches = [ours.processor(messages) for messages in cases(family).values()]
-
-    def loss(batch):
-        scores = ours(batch)
-        rows = torch.cat([torch.arange(a, b - 1) for a, b in zip(batch.segments.offsets, batch.segments.offsets[1:], strict=False)])
-        keep = rows[batch.supervised[rows + 1]]
-        return torch.nn.functional.cross_entropy(scores[keep], batch.ids[keep + 1], reduction="sum")
-
-    separate = sum(loss(batch) for batch in batches)
-    parameters = list(ours.parameters())
-    alone = torch.autograd.grad(separate, parameters, allow_unused=True)
-    packed = loss(TokenBatch.pack(batches))
-    together = torch.autograd.grad(packed, parameters, allow_unused=True)
-    torch.testing.assert_close(packed, separate, rtol=1e-10, atol=0)
-    for (name, _), a, b in zip(ours.named_parameters(), alone, together, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    check_packed_equals_separate(intermodal.load(made(family)[0], dtype="float64"), cases(family).values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,12 +15,12 @@ import pytest
 import torch
 import transformers
 from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_files
+from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file
 from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
-from intermodal.batch import TokenBatch
 from intermodal.inputs.media import Clip, MediaError, load_part
 from intermodal.inputs.messages import placed
 from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
@@ -333,29 +333,8 @@ def ours_plain(messages):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_separate(made, family):
-    """Losses and gradients in float64: text, pictures and clips of every case in one pack, and each alone."""
-    folder, _ = made(family)
-    ours = intermodal.load(folder, dtype="float64")
-    ours.requires_grad_(True)
-    batches = [ours.processor(messages) for messages in CASES.values()]
-
-    def loss(batch):
-        scores = ours(batch)
-        rows = [torch.arange(a, b - 1) for a, b in zip(batch.segments.offsets, batch.segments.offsets[1:], strict=False)]
-        rows = torch.cat(rows)
-        keep = rows[batch.supervised[rows + 1]]
-        return torch.nn.functional.cross_entropy(scores[keep], batch.ids[keep + 1], reduction="sum")
-
-    separate = sum(loss(batch) for batch in batches)
-    names = [name for name, _ in ours.named_parameters()]
-    alone = torch.autograd.grad(separate, list(ours.parameters()), allow_unused=True)
-    packed = loss(TokenBatch.pack(batches))
-    together = torch.autograd.grad(packed, list(ours.parameters()), allow_unused=True)
-    torch.testing.assert_close(packed, separate, rtol=1e-10, atol=0)
-    for name, a, b in zip(names, alone, together, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    """Text, pictures and clips, M-RoPE included."""
+    check_packed_equals_separate(intermodal.load(made(family)[0], dtype="float64"), CASES.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

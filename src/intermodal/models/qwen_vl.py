@@ -76,7 +76,7 @@ def resize_table(table_PD: Tensor, patches: int) -> Tensor:
     side, wanted = int(len(table_PD) ** 0.5), int(patches**0.5)
     if side == wanted:
         return table_PD
-    square = table_PD.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    square = table_PD.to(torch.promote_types(table_PD.dtype, torch.float32)).unflatten(0, (side, side)).permute(2, 0, 1)[None]
     resized = F.interpolate(square, size=(wanted, wanted), mode="bicubic", align_corners=False)
     return resized[0].flatten(1).T.to(table_PD.dtype)
 

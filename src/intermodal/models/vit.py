@@ -55,7 +55,7 @@ def resize_positions(table_PD: Tensor, grid: tuple[int, int], *, prefix: int = 0
         raise ValueError(f"a position table of {body.shape[0]} rows is not a square grid")
     if (side, side) == tuple(grid):
         return table_PD
-    square = body.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    square = body.to(torch.promote_types(body.dtype, torch.float32)).unflatten(0, (side, side)).permute(2, 0, 1)[None]
     resized = F.interpolate(square, size=grid, mode=mode, align_corners=False, antialias=True)
     return torch.cat([kept, resized[0].flatten(1).T.to(table_PD.dtype)])
 
