@@ -1,6 +1,8 @@
 """Zero-shot and retrieval against the definitions written out, embed with resume, search."""
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,9 @@ from intermodal.evaluate.embed import embed_source, search
 from intermodal.evaluate.retrieval import ranks, recall
 from intermodal.evaluate.run import evaluate_source
 from intermodal.evaluate.zeroshot import accuracy, class_embeddings, nearest_classes
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from loss_ranks import PeakBytes
 
 
 def unit(*shape, seed=0):
@@ -223,6 +228,16 @@ def test_nearest_classes_in_tiles_are_the_nearest(tile):
     for k in (1, 5, 40):
         want = (image @ classes.T).topk(min(k, 33), dim=1).indices
         assert torch.equal(nearest_classes(image, classes, k, tile=tile), want)
+
+
+def test_scores_at_size_never_become_a_matrix():
+    """16,384 pictures against as many texts would be 1,074 MB of scores; tiles keep both ways and zero-shot below a tenth of it."""
+    image, text = unit(16_384, 4), unit(16_384, 4, seed=1)
+    own = [[row] for row in range(16_384)]
+    for work in (lambda: ranks(image, text, own, tile=1024), lambda: nearest_classes(image, text, 5, tile=1024)):
+        with PeakBytes() as counter:
+            work()
+        assert counter.peak < 60e6
 
 
 def test_mean_per_class_counts_each_class_once():
