@@ -61,6 +61,50 @@ def test_decoder_equals_janus():
         torch.testing.assert_close(mine.decoder(z), theirs(z), atol=1e-5, rtol=1e-5)
 
 
+def published_names(levels, blocks, encoder_attention, decoder_attention, shortcuts):
+    """Parameter names of the authors' VQModel, from the structure of its published code (taming-transformers `diffusionmodules/model.py`,
+    Chameleon's `vqgan.py`): `up.0` is the finest level, and every level but the last is halved after it and but the first doubled."""
+    layers = []
+
+    def block(name, shortcut=False):
+        layers.extend(f"{name}.{part}" for part in ("norm1", "conv1", "norm2", "conv2", *(["nin_shortcut"] if shortcut else [])))
+
+    def attention(name):
+        layers.extend(f"{name}.{part}" for part in ("norm", "q", "k", "v", "proj_out"))
+
+    for side, count, at, attended in (
+        ("encoder", blocks, "down", encoder_attention),
+        ("decoder", blocks + 1, "up", decoder_attention),
+    ):
+        layers.extend(f"{side}.{part}" for part in ("conv_in", "norm_out", "conv_out"))
+        block(f"{side}.mid.block_1")
+        attention(f"{side}.mid.attn_1")
+        block(f"{side}.mid.block_2")
+        for level in range(levels):
+            for number in range(count):
+                block(f"{side}.{at}.{level}.block.{number}", (side, level, number) in shortcuts)
+                if level in attended:
+                    attention(f"{side}.{at}.{level}.attn.{number}")
+            if side == "encoder" and level < levels - 1:
+                layers.append(f"{side}.{at}.{level}.downsample.conv")
+            if side == "decoder" and level > 0:
+                layers.append(f"{side}.{at}.{level}.upsample.conv")
+    layers += ["quant_conv", "post_quant_conv"]
+    return {"quantize.embedding.weight"} | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_the_authors_names(tmp_path):
+    """Widths 32, 64, 64 at 32, 16 and 8 pixels, attention at 8: a shortcut stands where the width changes."""
+    config = VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, "decoder": True})
+    vqgan.write_authors(initialise(VQVAE(config)), tmp_path)
+    state = torch.load(tmp_path / "vqgan.ckpt", weights_only=True)["state_dict"]
+    changes = {("encoder", 1, 0), ("decoder", 0, 0)}
+    assert set(state) == published_names(3, SHAPE["num_res_blocks"], {2}, {2}, changes)
+    assert state["encoder.down.1.block.0.nin_shortcut.weight"].shape == (64, 32, 1, 1)
+    assert state["decoder.up.0.block.0.nin_shortcut.weight"].shape == (32, 64, 1, 1)
+    assert state["decoder.conv_in.weight"].shape == (64, 16, 3, 3)
+
+
 def test_layouts_round_trip(tmp_path):
     config = VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, "decoder": True})
     model = shaken(initialise(VQVAE(config)))
