@@ -28,7 +28,7 @@ FIRST = len(RANKS)  # id of the first special token
 IMAGE_START = FIRST + SPECIAL.index("<img>")
 CONFIG = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "intermediate_size": 192, "vocab_size": FIRST + len(SPECIAL), "seq_length": 700, "kv_channels": 128,
+    "num_attention_heads": HEADS, "intermediate_size": 192, "vocab_size": FIRST + len(SPECIAL), "seq_length": 1000, "kv_channels": 128,
     "visual": {"width": TOWER, "layers": 2, "heads": TOWER_HEADS, "mlp_ratio": 2.51, "image_size": SIDE, "patch_size": PATCH,
                "output_dim": WIDTH, "image_start_id": IMAGE_START},
 }  # fmt: skip
@@ -157,6 +157,10 @@ def user(*parts):
 CASES = {
     "no image": [user("How are you?"), {"role": "assistant", "content": "Fine."}],
     "one image": [user(picture(90, 61, 1), "What is it?"), {"role": "assistant", "content": "Noise."}],
+    "three images of odd sizes": [
+        user(picture(3, 200, 4), "and", picture(57, 41, 5), picture(100, 7, 6), "?"),
+        {"role": "assistant", "content": "Three."},
+    ],
     "two turns": [
         user(picture(42, 42, 2), "Who?"),
         {"role": "assistant", "content": "Ann."},
