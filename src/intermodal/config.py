@@ -99,7 +99,7 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     from pydantic_core import PydanticSerializationError, to_json
 
     try:
-        return TypeAdapter(hint).validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
+        return TypeAdapter(hint).validate_json(to_json(value, inf_nan_mode="constants"), strict=True, extra="forbid")
     except (ValidationError, PydanticSerializationError) as error:
         why = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
         raise SettingError(f"{path} wants {_words(hint)}, got {value!r}{why}") from None
@@ -113,16 +113,23 @@ def validated(config: T, path: str = "") -> T:
     """
     hints, values = typing.get_type_hints(type(config), include_extras=True), {}
     for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value, here = getattr(config, field.name), f"{path}{field.name}"
+        value, hint, here = getattr(config, field.name), hints[field.name], f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
-            if not isinstance(value, hints[field.name]):
-                raise SettingError(f"{here} wants {_words(hints[field.name])}, got a {type(value).__name__}")
-            values[field.name] = validated(value, f"{here}.")
+            values[field.name] = validated(_instance(value, hint, here), f"{here}.")
         elif _named(value):
-            values[field.name] = tuple(validated(part, f"{here}.{part.name}.") for part in value)
+            part = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+            values[field.name] = tuple(validated(_instance(one, part, here), f"{here}.{one.name}.") for one in value)
         else:
-            values[field.name] = checked(value, hints[field.name], here)
+            values[field.name] = checked(value, hint, here)
     return dataclasses.replace(config, **values)  # pyright: ignore[reportArgumentType]
+
+
+def _instance(value: Any, hint: Any, path: str) -> Any:
+    """`value`, which is of a dataclass. Raises SettingError: the hint names another class, or a list of them."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if not any(isinstance(kind, type) and isinstance(value, kind) for kind in kinds):
+        raise SettingError(f"{path} wants {_words(hint)}, got a {type(value).__name__}")
+    return value
 
 
 def _words(hint: Any) -> str:

@@ -324,6 +324,46 @@ def test_a_resumed_stream_counts_its_rejects_once(tmp_path, processor, at, worke
     assert whole.rejects.rejected == 2  # two passes
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_streams_count_the_same_however_often_a_run_is_resumed(tmp_path, processor, every):
+    """One stream is seldom drawn: it may be saved again before it was read since the resume."""
+    folders = [tmp_path / name for name in ("a", "b")]
+
+    def made():
+        streams = []
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            streams.append(stream_of(folder))
+        return Loader(Mixture(streams, (0.95, 0.05), seed=3), Fetcher(streams, processor, 3), batch=2, rejects=Rejects(None, 1.0))
+
+    whole = made()
+    take(whole, 20)
+    state, parts = None, 0
+    while parts < 20:
+        loader = made()
+        if state is not None:
+            loader.restore([state])
+        take(loader, every)
+        state, parts = json.loads(json.dumps(loader.state())), parts + every
+    assert state["rejects"] == [whole.rejects.read, whole.rejects.rejected]
+
+
+def test_what_looked_at_a_stream_before_a_run_counts_for_nothing(tmp_path):
+    stream = stream_of(tmp_path)
+    for _ in range(9):
+        stream.next()
+    stream.split(0, 1)
+    assert stream.take_rejects() == []
+
+
+def test_a_line_that_was_cut_in_the_list_of_rejects_does_not_stop_a_resume(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"key": "a", "reason": "x"}\n{"key": "b", "rea')
+    rejects = Rejects(tmp_path / "r.jsonl", 0.5)
+    assert rejects.seen == {"a"}
+    rejects.note("b", "y")
+    assert [json.loads(line)["key"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == ["a", "b"]
+
+
 def test_too_many_rejects_stop_the_run(tmp_path, processor):
     samples = {f"{n:04d}": {"png": png(n) if n % 2 else b"bad", "txt": b"words"} for n in range(12)}
     write_tar(tmp_path / "x.tar", samples)
@@ -496,3 +536,12 @@ def test_a_stream_is_looked_at_once(tmp_path):
     found = list(first_samples(open_source(f"hf:{tmp_path / 'shards'}"), 100))
     assert sorted(one.texts[0] for one in found if isinstance(one, Sample)) == ["number 0", "number 1", "number 2"]
     assert len([one for one in found if isinstance(one, Reject)]) == 1
+
+
+def test_a_stream_of_nothing_usable_and_shards_with_equal_keys(tmp_path):
+    rows = [{"__key__": f"00{n}", "image": str(tmp_path / "gone.png"), "caption": "x"} for n in range(3)]
+    (tmp_path / "shards").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "shards" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(first_samples(open_source(f"hf:{tmp_path / 'shards'}"), 100))
+    assert len({reject.key for reject in found}) == len(found) == 6

@@ -20,6 +20,7 @@ from intermodal.errors import IntermodalError
 from intermodal.losses_tokens import next_token_loss, score_statistics, targets
 from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
+from intermodal.train import watch
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.train.vqvae import train_vqvae
@@ -116,12 +117,15 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
     assert found["loss_text"] == pytest.approx(losses[~drawn].mean().item(), rel=1e-4)
 
 
-def test_the_largest_score_in_attention_is_that_of_the_plain_formula():
+@pytest.mark.parametrize("most_tokens", [256, 5])
+def test_the_largest_score_in_attention_is_that_of_the_plain_formula(monkeypatch, most_tokens):
+    """At 5 tokens: of a first sequence of seven the last five queries, and nothing of the second."""
+    monkeypatch.setattr(watch, "MOST_TOKENS", most_tokens)
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(32, 2, 4, 2, 8, 48, 20, qk_layernorm=True)).eval()
     for parameter in decoder.parameters():
         parameter.data.normal_(0, 0.5)
-    segments, seen = Segments([3, 7]), []
+    segments, seen = Segments([7, 3]), []
     with attention_scores(decoder) as found:
         plain = DecoderAttention.heads
         DecoderAttention.heads = lambda self, *inputs: seen.append(plain(self, *inputs)) or seen[-1]
@@ -131,10 +135,10 @@ def test_the_largest_score_in_attention_is_that_of_the_plain_formula():
             DecoderAttention.heads = plain
     most = 0.0
     for q, k, _ in seen:
-        for part in (slice(0, 3), slice(3, 10)):
+        for part in (slice(0, 7), slice(7, 10)) if most_tokens > 5 else (slice(0, 7),):
             for head in range(4):
                 scores = q[part, head] @ k[part, head // 2].T / 8**0.5
-                most = max(most, scores.tril().abs().max().item())
+                most = max(most, scores.tril()[-most_tokens:].abs().max().item())
     assert found["attention_score"] == pytest.approx(most, rel=1e-5)
     with attention_scores(decoder, wanted=False) as nothing:
         decoder(decoder.embed_tokens(torch.randint(0, 20, (10,))), segments, segments.positions)

@@ -62,6 +62,7 @@ def test_overrides_are_typed():
         ("train.micro_batch=true", "train.micro_batch wants int or null, got True"),
         ("data.crop_scale=1", r"data.crop_scale wants \[float, float\] or null, got 1"),
         ("data.train=3", "data.train wants a list of str, got 3"),
+        ('optim={"lrr": 1e-4}', "optim wants OptimConfig"),
         ("train.loss=sigmod", 'train.loss wants one of "sigmoid", "softmax", got \'sigmod\''),
         ("data.batch.size=3", "single value"),
         ("data.batch", "path=value"),
@@ -81,12 +82,23 @@ def test_wrong_overrides_name_the_field(assignment, words):
         ("Recipe('x', data=DataConfig(batch=1 / 0))", "mine.py:3: ZeroDivisionError"),
         ("Recipe('x', data=)", "mine.py:3: invalid syntax"),
         ("3", "returned a int"),
+        ("Recipe('x', data={'bacth': 7})", "mine.py: data wants DataConfig, got {'bacth': 7}"),
+        ("StagedRecipe('x', StitchConfig(), (Stage('a', ())))", "mine.py: stages wants a list of Stage, got a Stage"),
+        ("StagedRecipe('x', StitchConfig(), (Recipe('a'),))", "mine.py: stages wants Stage, got a Recipe"),
+        ("functools.partial(Recipe, 'x', foo=3)()", "mine.py:3: Recipe has no setting 'foo'"),
     ],
 )
 def test_a_wrong_recipe_file_names_its_line_or_its_field(tmp_path, line, words):
-    head = "from intermodal.train.recipe import DataConfig, Recipe, TrainConfig\ndef recipe(tiny=False):\n"
+    head = "import functools; from intermodal.train.recipe import *\ndef recipe(tiny=False):\n"
     (tmp_path / "mine.py").write_text(f"{head}    return {line}\n")
     with pytest.raises(IntermodalError, match=words):
+        load_recipe(tmp_path / "mine.py")
+
+
+def test_a_recipe_that_is_no_function_of_the_file_is_refused_by_name(tmp_path):
+    lines = ("import functools", "from intermodal.train.recipe import Recipe", "recipe = functools.partial(Recipe, 'x', foo=3)")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    with pytest.raises(SettingError, match=r"mine.py: Recipe has no setting"):
         load_recipe(tmp_path / "mine.py")
 
 

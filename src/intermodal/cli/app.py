@@ -100,7 +100,7 @@ def evaluate(
         Path | None, typer.Option(exists=True, dir_okay=False, help="Zero-shot: a file with one class name a line.")
     ] = None,
     template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
-    count: Annotated[int, typer.Option(help="At most this many samples.")] = 1000,
+    count: Annotated[int, typer.Option(min=1, help="At most this many samples.")] = 1000,
     by_class: Annotated[bool, typer.Option("--by-class", help="Zero-shot: accuracy and commonest mistake of each class.")] = False,
     allow_urls: Urls = False,
     as_json: Json = False,
@@ -374,7 +374,7 @@ def compare(
 def preview(
     source: Annotated[str, typer.Argument(help="Any source that `train` takes.")] = "scenes:core",
     out: Out = Path("preview.png"),
-    count: Annotated[int, typer.Option(help="How many samples.")] = 24,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 24,
     side: Annotated[int, typer.Option(help="Pixels of a picture on the sheet.")] = 128,
     allow_urls: Urls = False,
     as_json: Json = False,
@@ -413,7 +413,7 @@ def pack(
 @data.command()
 def stats(
     source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
-    count: Annotated[int, typer.Option(help="How many samples are looked at.")] = 500,
+    count: Annotated[int, typer.Option(min=1, help="How many samples are looked at.")] = 500,
     side: Annotated[int, typer.Option(help="Pixels of a scene's side.")] = 48,
     allow_urls: Urls = False,
     as_json: Json = False,

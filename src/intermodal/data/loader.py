@@ -41,8 +41,12 @@ class Rejects:
     def __init__(self, path: Path | None, max_share: float):
         self.path, self.max_share = path, max_share
         self.read, self.rejected = 0, 0
-        named = path.read_text().splitlines() if path is not None and path.exists() else []
-        self.seen = {json.loads(line)["key"] for line in named}
+        self.seen: set[str] = set()
+        if path is not None and path.exists():
+            # a line without its end is of a process that died while it wrote
+            named = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(named))
+            self.seen = {json.loads(line)["key"] for line in named}
 
     def note(self, key: str, reason: str) -> None:
         """Name something unusable that is not a sample (a shard that is cut short)."""

@@ -27,7 +27,7 @@ def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool 
             rejected += 1
         else:
             cells.append((sample.image, sample.texts[index % len(sample.texts)]))
-        if len(cells) == count:
+        if len(cells) >= count:
             break
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet(cells, side).save(out)

@@ -25,7 +25,8 @@ class StreamSource:
     def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Any], *, seed: int = 0, block: int = 1024):
         self.name, self.dataset, self.to_sample = name, dataset, to_sample
         self.seed, self.block = seed, block
-        self.rejects: list[Reject] = []
+        self.rejects: list[tuple[int, Reject]] = []
+        """Records that were skipped and not told of yet, with the pass they were skipped in."""
         self.part = (0, 1)
         """This rank, and how many there are."""
         self._whole, self._beginning = dataset, copy.deepcopy(dataset.state_dict())
@@ -48,7 +49,7 @@ class StreamSource:
         self.number = 0
         """Records of this pass that were read so far, unusable ones among them."""
         self._begin, self._block_state = (0, 0), copy.deepcopy(beginning)
-        self._counted = False
+        self._counted, self.rejects = False, []
         self._samples: list[Any] | None = None
         self._iterator: Iterator[dict[str, Any]] | None = None
 
@@ -69,7 +70,7 @@ class StreamSource:
     def state(self) -> dict[str, Any]:
         epoch, number = self._begin
         place = {"epoch": epoch, "number": number, "blocks": self.blocks, "at": self.at, "ranks": self.part[1]}
-        return {**place, "filled": self._samples is not None, "stream": self._block_state}
+        return {**place, "filled": self._samples is not None or self._counted, "stream": self._block_state}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises IntermodalError: the state was kept on another number of ranks, whose parts were others."""
@@ -87,7 +88,7 @@ class StreamSource:
 
     def take_rejects(self) -> list[Reject]:
         """The records skipped since the last call."""
-        taken, self.rejects = self.rejects, []
+        taken, self.rejects = [reject for _, reject in self.rejects], []
         return taken
 
     def _fill(self) -> None:
@@ -110,12 +111,14 @@ class StreamSource:
                 self._restart()
                 continue
             part = f"{self.part[0]}." if self.part[1] > 1 else ""
-            key, self.number = record.get("__key__", f"{part}{self.number}"), self.number + 1
+            # the number too: shards may repeat each other's keys
+            key = ":".join([f"{part}{self.number}", *([str(record["__key__"])] if "__key__" in record else [])])
+            self.number += 1
             try:
                 samples.append(self.to_sample(f"{self.name}/{self.epoch}/{key}", record))
             except SampleError as error:
                 if not self._counted:  # a block that is read again after a resume has told of its own
-                    self.rejects.append(Reject(f"{self.name}/{key}", str(error)))
+                    self.rejects.append((self.epoch, Reject(f"{self.name}/{key}", str(error))))
         self._counted = False
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
         self._samples = samples
@@ -137,7 +140,7 @@ def first_samples(source: Source | StreamSource, count: int | None) -> Iterator[
             except SampleError as error:
                 yield Reject(f"{source.name}/{index}", str(error))
         return
-    given, told = 0, set()
+    given = 0
     while count is None or given < count:
         sample = None
         try:
@@ -145,10 +148,10 @@ def first_samples(source: Source | StreamSource, count: int | None) -> Iterator[
         except SampleError as error:
             if not source.rejects:
                 yield Reject(source.name, str(error))
-        rejects = source.take_rejects()
-        # the end shows only once the second pass has begun: its rejects were told of in the first
-        yield from (reject for reject in rejects if reject.key not in told)
-        told |= {reject.key for reject in rejects}
+        # the end shows only once a second pass has begun: its rejects were told of in the first
+        rejects = [reject for epoch, reject in source.rejects if epoch == 0]
+        source.take_rejects()
+        yield from rejects
         if sample is None or source.epoch:
             return
         given += 1

@@ -178,10 +178,9 @@ class Trainer(ABC):
         for source in sources:
             if isinstance(source, StreamSource):
                 source.split(world.rank, world.size)
-            for key, reason in getattr(source, "problems", []):
+            for key, reason in getattr(source, "problems", []) if world.main else []:
                 rejects.note(key, reason)
-                if world.main:
-                    self.console.print(f"[yellow]{key}: {reason}[/yellow]")
+                self.console.print(f"[yellow]{key}: {reason}[/yellow]")
         return Loader(
             Mixture(sources, data.weights, data.seed),
             fetcher,

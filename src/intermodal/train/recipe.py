@@ -331,15 +331,13 @@ def load_recipe(path: str | Path, *, tiny: bool = False) -> Any:
 def _where(file: Path, module: Any, error: Exception) -> str:
     """The recipe's line where something else failed, what it was, and the nearest field where a setting does not exist."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == module.__file__]
-    what = f"{file}{f':{lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
+    place = f"{file}{f':{lines[-1]}' if lines else ''}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     settings = {**globals(), **vars(module)}.get(unknown[1]) if unknown else None
     if unknown and dataclasses.is_dataclass(settings):
         known = [field.name for field in dataclasses.fields(settings)]
-        return (
-            f"{file}:{lines[-1]}: {unknown[1]} has no setting {unknown[2]!r}{nearest(unknown[2], known)}; it has {', '.join(known)}"
-        )
-    return what
+        return f"{place}: {unknown[1]} has no setting {unknown[2]!r}{nearest(unknown[2], known)}; it has {', '.join(known)}"
+    return f"{place}: {type(error).__name__}: {error}"
 
 
 def tiny_version(recipe: Recipe) -> Recipe:

@@ -10,7 +10,7 @@ import torch
 from ..models.decoder import Decoder, DecoderAttention
 
 MOST_TOKENS = 256
-"""How many tokens of a pack are looked at: its first sequences, as many as fit, at least one."""
+"""How many queries of a pack are looked at: of its first sequence the last ones, then whole sequences as long as they fit."""
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def attention_scores(decoder: Decoder, wanted: bool = True) -> Iterator[dict[str
         for length in segments.lengths:
             if start and start + length > MOST_TOKENS:
                 break
-            part = slice(start, start + length)
-            scores = torch.einsum("qhk,lhk->hql", q[part], k[part]).float() * module.head_width**-0.5
-            visible = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+            part, first = slice(start, start + length), max(0, length - MOST_TOKENS)
+            scores = torch.einsum("qhk,lhk->hql", q[part][first:], k[part]).float() * module.head_width**-0.5
+            visible = torch.ones(length - first, length, dtype=torch.bool, device=scores.device).tril(first)
             most = scores.masked_fill(~visible, 0.0).abs().max().item()
             found["attention_score"] = max(found.get("attention_score", 0.0), most)
             start += length
