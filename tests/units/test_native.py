@@ -337,6 +337,9 @@ def test_a_checkpoint_that_is_lost_itself_gives_way_to_the_one_before(trained, t
     events = [json.loads(line) for line in (run / "rollbacks.jsonl").read_text().splitlines()]
     assert [event["to"] for event in events] == [8, 4]
     assert [checkpoint.step_of(folder) for folder in checkpoint.whole(run)] == [8, 12]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "what was lost is in a file of its own"
+    assert {json.loads(line)["step"] for line in (run / "metrics-lost.jsonl").read_text().splitlines()} >= {8, 9}
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] < 10
 
 

@@ -91,7 +91,7 @@ class Trainer(ABC):
 
     def run(self) -> Any:
         recipe, steps = self.recipe, self.recipe.train.steps
-        metrics = Metrics(self.folder, resumed_at=self.step) if self.world.main else None
+        metrics = self.metrics = Metrics(self.folder, resumed_at=self.step) if self.world.main else None
         display = Display(self.console, recipe.name, self.step, steps, recipe.data.batch, quiet=self.quiet)
         with self._stop_signals():
             try:
@@ -165,6 +165,8 @@ class Trainer(ABC):
         self.step = checkpoint.restore(found[-1], self.world, self.model, self.optimizer, self.average)["step"]
         self.went_back_to = self.step
         if self.world.main:
+            assert self.metrics is not None
+            self.metrics.back_to(self.step)
             self.console.print(f"[yellow]{why}: back from step {came_to} to {self.step}, past the data between[/yellow]")
             with (self.folder / "rollbacks.jsonl").open("a") as file:
                 file.write(json.dumps({"from": came_to, "to": self.step, "why": why}) + "\n")

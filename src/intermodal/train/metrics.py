@@ -16,16 +16,32 @@ class Metrics:
 
     def __init__(self, run: Path, *, resumed_at: int = 0):
         self.path = run / "metrics.jsonl"
-        kept = []
-        if resumed_at and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["step"] <= resumed_at]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        self._cut(resumed_at)
+        self._open_board(resumed_at)
+
+    def _cut(self, step: int) -> list[str]:
+        """Leave only the lines up to a step; returns the others."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # one without is of a process that died while it wrote
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept))
+        return lines[len(kept) :]
+
+    def _open_board(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at or None)
+            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1 if step else None)
         except ImportError:  # an optional extra: `pip install 'intermodal[track]'`
             self.board = None
+
+    def back_to(self, step: int) -> None:
+        """A run went back: the lines past the step go to `metrics-lost.jsonl`, as they would be cut by a resume."""
+        with self.path.with_name("metrics-lost.jsonl").open("a") as file:
+            file.writelines(self._cut(step))
+        if self.board is not None:
+            self.board.close()
+            self._open_board(step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a") as file:
