@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import intermodal
@@ -57,6 +58,22 @@ def test_idle_codes_take_a_latent_of_the_step():
     assert all(any(torch.equal(row, latent) for latent in z) for row in table[1:])
     assert state.update(vq, z, ids, start())[1] == 0
     assert state.update(vq, z, ids, start())[1] == 4
+
+
+def test_unit_codes_stay_on_the_sphere_with_averages_and_revival():
+    vq = initialise(VQVAE(replace(SHAPE, unit_codes=True)))
+    state = CodebookState(5, 3, CodebookConfig(ema=0.9, revive=2))
+    for step in range(6):
+        z = F.normalize(torch.randn(9, 3, generator=torch.Generator().manual_seed(step)), dim=-1)
+        ids = vq.quantize.nearest(z)
+        sums, counts = state.sums.clone(), state.counts.clone()
+        state.update(vq, z, ids, start())
+        table = vq.quantize.embedding.weight.detach()
+        torch.testing.assert_close(table.norm(dim=1), torch.ones(5))
+        for code in ids.unique().tolist():
+            total = 0.9 * sums[code] + 0.1 * z[ids == code].sum(0)
+            torch.testing.assert_close(table[code], F.normalize(total, dim=0))
+        assert (0.9 * counts + 0.1 * torch.bincount(ids, minlength=5) - state.counts)[ids.unique()].abs().max() < 1e-6
 
 
 def test_training_learns_and_says_so(recipe, tmp_path):
