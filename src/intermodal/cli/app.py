@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import chat
+from .data import data
+from .options import Json, Out, Urls, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,14 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, evaluate, run and exchange multimodal models: CLIP, SigLIP, LLaVA, Qwen-VL.",
 )
-data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at data, fetch it, and print its baselines.")
 app.add_typer(data, name="data")
 for verb in (chat.chat, chat.generate, chat.inspect):
     app.command()(verb)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Urls = Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures that a table names by http(s) address.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 
 
 @app.callback()
@@ -65,7 +62,7 @@ def train(
     made = override(load_recipe(recipe, tiny=tiny), overrides or [])
     if show:
         settings = paths(made)
-        _print(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
+        say(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
         return
     console = Console(stderr=as_json)  # with --json a program reads the output: what a run has to tell goes beside it
     if isinstance(made, StagedRecipe):
@@ -86,7 +83,7 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         lines = (last_folder / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
-        _print({"model": str(out / "model"), **last}, as_json, f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f})")
+        say({"model": str(out / "model"), **last}, as_json, f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f})")
 
 
 @app.command("eval")
@@ -130,7 +127,7 @@ def evaluate(
     for name, row in scores.get("per class", {}).items():
         mistake = f"  taken for {row['taken for']}" if row["taken for"] else ""
         rows.append(f"  {name:40s} {row['top-1']:.3f} of {row['samples']}{mistake}")
-    _print(scores, as_json, "\n".join(rows))
+    say(scores, as_json, "\n".join(rows))
 
 
 @app.command()
@@ -149,7 +146,7 @@ def embed(
     from ..evaluate.embed import embed_source
 
     written, reused, rejected = embed_source(model, source, out, batch, allow_urls=allow_urls, progress=not as_json)
-    _print(
+    say(
         {"out": str(out), "embeddings": written + reused, "from an earlier run": reused, "rejected": rejected},
         as_json,
         f"{out}: {written + reused} embeddings ({reused} from an earlier run), {rejected} rejected",
@@ -171,7 +168,7 @@ def search(
     from ..evaluate.embed import search as rank
 
     hits = rank(model, folder, sentence, top)
-    _print(
+    say(
         {"hits": [{"key": key, "score": score} for key, score in hits]},
         as_json,
         "\n".join(f"{score:.4f}  {key}" for key, score in hits),
@@ -196,7 +193,7 @@ def convert(
     model = load(source, dtype=dtype, image_size=image_size)
     save(model, target, layout=layout)
     count = sum(p.numel() for p in model.parameters())
-    _print(
+    say(
         {"out": str(target), "model": type(model).__name__, "parameters": count, "layout": layout},
         as_json,
         f"{target}: {type(model).__name__}, {count:,} parameters, layout {layout}",
@@ -282,7 +279,7 @@ def stitch(
         model = stitch_native(eyes, decoder, deepstack=blocks, seed=seed)
     save(model, out)
     count = sum(p.numel() for p in model.parameters())
-    _print(
+    say(
         {"out": str(out), "family": model.family, "parameters": count},
         as_json,
         f"{out}: {model.family} of {count:,} parameters; its connector knows nothing yet: train it with model.start={out}",
@@ -314,7 +311,7 @@ def demo(
         from ..evaluate.demo_llava import run_llava_demo
 
         results["llava"] = run_llava_demo(out, out / "model", llava_seconds, steps, console)
-    _print({"report": str(report), **results}, as_json, f"report: {report}")
+    say({"report": str(report), **results}, as_json, f"report: {report}")
 
 
 @app.command("demo-native")
@@ -335,7 +332,7 @@ def demo_native(
     from ..evaluate.demo_native import run_native_demo
 
     page = run_native_demo(out, seconds, steps, count=count, guidance=guidance, console=Console(stderr=as_json))
-    _print({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, f"report: {page}")
+    say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, f"report: {page}")
 
 
 @app.command()
@@ -365,105 +362,13 @@ def compare(
     small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
     page = measure(*pair, out, settings, tiny=tiny)
-    _print({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
+    say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
     if not as_json:
         typer.echo(f"report: {page}")
 
 
-@data.command()
-def preview(
-    source: Annotated[str, typer.Argument(help="Any source that `train` takes.")] = "scenes:core",
-    out: Out = Path("preview.png"),
-    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 24,
-    side: Annotated[int, typer.Option(help="Pixels of a picture on the sheet.")] = 128,
-    allow_urls: Urls = False,
-    as_json: Json = False,
-) -> None:
-    """Draw a contact sheet: pictures with their captions.
-
-    Example: `intermodal data preview scenes:all --out sheet.png`
-    """
-    from ..data.preview import contact_sheet
-
-    shown, rejected = contact_sheet(source, out, count, side, allow_urls)
-    text = f"{out}: {shown} samples" + (f", {rejected} unusable" if rejected else "")
-    _print({"out": str(out), "samples": shown, "unusable": rejected}, as_json, text)
-
-
-@data.command()
-def pack(
-    source: Annotated[str, typer.Argument(help="Any source that `train` takes.")],
-    out: Out = Path("shard.tar"),
-    side: Annotated[int, typer.Option(min=1, help="Longest side of a packed picture, in pixels.")] = 256,
-    count: Annotated[int | None, typer.Option(min=1, help="How many samples; all where left out.")] = None,
-    allow_urls: Urls = False,
-    as_json: Json = False,
-) -> None:
-    """Write a source as one tar shard of small pictures with their captions: large files are then decoded once and not every epoch.
-
-    Example: `intermodal data pack 'tuxpaint?languages=en,de' --side 96 --out tux.tar`
-    """
-    from ..data.pack import pack as write
-
-    written, rejected = write(source, out, side, count, allow_urls=allow_urls, progress=not as_json)
-    named = f", {rejected} unusable (named in {out.with_suffix('.rejects.jsonl')})" if rejected else ""
-    _print({"out": str(out), "samples": written, "unusable": rejected}, as_json, f"{out}: {written} samples{named}")
-
-
-@data.command()
-def stats(
-    source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
-    count: Annotated[int, typer.Option(min=1, help="How many samples are looked at.")] = 500,
-    side: Annotated[int, typer.Option(help="Pixels of a scene's side.")] = 48,
-    allow_urls: Urls = False,
-    as_json: Json = False,
-) -> None:
-    """Print what a source holds and, for scenes, every baseline beside which a result must be shown.
-
-    Example: `intermodal data stats scenes:core`
-    """
-    from ..data.preview import describe
-
-    found = describe(source, count, side, progress=not as_json, allow_urls=allow_urls)
-    _print(found, as_json, "\n".join(_lines(found)))
-
-
-@data.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="`tuxpaint`: Debian's stamps, about 160 MB, GPL-2 and others.")], as_json: Json = False
-) -> None:
-    """Fetch a data set that is not ours to ship.
-
-    Example: `intermodal data fetch tuxpaint`
-    """
-    from ..data.readers import SourceError
-    from ..data.tuxpaint import TuxPaint
-    from ..data.tuxpaint import fetch as fetch_tuxpaint
-
-    if name != "tuxpaint":
-        raise SourceError(f"nothing to fetch by the name {name!r}; there is: tuxpaint")
-    folder = fetch_tuxpaint()
-    stamps = len(TuxPaint(str(folder)))
-    text = f"{folder}: {stamps} stamps; train on them as the source tuxpaint:{folder}"
-    _print({"folder": str(folder), "stamps": stamps, "source": f"tuxpaint:{folder}"}, as_json, text)
-
-
-def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
-    out = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out += [f"{indent}{name}", *_lines(value, indent + "  ")]
-        else:
-            out.append(f"{indent}{name:34s} {value:.3f}" if isinstance(value, float) else f"{indent}{name:34s} {value}")
-    return out
-
-
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _print(values: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(values) if as_json else text)
 
 
 def run(arguments: list[str]) -> NoReturn:
