@@ -9,9 +9,13 @@ import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from annotated_types import Ge
+
 from .errors import IntermodalError, nearest
 
 T = TypeVar("T")
+Positive = typing.Annotated[int, Ge(1)]
+NotNegative = typing.Annotated[int, Ge(0)]
 
 
 class SettingError(IntermodalError):

@@ -159,6 +159,11 @@ def test_errors_are_one_line_and_debug_shows_more():
         (["eval", "{model}", "--task", "zeroshot", "--classes", "nofile"], "'nofile' does not exist"),
         (["convert", "{model}", "{out}", "--dtype", "float23"], "did you mean 'float32'"),
         (["train", "recipes/siglip.py", "data.batch=0"], "data.batch wants int, got 0"),
+        (["train", "recipes/siglip.py", "model.vision.depth=-1"], "model.vision.depth wants int, got -1"),
+        (["train", "recipes/siglip.py", "--tiny", "model.vision.patch_size=100"], "patch_size 100 is larger than image_size"),
+        (["train", "recipes/siglip.py", "data.crop_scale=[2,3]"], "data.crop_scale wants [float, float] or null"),
+        (["train", "recipes/siglip.py", "data.weights=[-1,-2]"], "data.weights wants a list of float or null"),
+        (["train", "recipes/siglip.py", "optim.ema=2"], "optim.ema wants float or null"),
         (["train", "recipes/siglp.py"], "no recipe at recipes/siglp.py"),
         (["data", "stats", "nothing.tar"], "no such file"),
         (["embed", "{model}", "nothing.txt"], "nothing.txt"),
@@ -179,6 +184,28 @@ def tiny_run(tmp_path_factory):
     made = load_recipe(ROOT / "recipes" / "siglip.py", tiny=True)
     train(replace(made, train=replace(made.train, threads=1)), out, quiet=True)
     return out / "model"
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    from intermodal.cli import app
+
+    def broken(arguments, standalone_mode):
+        raise KeyError("width")
+
+    monkeypatch.setattr(app, "app", broken)
+    with pytest.raises(SystemExit):
+        app.run(["train"])
+    assert capsys.readouterr().err == "internal error: KeyError: 'width' (--debug shows where)\n"
+    with pytest.raises(KeyError):
+        app.run(["train", "--debug"])
+
+
+def test_stats_of_scenes_are_printed_both_ways():
+    text = command("data", "stats", "scenes:core", "--count", 12, "--side", 24)
+    assert text.returncode == 0, text.stderr
+    assert "baselines on held-out combinations" in text.stdout
+    found = command("data", "stats", "scenes:core", "--count", 12, "--side", 24, "--json")
+    assert json.loads(found.stdout)["facts"]["concepts"] == 60, found.stderr
 
 
 def test_the_verbs_work_together(tmp_path):

@@ -382,8 +382,11 @@ def run(arguments: list[str]) -> NoReturn:
     except Exception as error:
         from ..errors import IntermodalError
 
-        if debug or not isinstance(error, IntermodalError | ValueError | OSError):
+        if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        if isinstance(error, IntermodalError | ValueError | OSError):
+            typer.echo(f"error: {error}", err=True)
+        else:
+            typer.echo(f"internal error: {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(130 if type(error).__name__ == "Stopped" else 1)
     sys.exit(0)

@@ -96,5 +96,5 @@ def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             out += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            out.append(f"{indent}{name:34s} {value:.3f}" if isinstance(value, float) else f"{indent}{name:34s} {value}")
+            out.append(f"{indent}{name!s:34} {value:.3f}" if isinstance(value, float) else f"{indent}{name!s:34} {value}")
     return out

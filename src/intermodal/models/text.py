@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Texts
+from ..config import Positive
 from ..nn.layers import Encoder, TransformerConfig
 
 
 @dataclass(frozen=True)
 class TextConfig(TransformerConfig):
-    vocab_size: int = 49408
-    context: int = 77
+    vocab_size: Positive = 49408
+    context: Positive = 77
     """Longest text in tokens. SigLIP was trained on texts padded to exactly this."""
     eos_id: int = 49407
     """CLIP pools where this id first stands; 2 selects the rule of old Hugging Face checkpoints, the largest id."""

@@ -9,21 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Images
+from ..config import Positive
+from ..errors import IntermodalError
 from ..nn.attention import Segments
 from ..nn.layers import AttentionPool, Encoder, TransformerConfig
 
 
 @dataclass(frozen=True)
 class VisionConfig(TransformerConfig):
-    image_size: int = 224
+    image_size: Positive = 224
     """Side of the square input in pixels; for NaFlex the side that the position table was made for."""
-    patch_size: int = 16
+    patch_size: Positive = 16
     channels: int = 3
 
     @property
     def grid(self) -> int:
         """Patches along one side; a remainder of the image is cut off, as a strided convolution does."""
         return self.image_size // self.patch_size
+
+    def check(self) -> None:
+        super().check()
+        if self.patch_size > self.image_size:
+            raise IntermodalError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}: there is no patch")
 
 
 def patchify(pixels_BCHW: Tensor, patch: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import Positive
 from ..errors import IntermodalError, nearest
 from .attention import Segments, attention
 
@@ -58,10 +59,10 @@ class Linear(nn.Linear):
 class TransformerConfig:
     """One tower's transformer."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
+    width: Positive
+    depth: Positive
+    heads: Positive
+    mlp_width: Positive
     activation: str = "gelu"
     norm_eps: float = 1e-5
     dropout: float = 0.0

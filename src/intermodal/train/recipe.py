@@ -10,17 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
-from ..config import SettingError, validated
+from ..config import NotNegative, Positive, SettingError, validated
 from ..errors import IntermodalError, nearest
 from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig
 from ..models.vqvae import VQConfig
 
-Positive = Annotated[int, Ge(1)]
-NotNegative = Annotated[int, Ge(0)]
+Share = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class DataConfig:
     train: tuple[str, ...] = ("scenes:core",)
     """Sources: `scenes:core`, `scenes:all`, `sprites:core`, `tuxpaint`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv;
     `{000..009}` and `*` expand."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 256
     """Pairs a step over all ranks."""
@@ -62,7 +61,7 @@ class DataConfig:
     prefetch: Positive = 4
     """Batches each worker keeps ready."""
     seed: int = 0
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[Share, Share] | None = None
     """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
     allow_urls: bool = False
     """Fetch pictures named by http(s) addresses."""
@@ -89,7 +88,7 @@ class OptimConfig:
     """Contrastive only: rate of the loss's scale and bias, as a multiple. In a run of a few hundred steps they are otherwise still near
     their start."""
     clip_norm: float | None = 1.0
-    ema: float | None = None
+    ema: Annotated[float, Gt(0), Lt(1)] | None = None
     """Decay of the exponential moving average of the weights; None keeps none. What is exported is then the average."""
 
 
@@ -101,7 +100,7 @@ class LoopConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32 always."""
     checkpoint_activations: bool = False
-    threads: int | None = None
+    threads: Positive | None = None
     seed: int = 0
     log_every: Positive = 10
     save_every: Positive | None = None
@@ -180,7 +179,7 @@ class NativeConfig:
 class TalksConfig:
     train: tuple[str, ...] = ("captions:scenes:core",)
     """Sources of conversations, as `data.talks.open_talks` reads them."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 64
     """Conversations a step over all ranks."""
