@@ -154,3 +154,33 @@ def test_findings_need_every_seed():
     assert any("b draws: the judge finds 30 % of the named things, and 10 %" in line for line in said)
     overlapping = report.findings({"a": [run(0.5), run(0.3)], "b": [run(0.2), run(0.4)]})
     assert not any("ahead" in line for line in overlapping)
+
+
+def test_recipes_that_ask_other_kinds_of_questions_are_reported():
+    """A kind that only one side was asked has a row, and no part in what is said of both."""
+
+    def run(**questions):
+        curve = [{"step": 1, "loss": 2.0, "score_norm": 7.0}, {"step": 2, "loss": 1.0, "score_norm": 9.0}]
+        numbers = (
+            "tokens_per_image",
+            "decoder_parameters",
+            "seconds",
+            "steps",
+            "tokens_per_second",
+            "peak_megabytes",
+            "loss_spikes",
+        )
+        row = {"questions": questions, "questions_majority": dict.fromkeys(questions, 0.25), "signs_guess": 0.125}
+        row |= {"captions": {"exact": 0.1, "things": 0.2}, "signs": {"8": 0.5}, "kept": {"linear": 10.0, "decoder": None}}
+        return row | dict.fromkeys(numbers, 3.0) | {"highest_score": 4.0, "curve": curve, "drawn": None}
+
+    results = {"first": [run(count=0.5, sign=0.4)], "second": [run(count=0.25, where=0.75)]}
+    rows = dict(report.table(results))
+    assert rows["questions, count (most common answer 25 %)"] == ["50 %", "25 %"]
+    assert rows["questions, sign (most common answer 25 %)"] == ["40 %", "none"]
+    assert rows["questions, where (most common answer 25 %)"] == ["none", "75 %"]
+    assert rows["highest norm of a token's scores"] == ["9", "9"]
+    assert report.findings(results)[0] == "first is ahead with every seed: questions, count."
+    assert report.title(results) == "First against second"
+    for draw in report.PLOTS.values():
+        assert report._figure(results, draw).startswith(b"\x89PNG")

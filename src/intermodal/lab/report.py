@@ -40,7 +40,7 @@ def write(out: Path, results: Rows, settings: Any) -> Path:
     rows = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     rows += [f"| {label} | {' | '.join(values)} |" for label, values in lines]
     pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in plots)
-    parts = ["# Stitched against native", head, "\n".join(rows), "\n".join(f"- {line}" for line in said), LIMITS, pictures]
+    parts = [f"# {title(results)}", head, "\n".join(rows), "\n".join(f"- {line}" for line in said), LIMITS, pictures]
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
     cells = "".join(
         f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{html.escape(value)}</td>' for value in values)}</tr>"
@@ -48,7 +48,8 @@ def write(out: Path, results: Rows, settings: Any) -> Path:
     )
     figures = "".join(f'<p><img src="{inline(data)}" alt="{name}"></p>' for name, data in plots.items())
     page = (
-        f"<!doctype html><meta charset='utf-8'><title>intermodal compare</title><style>{STYLE}</style><h1>Stitched against native</h1>"
+        f"<!doctype html><meta charset='utf-8'><title>intermodal compare</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title(results))}</h1>"
         f"<p>{html.escape(head)}</p><table><tr><th></th>{''.join(f'<th>{html.escape(n)}</th>' for n in names)}</tr>{cells}</table>"
         f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in said)}</ul><p>{html.escape(LIMITS)}</p>{figures}"
         f"{_drawings(out, results)}\n"
@@ -70,6 +71,26 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+def title(results: Rows) -> str:
+    return " against ".join(results).capitalize()
+
+
+def kinds(results: Rows, everywhere: bool = False) -> list[str]:
+    """Kinds of questions that any side was asked, or that every side was."""
+    asked = [set(row["questions"]) for rows in results.values() for row in rows]
+    found = dict.fromkeys(kind for rows in results.values() for row in rows for kind in row["questions"])
+    return [kind for kind in found if not everywhere or all(kind in one for one in asked)]
+
+
+def _majority(results: Rows, kind: str) -> float | None:
+    shares = (row["questions_majority"].get(kind) for rows in results.values() for row in rows)
+    return next((share for share in shares if share is not None), None)
+
+
+def _highest_norm(row: dict[str, Any]) -> float | None:
+    return max((point["score_norm"] for point in row["curve"] if point.get("score_norm") is not None), default=None)
+
+
 def table(results: Rows) -> list[tuple[str, list[str]]]:
     """(label, a value for each side) of every measure, with its spread over seeds."""
     first = next(iter(results.values()))[0]
@@ -81,8 +102,8 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
     def drawn(row: dict[str, Any], column: str, key: str) -> float | None:
         return row["drawn"][column][key] if row.get("drawn") else None
 
-    for kind in first["questions"]:
-        most = first["questions_majority"].get(kind)
+    for kind in kinds(results):
+        most = _majority(results, kind)
         beside = f" (most common answer {percent(most)})" if most is not None else ""
         add(f"questions, {kind}{beside}", lambda row, kind=kind: row["questions"].get(kind), percent)
     add("captions, exactly right", lambda row: row["captions"]["exact"], percent)
@@ -100,6 +121,7 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
     add("peak memory, MB", lambda row: row["peak_megabytes"], lambda value: f"{value:.0f}")
     add("loss spikes", lambda row: row["loss_spikes"], lambda value: f"{value:.1f}")
     add("highest score (logit)", lambda row: row["highest_score"], lambda value: f"{value:.1f}")
+    add("highest norm of a token's scores", _highest_norm, lambda value: f"{value:.0f}")
     for column, label in (
         ("drawn", "drawn for its caption"),
         ("drawn for another caption", "for another caption"),
@@ -118,7 +140,7 @@ def findings(results: Rows) -> list[str]:
     """Where one side is ahead with every seed, where they overlap, and what only one can do."""
     (first, ours), (second, theirs) = results.items()
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
-        **{f"questions, {kind}": (lambda row, kind=kind: row["questions"][kind]) for kind in ours[0]["questions"]},
+        **{f"questions, {kind}": (lambda row, kind=kind: row["questions"][kind]) for kind in kinds(results, everywhere=True)},
         "captions, exactly right": lambda row: row["captions"]["exact"],
         "signs of all heights": lambda row: statistics.mean(row["signs"].values()),
         "linear read-out of pixels": lambda row: row["kept"]["linear"],
@@ -148,17 +170,18 @@ def findings(results: Rows) -> list[str]:
 
 
 def _answers(axis: Any, results: Rows) -> None:
-    kinds = list(next(iter(results.values()))[0]["questions"])
+    asked = kinds(results, everywhere=True)
     for number, (name, rows) in enumerate(results.items()):
-        means = [statistics.mean(row["questions"][kind] for row in rows) for kind in kinds]
-        low = [mean - min(row["questions"][kind] for row in rows) for mean, kind in zip(means, kinds, strict=True)]
-        high = [max(row["questions"][kind] for row in rows) - mean for mean, kind in zip(means, kinds, strict=True)]
-        places = [at + 0.38 * number for at in range(len(kinds))]
+        means = [statistics.mean(row["questions"][kind] for row in rows) for kind in asked]
+        low = [mean - min(row["questions"][kind] for row in rows) for mean, kind in zip(means, asked, strict=True)]
+        high = [max(row["questions"][kind] for row in rows) - mean for mean, kind in zip(means, asked, strict=True)]
+        places = [at + 0.38 * number for at in range(len(asked))]
         axis.bar(places, means, 0.36, yerr=[low, high], color=COLOURS[number % 2], label=name, capsize=3)
-    most = next(iter(results.values()))[0]["questions_majority"]
-    for at, kind in enumerate(kinds):
-        axis.plot([at - 0.2, at + 0.58], [most[kind]] * 2, color="#555", linestyle=":")
-    axis.set_xticks([at + 0.19 for at in range(len(kinds))], kinds)
+    for at, kind in enumerate(asked):
+        most = _majority(results, kind)
+        if most is not None:
+            axis.plot([at - 0.2, at + 0.58], [most] * 2, color="#555", linestyle=":")
+    axis.set_xticks([at + 0.19 for at in range(len(asked))], asked)
     axis.set_title("questions, exactly right (dotted: most common answer)", fontsize=10)
 
 
