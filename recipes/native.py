@@ -20,7 +20,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
             tokens=4096,
         ),
         optim=OptimConfig(name="muon", lr=1.5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=50),
-        train=LoopConfig(steps=4000, threads=2, log_every=20),
+        train=LoopConfig(steps=4000, threads=2, log_every=20, save_every=1000, rollback=3.0),
         z_loss=1e-5,
     )
     full = StagedRecipe("native", NativeConfig(), (stage,))

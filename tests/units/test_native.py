@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 
 import intermodal
 from intermodal.batch import TokenBatch
@@ -367,6 +368,12 @@ def test_a_run_that_diverges_goes_back_and_past_the_data(trained, tmp_path, monk
     rows = [json.loads(line) for line in (tmp_path / "saved" / "1-fuse" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 12
     assert all(torch.isfinite(v).all() for v in intermodal.load(tmp_path / "saved" / "model").state_dict().values())
+    if poison == poison:  # without roll-back it is told of, and the run goes on
+        calls.clear()
+        off = replace(recipe, stages=(replace(recipe.stages[0], train=replace(loop, rollback=None)),))
+        told = io.StringIO()
+        train_stages(off, tmp_path / "off", console=Console(file=told, width=400))
+        assert told.getvalue().count("train.rollback=3 with train.save_every goes back then") == 1
     if poison != poison:
         lost = json.loads((tmp_path / "saved" / "1-fuse" / "not-finite-0.json").read_text())
         assert lost["loss"] == "nan"

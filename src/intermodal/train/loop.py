@@ -27,6 +27,8 @@ from .metrics import Display, Metrics
 from .optim import learning_rate, multiplies_bf16, update_average
 
 ROLLBACKS = 5
+ALARM = 3.0
+"""A loss this many times the usual is told of, once, where a run does not roll back."""
 STEADY, RECENT = 4, 20
 """How many logged losses tell what is usual: at least, and at most."""
 
@@ -63,7 +65,7 @@ class Trainer(ABC):
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.recent: list[float] = []
         """Losses of the last logged steps."""
-        self.rollbacks, self.went_back_to = 0, -1
+        self.rollbacks, self.went_back_to, self.alarmed = 0, -1, False
         self.step = 0
         if self.resumed_from is not None:
             meta = checkpoint.restore(self.resumed_from, world, self.model, self.optimizer, self.average)
@@ -125,6 +127,9 @@ class Trainer(ABC):
                         if why and self._rolled_back(why):
                             clock, since = time.perf_counter(), self.step
                             continue
+                        if why and self.world.main and not self.alarmed:
+                            self.alarmed = True
+                            self.console.print(f"[yellow]{why}; train.rollback=3 with train.save_every goes back then[/yellow]")
                     stop = self.world.any(self.asked_to_stop is not None)
                     if stop or saving:
                         self._save()
@@ -142,11 +147,11 @@ class Trainer(ABC):
         return self._finish()
 
     def _diverged(self, values: dict[str, Any]) -> str | None:
-        """What is wrong with a logged step, of a run that rolls back: a loss far from the usual, or an update that is not finite."""
-        limit, loss, norm = self.recipe.train.rollback, values["loss"], values["gradient_norm"]
-        if limit is not None and not math.isfinite(norm):
+        """What is wrong with a logged step: a loss far from the usual, or an update that is not finite."""
+        limit, loss, norm = self.recipe.train.rollback or ALARM, values["loss"], values["gradient_norm"]
+        if not math.isfinite(norm):
             return f"the norm of the gradients is {norm} at step {self.step}"
-        if limit is not None and len(self.recent) >= STEADY and loss > limit * statistics.median(self.recent):
+        if len(self.recent) >= STEADY and loss > limit * statistics.median(self.recent):
             return f"the loss is {loss:.3f} at step {self.step}, and was about {statistics.median(self.recent):.3f}"
         self.recent = [*self.recent[1 - RECENT :], loss]
         return None

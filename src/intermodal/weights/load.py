@@ -27,7 +27,7 @@ _CODECS = {
     ".llava": ("llava", "llava_next", "llava_onevision"),
     ".idefics2": ("idefics2",),
     ".qwen_vl": ("qwen",),
-    ".vqgan": ("vqgan",),
+    ".vqgan": ("vqgan", "chameleon_vqgan"),
     ".chameleon": ("chameleon",),
     ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
