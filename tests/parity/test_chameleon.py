@@ -221,6 +221,28 @@ def test_all_codes_of_the_released_vocabulary_round_trip():
     assert torch.equal(mapped, mapping.convert_img2bpe(every[None])[0].long())
 
 
+@pytest.mark.parametrize("swin", [False, True])
+def test_a_released_layout_draws_once_it_has_a_decoder(made, tmp_path, swin):
+    """A directory of transformers, a decoder beside it, saved, loaded, and asked: text and a picture of the grid's codes, guided twice."""
+    ours = intermodal.load(made(swin=swin)[0])
+    source = vqgan._filled(vqgan.from_hf({**VQ}), ours.vqmodel.state_dict(), "x").config
+    full = initialise(VQVAE(replace(source, decoder=True)))
+    full.quantize.load_state_dict(ours.vqmodel.quantize.state_dict())
+    intermodal.save(attach_decoder(ours, full), tmp_path)
+    model = intermodal.load(tmp_path)
+    model.processor.end_ids = ()
+    asked = [user("Draw noise.")]
+    with torch.no_grad():  # the head is made to begin a picture where the user's turn ends
+        last = model.hidden(model.processor(asked, reply=True))[-1]
+        model.lm_head.weight[NAMES["<racm3:break>"]] = 50 * last / last.norm() ** 2
+    reply = model.generate(asked, max_new_tokens=80, max_images=1, guidance=2.0, image_guidance=1.2, seed=3)
+    assert [picture.size for picture in reply.images] == [(SIDE, SIDE)]
+    start = reply.ids.index(NAMES["<racm3:break>"])
+    codes = model.config.image_tokens.codes(torch.tensor(reply.ids[start + 1 : start + 65]))
+    assert reply.ids[start + 65] == NAMES["<eoss>"]
+    assert codes.max() < CODES
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip(made, tied, tmp_path):
     folder, theirs = made(tied=tied)

@@ -174,6 +174,24 @@ def test_no_picture_begins_without_room_or_a_decoder(model):
     assert BEGIN not in model.generate(TALKS[0], max_new_tokens=9).ids
 
 
+def test_seeds_draw_differently_and_a_stop_text_ends_what_follows_a_picture(model):
+    warm = dict(max_new_tokens=40, max_images=1, temperature=1.0)
+    one, again, other = (model.generate(TALKS[0], seed=seed, **warm) for seed in (1, 1, 2))
+    assert one.images
+    assert one.images[0].tobytes() == again.images[0].tobytes()
+    assert other.images[0].tobytes() != one.images[0].tobytes()
+    (_, after) = next(pair for pair in zip(one.segments, one.segments[1:], strict=False) if pair[0][0] == "image")
+    text = after[1]
+    assert len(text) > 6
+    stopped = model.generate(TALKS[0], seed=1, stop=(text[3:6],), **warm)
+    assert stopped.finish == "stop"
+    kinds = [kind for kind, _ in stopped.segments]
+    assert "image" in kinds
+    assert stopped.segments[-1] == ("text", text[: text.index(text[3:6])]) or kinds[-1] == "image"
+    pieces = list(model.stream(TALKS[0], seed=1, stop=(text[3:6],), **warm))
+    assert "".join(piece for piece in pieces[:-1] if isinstance(piece, str)) == stopped.text
+
+
 def test_only_words_and_ends_come_in_a_text(folder):
     """PITFALLS 8.8: no begin of sequence, no reserved token; "</" is a word, whatever the reference says."""
     model = intermodal.load(folder)
