@@ -34,6 +34,11 @@ SYSTEMS = {
     "Idefics2": r"test_idefics2.*test_ids_pixels_and_logits",
     "VQGAN": r"test_vqgan.*(encoder_and_codes|decoder)_equal",
     "Chameleon": r"test_chameleon.*test_logits",
+    "pixels: CLIP": r"test_pixels.*test_clip_pixels",
+    "pixels: SigLIP": r"test_pixels.*test_siglip_pixels",
+    "pixels: SigLIP 2, NaFlex": r"test_pixels.*test_naflex_patches",
+    "pixels: LLaVA, LLaVA-NeXT, LLaVA-OneVision": r"test_llava.*test_pixels_and_counts",
+    "pixels: Qwen2-VL, Qwen2.5-VL, Qwen3-VL": r"test_qwen_vl.py.*test_pixels_equal",
 }
 
 
@@ -71,10 +76,11 @@ def main() -> None:
         return plain_distance(a, b)
 
     torch.testing.assert_close, hf_checkpoints.distance = assert_close, distance
-    names = ("embeddings", "decoder", "llava", "qwen_vl_first", "qwen_vl", "idefics2", "vqgan", "chameleon")
+    names = ("embeddings", "pixels", "decoder", "llava", "qwen_vl_first", "qwen_vl", "idefics2", "vqgan", "chameleon")
     files = [str(TESTS / f"test_{name}.py") for name in names]
-    wanted = "equal_transformers or to_logits or test_logits or and_logits or equal_janus"
-    if code := pytest.main([*files, "-k", wanted, "-q", "-p", "no:cacheprovider"], plugins=[notes]):
+    logits = "equal_transformers or to_logits or test_logits or and_logits or equal_janus"
+    pixels = "clip_pixels or siglip_pixels or naflex_patches or pixels_and_counts or pixels_equal"
+    if code := pytest.main([*files, "-k", f"{logits} or {pixels}", "-q", "-p", "no:cacheprovider"], plugins=[notes]):
         sys.exit(code)
     print()
     for system, pattern in SYSTEMS.items():

@@ -115,7 +115,13 @@ def assert_same_pixels(ours, theirs, given, reference=None) -> None:
             got = batch.pixels.numpy()
         label = getattr(shown, "size", None), getattr(shown, "mode", None)
         assert got.shape == want.shape, label
-        assert np.abs(got - want).max() <= EXACT, label
+        torch.testing.assert_close(
+            torch.from_numpy(np.array(got)),
+            torch.from_numpy(np.array(want)),
+            atol=EXACT,
+            rtol=0,
+            msg=lambda m, at=label: f"{at}: {m}",
+        )
 
 
 @pytest.mark.parametrize("recipe", CLIP_RECIPES)
