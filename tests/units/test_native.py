@@ -21,11 +21,11 @@ from intermodal.errors import IntermodalError
 from intermodal.losses_tokens import next_token_loss, score_statistics, targets
 from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
-from intermodal.train import watch
+from intermodal.train import attention_scores as watched
+from intermodal.train.attention_scores import attention_scores
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.train.vqvae import train_vqvae
-from intermodal.train.watch import attention_scores
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -121,7 +121,7 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
 @pytest.mark.parametrize("most_tokens", [256, 5])
 def test_the_largest_score_in_attention_is_that_of_the_plain_formula(monkeypatch, most_tokens):
     """At 5 tokens: of a first sequence of seven the last five queries, and nothing of the second."""
-    monkeypatch.setattr(watch, "MOST_TOKENS", most_tokens)
+    monkeypatch.setattr(watched, "MOST_TOKENS", most_tokens)
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(32, 2, 4, 2, 8, 48, 20, qk_layernorm=True)).eval()
     for parameter in decoder.parameters():
@@ -312,6 +312,26 @@ def test_a_layer_drops_from_both_branches_only_in_training():
         assert 0.15 < (branch == 0).float().mean() < 0.35
     layer.eval()
     assert torch.equal(layer(x, Segments([40]), tables, None), layer(x, Segments([40]), tables, None))
+
+
+def test_a_run_that_cannot_go_back_says_why(trained, tmp_path, monkeypatch):
+    """Roll-back is asked for, but nothing has been saved yet."""
+    from intermodal.train import stages
+
+    recipe, _ = trained
+    loop = replace(recipe.stages[0].train, steps=8, save_every=None, rollback=3.0)
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], train=loop),))
+    calls, plain = [], stages.next_token_loss
+
+    def poisoned(*arguments, **settings):
+        loss, count = plain(*arguments, **settings)
+        calls.append(1)
+        return (loss * 50 if len(calls) == 6 else loss), count
+
+    monkeypatch.setattr(stages, "next_token_loss", poisoned)
+    told = io.StringIO()
+    train_stages(recipe, tmp_path, console=Console(file=told, width=400))
+    assert told.getvalue().count("there is no checkpoint to go back to yet: set train.save_every lower") == 1
 
 
 def test_a_checkpoint_that_is_lost_itself_gives_way_to_the_one_before(trained, tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Queries handled at once when a window makes most of the L x L scores unnecessary.
 WINDOW_BLOCK = 128
+# The CPU's kernel is slower in bf16 than in float32 on sequences up to about this length: forward a little, backward twice.
+FLOAT_LENGTH = 1024
 
 
 class Segments:
@@ -189,10 +191,6 @@ def _permute(x: Tensor, segments: Segments, order: Tensor) -> tuple[Tensor, tupl
     tokens = segments.tokens_of(order).to(x.device)
     inverse = torch.argsort(tokens)
     return _Permute.apply(x, tokens, inverse), (inverse, tokens)  # pyright: ignore[reportReturnType]
-
-
-FLOAT_LENGTH = 1024
-"""The CPU's kernel is slower in bf16 than in float32 on sequences up to about this length: forward a little, backward twice."""
 
 
 def _equal_lengths(q, k, v, causal, window, dropout, scale) -> Tensor:

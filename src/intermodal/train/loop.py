@@ -129,7 +129,7 @@ class Trainer(ABC):
                             continue
                         if why and self.world.main and not self.alarmed:
                             self.alarmed = True
-                            self.console.print(f"[yellow]{why}; train.rollback=3 with train.save_every goes back then[/yellow]")
+                            self.console.print(f"[yellow]{why}; {self._why_not_back()}[/yellow]")
                     stop = self.world.any(self.asked_to_stop is not None)
                     if stop or saving:
                         self._save()
@@ -155,6 +155,13 @@ class Trainer(ABC):
             return f"the loss is {loss:.3f} at step {self.step}, and was about {statistics.median(self.recent):.3f}"
         self.recent = [*self.recent[1 - RECENT :], loss]
         return None
+
+    def _why_not_back(self) -> str:
+        if self.recipe.train.rollback is None:
+            return "train.rollback=3 with train.save_every goes back then"
+        if self.rollbacks >= ROLLBACKS:
+            return f"going back has not helped {ROLLBACKS} times: lower optim.lr, or look at the data"
+        return "there is no checkpoint to go back to yet: set train.save_every lower"
 
     def _rolled_back(self, why: str) -> bool:
         """Go back to the newest checkpoint's weights, or to the one before where going back to the newest has not helped; data goes on

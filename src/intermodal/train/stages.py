@@ -33,10 +33,10 @@ from ..weights.fresh_chameleon import fresh_chameleon
 from ..weights.load import codec, load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
+from .attention_scores import attention_scores
 from .loop import Trainer
 from .optim import choose_learning, optimizer_of
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
-from .watch import attention_scores
 
 
 def train_stages(
