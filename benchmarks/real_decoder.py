@@ -83,7 +83,7 @@ def main() -> None:
     talks = open_talks(recipe.stages[-1].data.train[0], side=side)
     assert isinstance(talks, SceneTalks)
     config = talks.scenes.config
-    asked = [one for one in held_out_questions(config, given.each) if one.question.kind in KINDS]
+    asked = held_out_questions(config, given.each, kinds=KINDS)
     told = given.out / "asked.json"
     wanted = json.dumps(to_dict(recipe), indent=2)
     if told.exists() and told.read_text() != wanted:

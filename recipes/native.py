@@ -4,9 +4,9 @@
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
 
-SCENES = "scenes:core?pair_share=0.3&most=1&colour_share=0.1&plain=true&forms=1"
+SCENES = "scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0.2"
 
-SPRITES = "sprites:core?article=true&variations=1000"
+ALONE = "scenes:core?pair_share=0&most=1&colour_share=0.1&plain=true&forms=1&jitter=0.2"
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:
@@ -14,7 +14,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         "fuse",
         learn=(("model.*", 1.0), ("lm_head.*", 1.0)),
         data=TalksConfig(
-            train=(f"draws:{SPRITES}", f"draws:{SCENES}", f"captions:{SCENES}", f"questions:{SCENES}", f"steps:{SCENES}"),
+            train=(f"draws:{SCENES}", f"draws:{ALONE}", f"captions:{SCENES}", f"questions:{SCENES}", f"steps:{SCENES}"),
             weights=(2.0, 2.0, 1.0, 0.5, 0.25),
             batch=32,
             tokens=4096,

@@ -57,27 +57,25 @@ def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor, z_loss: float) ->
 
 @torch.no_grad()
 def score_statistics(
-    hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, image_ids: Tensor | None, most: int = 512
+    hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, most: int = 512
 ) -> dict[str, float]:
-    """What tells of stability, over up to `most` supervised tokens: loss of words and of picture codes, entropy, log Z, highest score and
-    the norm of a token's scores."""
-    rows, ids = targets(batch)
+    """What tells of stability, over up to `most` supervised tokens: entropy, log Z, highest score and the norm of a token's scores."""
+    rows, _ = targets(batch)
     if not len(rows):
         return {}
     step = max(1, len(rows) // most)
-    rows, ids = rows[::step], ids[::step]
-    scores = F.linear(hidden_TD[rows], head_VD).float()
-    losses, log_z = F.cross_entropy(scores, ids, reduction="none"), scores.logsumexp(-1)
+    scores = F.linear(hidden_TD[rows[::step]], head_VD).float()
+    log_z = scores.logsumexp(-1)
     chances = (scores - log_z[:, None]).exp()
-    out = {
+    return {
         "log_z": log_z.mean().item(),
         "highest_score": scores.max().item(),
         "score_norm": scores.norm(dim=-1).mean().item(),
         "entropy": (log_z - (chances * scores).sum(-1)).mean().item(),
     }
-    if image_ids is not None:
-        drawn = torch.isin(ids, image_ids.to(ids.device))
-        out |= {
-            name: losses[chosen].mean().item() for name, chosen in (("loss_text", ~drawn), ("loss_image", drawn)) if chosen.any()
-        }
-    return out
+
+
+def by_modality(losses_S: Tensor, ids_S: Tensor, image_ids: Tensor) -> Tensor:
+    """(2, 2) sum and count of the losses of words, and of picture codes: what adds up over packs and ranks."""
+    drawn = torch.isin(ids_S, image_ids)
+    return torch.stack([torch.stack([losses_S[chosen].sum(), chosen.sum().float()]) for chosen in (~drawn, drawn)])

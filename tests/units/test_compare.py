@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from intermodal.cli.app import app
+from intermodal.config import SettingError
 from intermodal.errors import IntermodalError
 from intermodal.lab import compare as lab
 from intermodal.lab import measure, report
@@ -56,10 +57,27 @@ def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
     monkeypatch.setattr(lab, "_alone", None)  # nothing is left to run
     said = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert json.loads(said.output.splitlines()[-1])["table"] == result["table"]
-    with pytest.raises(IntermodalError, match="other settings"):
-        lab.compare(RECIPES / "compare_stitched.py", RECIPES / "compare_native.py", folder, lab.Settings())
+    stitched, native = (lab.Side(RECIPES / f"compare_{name}.py") for name in ("stitched", "native"))
+    with pytest.raises(IntermodalError, match="another comparison"):
+        lab.compare(stitched, native, folder, lab.Settings())
     with pytest.raises(IntermodalError, match="only recipes with stages"):
-        lab.compare(RECIPES / "siglip.py", RECIPES / "compare_native.py", folder, lab.Settings())
+        lab.compare(lab.Side(RECIPES / "siglip.py"), native, folder, lab.Settings())
+    with pytest.raises(SettingError, match="did you mean"):
+        lab.compare(stitched, lab.Side(native.recipe, ("learn.optim.rl=1",)), folder, lab.Settings())
+
+
+def test_one_recipe_against_itself_with_other_settings(tmp_path):
+    """Any two sides: here two native models, the second deeper and without norms."""
+    eyes = ["--native-eyes", str(RECIPES / "vqvae.py"), "--set-first", "model.vq=eyes", "--set-second", "model.vq=eyes"]
+    other = ["--set-second", "model.decoder.depth=3", "--set-second", "model.decoder.qk_layernorm=false"]
+    arguments = ["compare", str(RECIPES / "native.py"), str(RECIPES / "native.py"), *eyes, *other, "--tiny", "--steps", "2"]
+    said = CliRunner().invoke(app, [*arguments, "--seeds", "1", "--out", str(tmp_path), "--json"], catch_exceptions=False)
+    result = json.loads(said.output.splitlines()[-1])
+    first, second = (result["runs"][f"native-{number}"][0] for number in (1, 2))
+    assert second["decoder_parameters"] > first["decoder_parameters"]
+    assert {"count", "colour", "where"} <= first["questions"].keys()
+    assert all(run["drawn"]["began"] >= 0 for run in (first, second))
+    assert "native-2 with model.vq=eyes, model.decoder.depth=3" in (tmp_path / "report.md").read_text()
 
 
 WAITING_CHILD = """

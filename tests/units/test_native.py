@@ -15,10 +15,11 @@ from rich.console import Console
 
 import intermodal
 from intermodal.batch import TokenBatch
+from intermodal.data.loader import Loader, Mixture, Rejects
 from intermodal.data.packing import TalkFetcher, picture_alone
 from intermodal.data.talks import ALONE, open_talks
 from intermodal.errors import IntermodalError
-from intermodal.losses_tokens import next_token_loss, score_statistics, targets
+from intermodal.losses_tokens import by_modality, next_token_loss, next_token_losses, score_statistics, targets
 from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
 from intermodal.train import attention_scores as watched
@@ -107,15 +108,44 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
         plain, _ = next_token_loss(hidden, model.head_weight, batch)
         with_z, _ = next_token_loss(hidden, model.head_weight, batch, chunk=7, z_loss=0.01)
         torch.testing.assert_close(with_z - plain, 0.01 * (scores.logsumexp(-1) ** 2).sum(), rtol=1e-3, atol=1e-3)
-        found = score_statistics(hidden, model.head_weight, batch, torch.tensor(model.config.image_tokens.ids))
+        found = score_statistics(hidden, model.head_weight, batch)
     assert found["log_z"] == pytest.approx(scores.logsumexp(-1).mean().item(), rel=1e-4)
     assert found["highest_score"] == pytest.approx(scores.max().item(), rel=1e-5)
     chances = scores.softmax(-1)
     assert found["entropy"] == pytest.approx(-(chances * chances.log()).sum(-1).mean().item(), rel=1e-3)
     drawn = ids >= min(model.config.image_tokens.ids)
     losses = F.cross_entropy(scores, ids, reduction="none")
-    assert found["loss_image"] == pytest.approx(losses[drawn].mean().item(), rel=1e-4)
-    assert found["loss_text"] == pytest.approx(losses[~drawn].mean().item(), rel=1e-4)
+    (words, word_count), (codes, code_count) = by_modality(losses, ids, torch.tensor(model.config.image_tokens.ids)).tolist()
+    assert (word_count, code_count) == ((~drawn).sum().item(), drawn.sum().item())
+    assert (words, codes) == pytest.approx((losses[~drawn].sum().item(), losses[drawn].sum().item()), rel=1e-5)
+
+
+def test_losses_of_words_and_codes_are_of_the_whole_step(trained, tmp_path):
+    """In several packs, some of words alone: the two make up the loss of the step."""
+    recipe, run = trained
+    (stage,) = recipe.stages
+    data = replace(stage.data, tokens=64, batch=16)
+    recipe = replace(recipe, stages=(replace(stage, data=data, optim=replace(stage.optim, lr=1e-9)),))
+    train_stages(recipe, tmp_path / "run", quiet=True)
+    row = json.loads((tmp_path / "run" / "1-fuse" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["packs"] > 2
+    # the same conversations once more, one by one
+    model = intermodal.load(tmp_path / "run" / "1-fuse" / "initial")
+    sources = [open_talks(spec, side=16, seed=data.seed) for spec in data.train]
+    fetcher = TalkFetcher(sources, model.processor, data.seed, data.tokens, model.config.text.context)
+    loader = Loader(
+        Mixture(sources, data.weights, data.seed), fetcher, batch=16, workers=0, rejects=Rejects(tmp_path / "r.jsonl", 1.0)
+    )
+    packs = next(iter(loader)).batches
+    ids = torch.tensor(model.config.image_tokens.ids)
+    with torch.no_grad():
+        losses = [next_token_losses(model.hidden(pack), model.head_weight, pack, z_loss=stage.z_loss) for pack in packs]
+    (words, word_count), (codes, code_count) = sum(
+        by_modality(loss, targets(pack)[1], ids) for loss, pack in zip(losses, packs, strict=True)
+    ).tolist()
+    assert row["supervised_tokens"] == word_count + code_count
+    assert (row["loss_text"], row["loss_image"]) == pytest.approx((words / word_count, codes / code_count), rel=1e-5)
+    assert row["loss"] * row["supervised_tokens"] == pytest.approx(words + codes, rel=1e-5)
 
 
 @pytest.mark.parametrize("most_tokens", [256, 5])

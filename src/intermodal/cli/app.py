@@ -343,6 +343,16 @@ def compare(
     seconds: Annotated[float, typer.Option(help="Training of one run, eyes and decoder; there are two runs a seed.")] = 300.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Train everything exactly this many steps instead.")] = None,
+    set_first: Annotated[
+        list[str] | None, typer.Option(help="A setting of the first recipe, `fuse.optim.lr=1e-3`; may be given several times.")
+    ] = None,
+    set_second: Annotated[list[str] | None, typer.Option(help="The same of the second.")] = None,
+    stitched_eyes: Annotated[
+        Path | None, typer.Option(help="Recipe of the tower where model.vision=eyes; by default recipes/compare_siglip.py.")
+    ] = None,
+    native_eyes: Annotated[
+        Path | None, typer.Option(help="Recipe of the VQ-VAE where model.vq=eyes; by default recipes/compare_vqvae.py.")
+    ] = None,
     tiny: Annotated[bool, typer.Option(help="The recipes' smallest versions, to see that it runs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -350,18 +360,30 @@ def compare(
 
     Writes a page, a Markdown table and JSON. A comparison that was stopped goes on with the runs that are missing.
 
-    Example: `intermodal compare --seconds 300 --out runs/compare`
+    Examples:
+
+    `intermodal compare --seconds 300 --out runs/compare`
+
+    `intermodal compare recipes/native.py recipes/native.py --set-second model.decoder.depth=8 --native-eyes recipes/vqvae.py
+    --set-first model.vq=eyes --set-second model.vq=eyes`
     """
     from ..errors import IntermodalError
-    from ..lab.compare import RECIPES, Settings
+    from ..lab.compare import RECIPES, Settings, Side
     from ..lab.compare import compare as measure
 
     if (first is None) != (second is None):
         raise IntermodalError("give two recipes, or none for the project's own")
-    pair = (first or RECIPES / "compare_stitched.py", second or RECIPES / "compare_native.py")
+    pair = (
+        Side(first or RECIPES / "compare_stitched.py", tuple(set_first or ())),
+        Side(second or RECIPES / "compare_native.py", tuple(set_second or ())),
+    )
+    eyes = {
+        "stitched_eyes": stitched_eyes or RECIPES / "compare_siglip.py",
+        "native_eyes": native_eyes or RECIPES / "compare_vqvae.py",
+    }
     small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
-    page = measure(*pair, out, settings, tiny=tiny)
+    page = measure(*pair, out, settings, **eyes, tiny=tiny)
     say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
     if not as_json:
         typer.echo(f"report: {page}")

@@ -57,10 +57,12 @@ def draw(
     fonts: str = "train",
     recolour: float = 0.0,
     plain: bool = False,
+    jitter: float = 1.0,
     groups: int | None = None,
 ) -> Scene:
     """Compose a scene: background, then each group's objects on a jittered grid in the group's part of the picture.
 
+    `jitter` scales how far sizes, places in a cell and angles vary: with 0 every object is upright and fills its cell.
     With `groups`, only so many of them are drawn, each where it stands in the whole scene (for an `rng` in the same state).
     """
     pixels = np.full((side, side, 3), 255, np.uint8) if plain else ground(facts.background, side, rng)
@@ -70,7 +72,8 @@ def draw(
     boxes = []
     for index, (group, region) in list(enumerate(zip(facts.groups, _regions(facts, side, top), strict=True)))[:groups]:
         paint = random_paint(rng) if recolour and group.colour is None and rng.random() < recolour else None
-        boxes.append((index, [_place(pixels, group, style, cell, rng, paint) for cell in _cells(region, group.count, rng)]))
+        cells = _cells(region, group.count, rng, jitter)
+        boxes.append((index, [_place(pixels, group, style, cell, rng, paint, jitter) for cell in cells]))
     return Scene(facts, seed, style, boxes, pixels)
 
 
@@ -105,21 +108,30 @@ def _regions(facts: Facts, side: int, top: int) -> list[tuple[float, float, floa
     return halves if facts.relation in ("left of", "above") else halves[::-1]
 
 
-def _cells(region: tuple[float, float, float, float], count: int, rng: random.Random) -> list[tuple[float, float, float]]:
+def _cells(
+    region: tuple[float, float, float, float], count: int, rng: random.Random, jitter: float
+) -> list[tuple[float, float, float]]:
     """(left, top, size) of `count` squares in a region: the grid with the largest cells, objects of one size, jittered."""
+
+    def varied(low: float, high: float) -> float:
+        return high - jitter * (high - rng.uniform(low, high))
+
+    def within(room: float) -> float:
+        return room / 2 + jitter * (rng.uniform(0, room) - room / 2)
+
     left, top, right, bottom = region
     width, height = right - left, bottom - top
     columns = max(range(1, count + 1), key=lambda c: min(width / c, height / -(-count // c)))
     rows = -(-count // columns)
     cell_w, cell_h = width / columns, height / rows
-    size = min(cell_w, cell_h) * rng.uniform(0.72, 0.96)
+    size = min(cell_w, cell_h) * varied(0.72, 0.96)
     if count == 1:
-        size *= rng.uniform(0.7, 1.0)
+        size *= varied(0.7, 1.0)
     places = rng.sample(range(rows * columns), count)
     out = []
     for place in places:
-        x = left + (place % columns) * cell_w + rng.uniform(0, cell_w - size)
-        y = top + (place // columns) * cell_h + rng.uniform(0, cell_h - size)
+        x = left + (place % columns) * cell_w + within(cell_w - size)
+        y = top + (place // columns) * cell_h + within(cell_h - size)
         out.append((x, y, size))
     return out
 
@@ -145,12 +157,13 @@ def _place(
     cell: tuple[float, float, float],
     rng: random.Random,
     paint: np.ndarray | None = None,
+    jitter: float = 1.0,
 ) -> tuple[int, int, int, int]:
     """Draw one object into its square; returns the box of what is visible."""
     x, y, size = cell
     side = max(6, round(size))
     drawing = _tinted(group.concept, style, group.colour).resize((side, side), Image.Resampling.BOX)
-    angle = rng.uniform(-12, 12)
+    angle = jitter * rng.uniform(-12, 12)
     if side >= 12:
         drawing = drawing.rotate(angle, Image.Resampling.BILINEAR)
     premultiplied = np.asarray(drawing)

@@ -57,6 +57,9 @@ class SceneConfig:
     """The respect in which twins differ ("relation", "count", ...) where a scene can differ in it; any where left out."""
     plain: bool = False
     """White ground everywhere, unshaded: what a small model that draws need not spend its codes on."""
+    jitter: float = 1.0
+    """How much sizes, places and angles vary, from 0 (upright and as large as fits) to 1: the fewer ways a thing can stand, the fewer a
+    model that draws has to learn."""
     forms: int = 5
     """How many phrasings of a caption: 3 leaves out the long ones, which name the background."""
     fonts: Literal["train", "test"] = "train"
@@ -75,6 +78,8 @@ class Scenes:
             raise IntermodalError(f"pair_most is the largest count in a pair, from 1 to 4, and not {self.config.pair_most}")
         if not 0 <= self.config.lead <= 1:
             raise IntermodalError(f"lead is a share of the pairs, from 0 to 1, and not {self.config.lead}")
+        if not 0 <= self.config.jitter <= 1:
+            raise IntermodalError(f"jitter is from 0 (none) to 1 (all), and not {self.config.jitter}")
         if self.config.twin_kind and self.config.twin_kind not in TWIN_KINDS:
             raise IntermodalError(
                 f"unknown twin_kind {self.config.twin_kind!r}: {', '.join(TWIN_KINDS)}{nearest(self.config.twin_kind, TWIN_KINDS)}"
@@ -94,7 +99,7 @@ class Scenes:
         """Scene number `index` with its facts and boxes; with `groups`, only its first ones are drawn, where they stand."""
         config, rng = self.config, self._rng(index)
         facts, style = self._told(index, rng)
-        settings = {"fonts": config.fonts, "recolour": config.recolour, "plain": config.plain}
+        settings = {"fonts": config.fonts, "recolour": config.recolour, "plain": config.plain, "jitter": config.jitter}
         return draw(facts, style, config.side, rng, seed=index, groups=groups, **settings)
 
     def facts(self, index: int) -> Facts:

@@ -159,7 +159,7 @@ def report(
     steps = model.generate_batch(
         [[asked_for_steps(fact)] for fact in shown], slots=8, progress=True, **{**settings, "max_new_tokens": 48, "max_images": 2}
     )
-    asked = [one for one in held_out_questions(config) if one.question.kind in asked_kinds(recipe)]
+    asked = held_out_questions(config, kinds=asked_kinds(recipe))
     answers = ask(model, asked, progress=True)
     error = (pixels_of(again) - pixels_of([scene.pixels for scene in scenes])).square().mean().item()
     results = {

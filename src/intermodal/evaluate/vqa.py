@@ -12,7 +12,12 @@ from ..data.compose import Scene
 from ..data.questions import KINDS, Question, questions
 from ..data.scenes import SceneConfig, Scenes
 from ..data.talks import user
+from ..errors import IntermodalError
 from ..models.generative import Generative
+
+
+LOOKS = 1000
+"""Scenes that are looked at for each question that is wanted of a kind."""
 
 
 @dataclass(frozen=True)
@@ -24,27 +29,33 @@ class Asked:
         return [user(None if blind else self.scene.image, self.question.text)]
 
 
-def held_out_questions(config: SceneConfig, each: int = 150, seed: int = 7) -> list[Asked]:
+def held_out_questions(config: SceneConfig, each: int = 150, seed: int = 7, kinds: Sequence[str] = KINDS) -> list[Asked]:
     """`each` questions of every kind, one a scene, about scenes of the test side: combinations never trained on, an unseen font.
 
     Args:
-        config: the training scenes' settings; side, split, fonts and seed are replaced.
+        config: the training scenes' settings; split, fonts and seed are replaced, and where signs are asked for, half the scenes have one.
+        kinds: those of `KINDS` to ask.
+
+    Raises:
+        IntermodalError: scenes by these settings hardly ever answer questions of some kind.
     """
-    source = Scenes(replace(config, split="test", fonts="test", seed=seed, word_share=0.5))
-    out: dict[str, list[Asked]] = {kind: [] for kind in KINDS}
+    words = 0.5 if "sign" in kinds else config.word_share
+    source = Scenes(replace(config, split="test", fonts="test", seed=seed, word_share=words))
+    out: dict[str, list[Asked]] = {kind: [] for kind in kinds}
     index = 0
-    while any(len(found) < each for found in out.values()):
-        scene = source.scene(index)
+    while missing := [kind for kind, found in out.items() if len(found) < each]:
+        if index == LOOKS * each:
+            raise IntermodalError(f"of {index} held-out scenes too few answer the question {missing[0]!r}: {source.config}")
         by_kind: dict[str, list[Question]] = {}
-        for question in questions(scene.facts):
+        for question in questions(source.facts(index)):
             by_kind.setdefault(question.kind, []).append(question)
-        wanted = [kind for kind in by_kind if len(out[kind]) < each]
+        wanted = [kind for kind in by_kind if kind in missing]
         rng = random.Random(f"{seed}/{index}")
-        index += 1
         if wanted:
             kind = rng.choice(wanted)
-            out[kind].append(Asked(scene, rng.choice(by_kind[kind])))
-    return [asked for kind in KINDS for asked in out[kind]]
+            out[kind].append(Asked(source.scene(index), rng.choice(by_kind[kind])))
+        index += 1
+    return [asked for kind in kinds for asked in out[kind]]
 
 
 def ask(model: Generative, asked: Sequence[Asked], *, blind: bool = False, slots: int = 64, progress: bool = False) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..config import override
 from ..errors import IntermodalError
 from ..train.recipe import NativeConfig, StagedRecipe, StitchConfig, load_recipe
 
@@ -50,9 +51,26 @@ class Settings:
     """Train eyes and decoder exactly this many steps instead of fitting them to `seconds`."""
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a recipe file with stages, and settings of it by dotted path (`fuse.optim.lr=1e-3`)."""
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+
+    def load(self, tiny: bool) -> StagedRecipe:
+        """Raises IntermodalError: the recipe has no stages of conversations. Raises SettingError: an override that does not fit."""
+        made = load_recipe(self.recipe, tiny=tiny)
+        if not isinstance(made, StagedRecipe):
+            raise IntermodalError(
+                f"{self.recipe} is a {type(made).__name__}; only recipes with stages can be compared by what they answer"
+            )
+        return override(made, self.overrides)
+
+
 def compare(
-    first: str | Path,
-    second: str | Path,
+    first: Side,
+    second: Side,
     out: Path,
     settings: Settings,
     *,
@@ -61,44 +79,46 @@ def compare(
     tiny: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train and measure both recipes with every seed, and write `report.html`, `report.md` and `report.json`; returns the page's path.
+    """Train and measure both sides with every seed, and write `report.html`, `report.md` and `report.json`; returns the page's path.
 
     Raises:
-        IntermodalError: a recipe has no stages of conversations, or `out` holds a comparison by other settings.
+        IntermodalError: a recipe has no stages of conversations, or `out` holds another comparison.
+        SettingError: an override that does not fit its recipe.
     """
     console = console or Console()
-    sides = [(load_recipe(path, tiny=tiny), path) for path in (first, second)]
-    for recipe, path in sides:
-        if not isinstance(recipe, StagedRecipe):
-            raise IntermodalError(
-                f"{path} is a {type(recipe).__name__}; only recipes with stages can be compared by what they answer"
-            )
-    names = [recipe.name for recipe, _ in sides]
+    sides = (first, second)
+    names = [side.load(tiny).name for side in sides]
     if names[0] == names[1]:
         names = [f"{names[0]}-{number}" for number in (1, 2)]
-    _claim(out, {"recipes": [str(path) for _, path in sides], "tiny": tiny, **asdict(settings)})
+    asked = {
+        "recipes": [str(side.recipe) for side in sides],
+        "overrides": [side.overrides for side in sides],
+        "eyes": [str(stitched_eyes), str(native_eyes)],
+        "tiny": tiny,
+    }
+    _claim(out, asked | asdict(settings))
     eyes = {"stitched": str(stitched_eyes), "native": str(native_eyes)}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in range(settings.seeds):
-        for name, (_, path) in zip(names, sides, strict=True):
+        for name, side in zip(names, sides, strict=True):
             folder = out / f"{name}-seed{seed}"
             if not (folder / "result.json").exists():
                 console.print(f"{name}, seed {seed} ...")
                 began = time.perf_counter()
-                _alone(_run, str(path), eyes, seed, folder, settings, tiny)
+                _alone(_run, side, eyes, seed, folder, settings, tiny)
                 console.print(f"  {time.perf_counter() - began:.0f} s: {_line(json.loads((folder / 'result.json').read_text()))}")
             results[name].append(json.loads((folder / "result.json").read_text()))
     _judge_drawings(results, out, settings, console)
     from .report import write
 
-    return write(out, results, settings)
+    return write(out, results, settings, [side.overrides for side in sides])
 
 
 def _claim(out: Path, asked: dict[str, Any]) -> None:
     file = out / "settings.json"
     asked = json.loads(json.dumps(asked))
     if file.exists() and json.loads(file.read_text()) != asked:
-        raise IntermodalError(f"{out} holds a comparison by other settings; give another --out")
+        raise IntermodalError(f"{out} holds another comparison (its settings.json says which); give another --out")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asked, indent=2) + "\n")
 
@@ -125,7 +145,7 @@ def _line(result: dict[str, Any]) -> str:
     return f"{result['steps']} steps; {asked}; captions {result['captions']['exact']:.0%}"
 
 
-def _run(path: str, eyes: dict[str, str], seed: int, folder: Path, settings: Settings, tiny: bool) -> None:
+def _run(side: Side, eyes: dict[str, str], seed: int, folder: Path, settings: Settings, tiny: bool) -> None:
     """Train one recipe with one seed and measure it; everything goes to `folder`/result.json."""
     import torch
 
@@ -133,7 +153,7 @@ def _run(path: str, eyes: dict[str, str], seed: int, folder: Path, settings: Set
     from ..train.stages import train_stages
     from . import measure
 
-    recipe: StagedRecipe = _seeded(load_recipe(path, tiny=tiny), seed)
+    recipe = _seeded(side.load(tiny), seed)
     began = time.perf_counter()
     recipe, eyes_steps = _with_eyes(recipe, eyes, seed, folder, settings, tiny)
     left = settings.seconds - (time.perf_counter() - began)

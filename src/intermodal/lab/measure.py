@@ -42,7 +42,7 @@ def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path
     """Every measure of one model; pictures that it draws are left in `folder`/drawn, to be judged with those of other runs."""
     config = scene_config(recipe, side_of(model))
     kinds = asked_kinds(recipe)
-    asked = [one for one in held_out_questions(config, each=settings.questions) if one.question.kind in kinds]
+    asked = held_out_questions(config, each=settings.questions, kinds=kinds)
     signs = Signs(replace(sign_config(recipe, side_of(model)), seed=DRAW_SEED, least=min(settings.heights)))
     answers = accuracy(asked, ask(model, asked))
     out = {

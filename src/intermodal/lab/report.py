@@ -27,8 +27,12 @@ LIMITS = (
 )
 
 
-def write(out: Path, results: Rows, settings: Any) -> Path:
-    """Write `report.json`, `report.md` and `report.html`; returns the page."""
+def write(out: Path, results: Rows, settings: Any, overrides: Sequence[Sequence[str]] = ((), ())) -> Path:
+    """Write `report.json`, `report.md` and `report.html`; returns the page.
+
+    Args:
+        overrides: settings of each side that differ from its recipe.
+    """
     lines = table(results)
     said = findings(results)
     (out / "report.json").write_text(json.dumps({"table": lines, "findings": said, "runs": results}, indent=1) + "\n")
@@ -37,6 +41,7 @@ def write(out: Path, results: Rows, settings: Any) -> Path:
         (out / f"{name}.png").write_bytes(data)
     names = list(results)
     head = f"Means over {len(results[names[0]])} seeds (lowest to highest); {settings.seconds:.0f} s of training a run."
+    head += "".join(f" {name} with {', '.join(changed)}." for name, changed in zip(names, overrides, strict=True) if changed)
     rows = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     rows += [f"| {label} | {' | '.join(values)} |" for label, values in lines]
     pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in plots)

@@ -23,7 +23,7 @@ from ..errors import IntermodalError, SampleError
 from ..inputs.chat import ChatProcessor
 from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import DiskCache, fingerprint
-from ..losses_tokens import next_token_loss, score_statistics, targets
+from ..losses_tokens import by_modality, next_token_losses, score_statistics, targets
 from ..models.chameleon import Chameleon
 from ..models.generative import Generative
 from ..models.vqvae import VQVAE
@@ -208,6 +208,7 @@ class StageTrainer(Trainer):
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
         count = self.world.sum(torch.tensor(float(tokens), device=device))
         total, bad, statistics = torch.zeros((), device=device), None, {}
+        codes, shares = self._image_ids(), torch.zeros(2, 2, device=device)
         batches, scale = fetched.batches, 1.0
         if self.sharded:
             batches, scale = in_step(batches, self.idle, self.world), float(self.world.size)  # FSDP takes the mean over the ranks
@@ -216,9 +217,12 @@ class StageTrainer(Trainer):
             first = logging and not statistics
             with self.autocast(), attention_scores(self.model.model, first) as scores:
                 hidden = self.model.hidden(moved)
-                loss, _ = next_token_loss(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
+                losses = next_token_losses(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
                 if first:
-                    statistics = score_statistics(hidden, self.model.head_weight, moved, self._image_ids()) | scores
+                    statistics = score_statistics(hidden, self.model.head_weight, moved) | scores
+            loss = losses.sum()
+            if logging and codes is not None:
+                shares += by_modality(losses.detach(), targets(moved)[1], codes)
             if (
                 self.sharded and hidden.requires_grad
             ):  # on every rank the same parts must take part in backward, learned from or not
@@ -241,12 +245,21 @@ class StageTrainer(Trainer):
             "supervised_tokens": int(count),
             "tokens": int(self.world.sum(torch.tensor(float(length), device=device))),
             "packs": len(fetched.batches),
+            **self._modality_losses(shares, codes),
             **statistics,  # of this rank's first pack
         }
 
+    def _modality_losses(self, shares: Tensor, codes: Tensor | None) -> dict[str, float]:
+        """Loss a token of words and of picture codes, over all packs of all ranks; nothing where the vocabulary has no codes."""
+        if codes is None:
+            return {}
+        sums = self.world.sum(shares).tolist()
+        return {name: total / count for name, (total, count) in zip(("loss_text", "loss_image"), sums, strict=True) if count}
+
     def _image_ids(self) -> Tensor | None:
         """Tokens that are picture codes, in a model whose vocabulary has them."""
-        return torch.tensor(self.model.config.image_tokens.ids) if isinstance(self.model, Chameleon) else None
+        ids = self.model.config.image_tokens.ids if isinstance(self.model, Chameleon) else None
+        return None if ids is None else torch.tensor(ids, device=self.world.device)
 
     def _note(self, values: dict[str, Any]) -> str:
         speed = values["samples_per_second"] * values["tokens"] / self.recipe.data.batch
