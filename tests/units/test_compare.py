@@ -15,6 +15,7 @@ from intermodal.cli.app import app
 from intermodal.config import SettingError
 from intermodal.errors import IntermodalError
 from intermodal.lab import compare as lab
+from intermodal.evaluate import vqa
 from intermodal.lab import measure, report
 from intermodal.train.fit import with_stage_steps
 from intermodal.train.recipe import load_recipe
@@ -149,9 +150,9 @@ def test_spikes_stand_out_from_what_was_usual():
 
 
 def test_nouns_are_found_as_words():
-    assert measure.names("apple", "two red apples left of a car")
-    assert measure.names("car", "two red apples left of a car")
-    assert not measure.names("car", "a scarf")
+    assert vqa.names("apple", "two red apples left of a car")
+    assert vqa.names("car", "two red apples left of a car")
+    assert not vqa.names("car", "a scarf")
 
 
 def test_findings_need_every_seed():

@@ -26,8 +26,10 @@ def test_native_demo(tmp_path):
 
     page = run_native_demo(tmp_path, 0, steps=3, count=6, judge_steps=4)
     results = json.loads((tmp_path / "report.json").read_text())
-    for row in results["judged"].values():
-        assert row.keys() == COLUMNS.keys()
+    for name, row in results["judged"].items():
+        assert row.keys() == COLUMNS.keys() - ({"place"} if name.endswith("one thing") else set())
         assert all(0 <= value <= 1 for value in row.values())
     assert {"drawn", "real", "random codes"} <= results["judged"].keys()
+    assert sum(int(name.split()[2]) for name in results["judged"] if name.startswith("drawn: ")) == 6
+    assert results["captions"].keys() == {"exact", "things"}
     assert "In two steps" in page.read_text()

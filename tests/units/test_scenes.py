@@ -14,6 +14,7 @@ from intermodal.data.facts import OPPOSITE, Facts, Group, countable, is_held_out
 from intermodal.data.scenes import SceneConfig, Scenes
 from intermodal.errors import IntermodalError
 from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
+from intermodal.evaluate.vqa import held_out_questions
 
 
 def test_the_archive_is_what_it_says():
@@ -215,3 +216,39 @@ def test_what_is_further_left_or_higher_may_be_named_first_more_often():
     for wrong, message in ((SceneConfig(lead=7.0), "from 0 to 1"), (SceneConfig(twin_kind="realtion"), "did you mean 'relation'")):
         with pytest.raises(IntermodalError, match=message):
             Scenes(wrong)
+
+
+def test_without_jitter_a_thing_always_stands_the_same():
+    """Upright, in the middle and as large as fits; with jitter, seldom twice the same; and the facts do not depend on it."""
+    still, loose = (
+        Scenes(SceneConfig(pair_share=0.0, most=1, colour_share=0.0, plain=True, styles=("noto",), jitter=jitter))
+        for jitter in (0.0, 1.0)
+    )
+    assert [still.facts(n) for n in range(50)] == [loose.facts(n) for n in range(50)]
+    looks: tuple[dict[int, set[bytes]], ...] = ({}, {})
+    for kind, source in enumerate((still, loose)):
+        for n in range(240):
+            scene = source.scene(n)
+            looks[kind].setdefault(scene.facts.groups[0].concept, set()).add(scene.pixels.tobytes())
+    assert all(len(seen) == 1 for seen in looks[0].values())
+    assert sum(map(len, looks[1].values())) == 240
+    alone = still.scene(0)
+    ((_, ((left, top, right, bottom),)),) = alone.boxes
+    assert max(right - left, bottom - top) > 0.8 * 64
+    assert abs(left + right - 64) <= 4 or abs(top + bottom - 64) <= 4
+
+
+@pytest.mark.parametrize("settings", [{"jitter": 1.5}, {"styles": ("nota",)}, {"styles": ()}])
+def test_scenes_that_cannot_be_drawn_are_refused(settings):
+    with pytest.raises(IntermodalError, match="jitter is from 0|did you mean 'noto'|unknown style ''"):
+        Scenes(SceneConfig(**settings))
+
+
+def test_held_out_questions_are_of_the_kinds_asked_for():
+    config = SceneConfig(pair_share=0.5, most=2, colour_share=0.3)
+    asked = held_out_questions(config, each=4, kinds=("count", "where"))
+    assert Counter(one.question.kind for one in asked) == {"count": 4, "where": 4}
+    assert all(one.scene.facts.word is None for one in asked)  # nobody asked what a sign says
+    assert any(one.scene.facts.word for one in held_out_questions(config, each=4, kinds=("sign", "count")))
+    with pytest.raises(IntermodalError, match="too few answer the question 'where'"):
+        held_out_questions(replace(config, pair_share=0.0), each=1, kinds=("where",))

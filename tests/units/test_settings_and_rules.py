@@ -214,6 +214,8 @@ def test_the_verbs_work_together(tmp_path):
     trained = command("train", ROOT / "recipes" / "siglip.py", "train.threads=1", "--tiny", "--out", run, "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["step"] == 3
+    assert json.loads(trained.stdout)["curves"] == [str(run / "curves.png")]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     model = run / "model"
     scores = command("eval", model, "scenes:core", "--count", 20, "--json")
     assert scores.returncode == 0, scores.stderr

@@ -42,7 +42,7 @@ def train(
     show: Annotated[bool, typer.Option("--show", help="Print every setting and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe; the result is a Hugging Face directory in `OUT/model`.
+    """Train a recipe; the result is a Hugging Face directory in `OUT/model`, and what was logged is drawn into `curves.png`.
 
     Examples:
 
@@ -57,6 +57,7 @@ def train(
     from rich.console import Console
 
     from ..config import override, paths
+    from ..evaluate.curves import draw_curves
     from ..train.recipe import StagedRecipe, VQRecipe, load_recipe
 
     made = override(load_recipe(recipe, tiny=tiny), overrides or [])
@@ -83,7 +84,9 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         lines = (last_folder / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
-        say({"model": str(out / "model"), **last}, as_json, f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f})")
+        pictures = [str(path) for path in draw_curves(out)]
+        text = f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f}); curves: {', '.join(pictures)}"
+        say({"model": str(out / "model"), "curves": pictures, **last}, as_json, text)
 
 
 @app.command("eval")

@@ -78,6 +78,9 @@ class Scenes:
             raise IntermodalError(f"pair_most is the largest count in a pair, from 1 to 4, and not {self.config.pair_most}")
         if not 0 <= self.config.lead <= 1:
             raise IntermodalError(f"lead is a share of the pairs, from 0 to 1, and not {self.config.lead}")
+        for style in self.config.styles or ("",):
+            if style not in sprites.STYLES:
+                raise IntermodalError(f"unknown style {style!r}: {', '.join(sprites.STYLES)}{nearest(style, sprites.STYLES)}")
         if not 0 <= self.config.jitter <= 1:
             raise IntermodalError(f"jitter is from 0 (none) to 1 (all), and not {self.config.jitter}")
         if self.config.twin_kind and self.config.twin_kind not in TWIN_KINDS:

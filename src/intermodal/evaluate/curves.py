@@ -1,13 +1,15 @@
-"""What a run of conversations logged, as one figure: losses of words and of pictures' codes, and what tells of its stability."""
+"""What a run logged, as one figure: losses, and what tells of its stability or of its codebook."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 PANELS = {
-    "loss": "loss a token",
+    "loss": "loss",
     "loss_text": "loss of words",
     "loss_image": "loss of codes",
     "entropy": "entropy, nats",
@@ -15,6 +17,12 @@ PANELS = {
     "score_norm": "norm of a token's scores",
     "attention_score": "largest score in attention",
     "gradient_norm": "norm of the gradient",
+    "accuracy": "batch accuracy",
+    "scale": "scale",
+    "psnr": "PSNR, dB",
+    "codebook_use": "share of codes in use",
+    "perplexity": "perplexity of the codes",
+    "lr": "learning rate",
 }
 LOGARITHMIC = ("score_norm", "attention_score", "gradient_norm")
 COLOURS = ("#2b5fb3", "#3a8f4d", "#c05a1e", "#7a4bb0")
@@ -51,3 +59,14 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     figure.savefig(buffer, dpi=100)
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def draw_curves(run: Path) -> list[Path]:
+    """Draw `curves.png` beside every `metrics.jsonl` of a run folder that has lines; returns the pictures' paths."""
+    drawn = []
+    for log in sorted([*run.glob("metrics.jsonl"), *run.glob("[0-9]*-*/metrics.jsonl")]):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        if rows:
+            drawn.append(log.with_name("curves.png"))
+            drawn[-1].write_bytes(curves({log.parent.name: rows}))
+    return drawn

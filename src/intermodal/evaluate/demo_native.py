@@ -35,9 +35,9 @@ from ..train.stages import train_stages
 from ..train.vqvae import psnr, train_vqvae
 from .curves import curves
 from .demo import RECIPE as SIGLIP_RECIPE
-from .judge import Judge, Verdict, pixels_of, retrieved, shares, train_judge, verdicts
+from .judge import Judge, Verdict, pixels_of, ranked, shares, train_judge, verdicts
 from .report import STYLE, inline
-from .vqa import accuracy, ask, held_out_questions, majority
+from .vqa import accuracy, ask, captions, held_out_questions, majority
 
 RECIPES = SIGLIP_RECIPE.parent
 VQ_SHARE, SIGLIP_SHARE = 0.25, 0.15
@@ -151,14 +151,22 @@ def report(
         "drawn for another caption": drawn[1:] + drawn[:1],
         "random codes": noise,
     }
-    judged = {
-        name: {**shares(verdicts(judge, pictures, facts)), "siglip": retrieved(siglip, pictures, facts)}
-        for name, pictures in columns.items()
-    }
+    judged: dict[str, dict[str, float]] = {}
+    for name, pictures in columns.items():
+        seen, first = verdicts(judge, pictures, facts), ranked(siglip, pictures, facts)
+        judged[name] = {**shares(seen), "siglip": sum(first) / count}
+        for words, things in (("one thing", 1), ("two things", 2)) if name in ("drawn", "real") else ():
+            chosen = [index for index, fact in enumerate(facts) if len(fact.groups) == things]
+            if chosen:
+                row = {**shares([seen[i] for i in chosen]), "siglip": sum(first[i] for i in chosen) / len(chosen)}
+                if things == 1:
+                    del row["place"]
+                judged[f"{name}: the {len(chosen)} of {words}"] = row
     shown = [scene.facts for scene in scenes if scene.facts.relation][:STEPS_SHOWN]
     steps = model.generate_batch(
         [[asked_for_steps(fact)] for fact in shown], slots=8, progress=True, **{**settings, "max_new_tokens": 48, "max_images": 2}
     )
+    said = captions(model, config, count, seed=11, progress=True)
     asked = held_out_questions(config, kinds=asked_kinds(recipe))
     answers = ask(model, asked, progress=True)
     error = (pixels_of(again) - pixels_of([scene.pixels for scene in scenes])).square().mean().item()
@@ -169,6 +177,7 @@ def report(
         "judged": judged,
         "psnr": psnr(error),
         "steps": steps_score(judge, steps, shown),
+        "captions": said,
         "questions": {"model": accuracy(asked, answers), "most common answer": accuracy(asked, majority(config, asked))},
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -218,11 +227,17 @@ def summary(results: dict[str, Any]) -> Table:
     for column in ("", *COLUMNS.values()):
         table.add_column(column, justify="right" if column else "left")
     for name, row in results["judged"].items():
-        table.add_row(name, *(f"{row[key]:.0%}" for key in COLUMNS))
+        table.add_row(name, *_cells(row))
     steps = ", ".join(f"{name} {value:.0%}" for name, value in results["steps"].items() if name != "asked")
     answered = ", ".join(f"{kind} {value:.0%}" for kind, value in results["questions"]["model"].items())
-    table.caption = f"in two steps: {steps}\nquestions: {answered}; reconstruction {results['psnr']:.1f} dB"
+    said = f"captions of held-out scenes exactly right {results['captions']['exact']:.0%}, their things {results['captions']['things']:.0%}"
+    table.caption = f"in two steps: {steps}\n{said}\nquestions: {answered}; reconstruction {results['psnr']:.1f} dB"
     return table
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    """A row's shares in the order of the columns; nothing where there are no pairs to place."""
+    return [f"{row[key]:.0%}" if key in row else "" for key in COLUMNS]
 
 
 def _page(
@@ -235,7 +250,7 @@ def _page(
     steps: Sequence[Reply],
 ) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{row[key]:.0%}</td>' for key in COLUMNS)}</tr>"
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in _cells(row))}</tr>"
         for name, row in results["judged"].items()
     )
     model, common = results["questions"]["model"], results["questions"]["most common answer"]
@@ -261,8 +276,10 @@ def _page(
         f"<table><tr><th></th>{''.join(f'<th>{column}</th>' for column in COLUMNS.values())}</tr>{rows}</table>"
         f"<h2>Drawn for held-out captions</h2><div class=grid>{''.join(cards)}</div>"
         f"<h2>In two steps, words and pictures in turn</h2><div class=grid>{''.join(map(_step_card, steps[:STEPS_CARDS]))}</div>"
-        "<h2>Questions about held-out scenes, exactly right</h2>"
-        f"<table><tr><th></th><th>model</th><th>most common answer</th></tr>{asked}</table>"
+        "<h2>Reading: captions of held-out scenes, and questions about them</h2>"
+        f"<p>{results['captions']['exact']:.0%} of the captions are exactly right; {results['captions']['things']:.0%} of the things are "
+        "named.</p>"
+        f"<table><tr><th>questions, exactly right</th><th>model</th><th>most common answer</th></tr>{asked}</table>"
         f"<h2>Real scenes and what their codes keep ({results['psnr']:.1f} dB)</h2><div class=grid>{pairs}</div>\n"
     )
 

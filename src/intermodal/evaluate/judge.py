@@ -165,8 +165,8 @@ def shares(found: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def retrieved(model: SigLIP, pictures: Sequence[Image.Image], facts: Sequence[Facts], at: int = 5) -> float:
-    """Share of pictures whose own caption is among the first `at` that a SigLIP ranks for them: a second opinion."""
+def ranked(model: SigLIP, pictures: Sequence[Image.Image], facts: Sequence[Facts], at: int = 5) -> list[bool]:
+    """For each picture whether its own caption is among the first `at` of all that a SigLIP ranks for it: a second opinion."""
     captions = [fact.caption() for fact in facts]
     places = ranks(model.embed_images(list(pictures)), model.embed_texts(captions), [[index] for index in range(len(captions))])
-    return (places < at).float().mean().item()
+    return (places < at).tolist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.compose import Scene
+from ..data.facts import plural
 from ..data.questions import KINDS, Question, questions
 from ..data.scenes import SceneConfig, Scenes
 from ..data.talks import user
@@ -81,3 +83,19 @@ def majority(config: SceneConfig, asked: Sequence[Asked], looks: int = 500) -> l
         for question in questions(source.facts(index)):
             seen.setdefault(question.kind, Counter())[question.answer] += 1
     return [seen[one.question.kind].most_common(1)[0][0] for one in asked]
+
+
+def captions(model: Generative, config: SceneConfig, count: int, seed: int, progress: bool = False) -> dict[str, float]:
+    """Captions of `count` held-out scenes: how many are exactly right, and the share of named things that are named."""
+    source = Scenes(replace(config, split="test", seed=seed))
+    facts = [source.facts(index) for index in range(count)]
+    shown = [[user(source.scene(index).image)] for index in range(count)]
+    said = model.generate_batch(shown, slots=64, max_new_tokens=32, progress=progress)
+    exact = [reply.text.strip() == fact.caption() for reply, fact in zip(said, facts, strict=True)]
+    named = [names(group.noun, reply.text) for reply, fact in zip(said, facts, strict=True) for group in fact.groups]
+    return {"exact": sum(exact) / count, "things": sum(named) / len(named)}
+
+
+def names(noun: str, text: str) -> bool:
+    """Whether a text holds a noun, as one or as many, in whole words."""
+    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in (noun, plural(noun)))

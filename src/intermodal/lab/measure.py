@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import from_dict, to_dict
-from ..data.facts import plural
 from ..data.questions import SIGN_QUESTION
 from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
 from ..data.talks import SceneTalks, SignTalks, open_talks, user
 from ..evaluate.demo_native import asked_kinds, decoded, reconstructed
-from ..evaluate.judge import Judge, fresh_tower, pixels_of, retrieved, shares, train_judge, verdicts
-from ..evaluate.vqa import accuracy, ask, held_out_questions, majority
+from ..evaluate.judge import Judge, fresh_tower, pixels_of, ranked, shares, train_judge, verdicts
+from ..evaluate.vqa import accuracy, ask, captions, held_out_questions, majority
 from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
 from ..models.generative import Generative
@@ -48,7 +46,7 @@ def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path
     out = {
         "questions": answers,
         "questions_majority": accuracy(asked, majority(config, asked)),
-        "captions": captions(model, config, settings.questions),
+        "captions": captions(model, config, settings.questions, seed=DRAW_SEED),
         "signs": signs_read(model, signs, settings.heights, settings.signs),
         "signs_guess": 1 / signs.config.words,
         "tokens_per_image": tokens_per_image(model),
@@ -81,21 +79,6 @@ def sign_config(recipe: StagedRecipe, side: int) -> SignConfig:
     """The signs that the recipe asks about, else the usual ones."""
     talks = asked_of(recipe, SignTalks, side)
     return talks.signs.config if talks else SignConfig(side=side)
-
-
-def captions(model: Generative, config: SceneConfig, count: int) -> dict[str, float]:
-    """Captions of held-out scenes: exactly right, and the share of named things that are named."""
-    source = Scenes(replace(config, split="test", seed=DRAW_SEED))
-    facts = [source.facts(index) for index in range(count)]
-    said = model.generate_batch([[user(source.scene(index).image)] for index in range(count)], slots=64, max_new_tokens=32)
-    exact = [reply.text.strip() == fact.caption() for reply, fact in zip(said, facts, strict=True)]
-    named = [names(group.noun, reply.text) for reply, fact in zip(said, facts, strict=True) for group in fact.groups]
-    return {"exact": float(np.mean(exact)), "things": float(np.mean(named))}
-
-
-def names(noun: str, text: str) -> bool:
-    """Whether a text holds a noun, as one or as many, in whole words."""
-    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in (noun, plural(noun)))
 
 
 def signs_read(model: Generative, signs: Signs, heights: Sequence[int], each: int) -> dict[str, float]:
@@ -204,7 +187,7 @@ def judge_drawings(folders: Sequence[Path], models: Sequence[str], steps: int) -
         sheets["drawn for another caption"] = sheets["drawn"][1:] + sheets["drawn"][:1]
         scores: dict[str, Any] = {"began": said["began"], "count": len(facts)}
         for name, pictures in sheets.items():
-            rank = retrieved(siglip, pictures, facts) if siglip is not None else None
+            rank = float(np.mean(ranked(siglip, pictures, facts))) if siglip is not None else None
             scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": rank}
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
 
