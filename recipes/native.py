@@ -4,9 +4,9 @@
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
 
-SCENES = "scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=[\"noto\"]"
+SCENES = 'scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
 
-ALONE = "scenes:core?pair_share=0&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=[\"noto\"]"
+ALONE = 'scenes:core?pair_share=0&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from intermodal.models.vqvae import VQConfig
 from intermodal.train.recipe import CodebookConfig, DataConfig, OptimConfig, VQRecipe, VQTrainConfig
 
-SCENES = "scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=[\"noto\"]"
+SCENES = 'scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
 
 
 def recipe(tiny: bool = False) -> VQRecipe:

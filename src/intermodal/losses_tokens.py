@@ -56,9 +56,7 @@ def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor, z_loss: float) ->
 
 
 @torch.no_grad()
-def score_statistics(
-    hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, most: int = 512
-) -> dict[str, float]:
+def score_statistics(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, most: int = 512) -> dict[str, float]:
     """What tells of stability, over up to `most` supervised tokens: entropy, log Z, highest score and the norm of a token's scores."""
     rows, _ = targets(batch)
     if not len(rows):

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from intermodal.cli.app import app
 from intermodal.config import SettingError
 from intermodal.errors import IntermodalError
-from intermodal.lab import compare as lab
 from intermodal.evaluate import vqa
+from intermodal.lab import compare as lab
 from intermodal.lab import measure, report
 from intermodal.train.fit import with_stage_steps
 from intermodal.train.recipe import load_recipe

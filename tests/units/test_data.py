@@ -521,7 +521,7 @@ def test_stats_of_scenes_hold_every_baseline():
     assert found["facts"]["concepts"] == 60
     assert sum(found["facts"]["relations"].values()) == 30
     scenes = found["baselines on held-out combinations"]
-    assert set(scenes) == {"chance", "text_only", "bag_of_words", "raw_pixels"}
+    assert set(scenes) == {"chance", "majority", "text_only", "bag_of_words", "raw_pixels"}
     assert scenes["chance"]["image_to_text_recall@1"] == pytest.approx(1 / 30)
     assert found["baselines on single sprites of the held-out style"]["chance"] == pytest.approx(1 / 60)
 

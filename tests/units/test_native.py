@@ -122,7 +122,7 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
 
 def test_losses_of_words_and_codes_are_of_the_whole_step(trained, tmp_path):
     """In several packs, some of words alone: the two make up the loss of the step."""
-    recipe, run = trained
+    recipe, _ = trained
     (stage,) = recipe.stages
     data = replace(stage.data, tokens=64, batch=16)
     recipe = replace(recipe, stages=(replace(stage, data=data, optim=replace(stage.optim, lr=1e-9)),))

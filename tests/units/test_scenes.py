@@ -118,6 +118,13 @@ def test_baselines_are_what_they_claim():
     assert found.bag_of_words["hard/object"] == 1.0
     assert found.bag_of_words["hard/swapped colours"] == pytest.approx(0.5, abs=0.05), "only a/an can give it away"
     assert all(0 <= v <= 1 for part in (found.text_only, found.raw_pixels) for v in part.values())
+    one, said_one = (
+        sum(facts.groups[0].count == 1 for facts in part) / 60
+        for part in ([scene.facts for scene in task.scenes], [wrong["count"] for wrong in task.facts_wrong])
+    )
+    assert one <= found.majority["hard/count"] <= 1 - said_one, "half of all groups are of one, so it says one"
+    assert found.majority["hard/swapped places"] == found.majority["hard/swapped colours"] == 0.5, "both say the same things"
+    assert 0.3 < found.majority["hard/relation"] < 0.7
     assert sprite_pixels(48, "core")["top-1"] > 0.3
     assert sprite_pixels(48, "core", style="noto")["top-1"] == 1.0, "a style that is among the items finds itself"
 
@@ -240,7 +247,7 @@ def test_without_jitter_a_thing_always_stands_the_same():
 
 @pytest.mark.parametrize("settings", [{"jitter": 1.5}, {"styles": ("nota",)}, {"styles": ()}])
 def test_scenes_that_cannot_be_drawn_are_refused(settings):
-    with pytest.raises(IntermodalError, match="jitter is from 0|did you mean 'noto'|unknown style ''"):
+    with pytest.raises(IntermodalError, match=r"jitter is from 0|did you mean 'noto'|unknown style ''"):
         Scenes(SceneConfig(**settings))
 
 

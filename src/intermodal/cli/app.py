@@ -380,13 +380,10 @@ def compare(
         Side(first or RECIPES / "compare_stitched.py", tuple(set_first or ())),
         Side(second or RECIPES / "compare_native.py", tuple(set_second or ())),
     )
-    eyes = {
-        "stitched_eyes": stitched_eyes or RECIPES / "compare_siglip.py",
-        "native_eyes": native_eyes or RECIPES / "compare_vqvae.py",
-    }
+    stitched_eyes, native_eyes = stitched_eyes or RECIPES / "compare_siglip.py", native_eyes or RECIPES / "compare_vqvae.py"
     small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
-    page = measure(*pair, out, settings, **eyes, tiny=tiny)
+    page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny)
     say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
     if not as_json:
         typer.echo(f"report: {page}")

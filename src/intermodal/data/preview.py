@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,7 @@ def _scene_stats(samples, source: Scenes, count: int, side: int, progress: bool)
             "objects in a group": dict(sorted(counts.items())),
             "majority count": f"{majority[0]} ({majority[1] / sum(counts.values()):.0%} of groups)",
         },
-        "baselines on held-out combinations": {
-            name: getattr(baselines, name) for name in ("chance", "text_only", "bag_of_words", "raw_pixels")
-        },
+        "baselines on held-out combinations": asdict(baselines),
         "baselines on single sprites of the held-out style": {
             "chance": 1 / len(source.pool),
             "nearest raw pixels, top-1": sprite_pixels(side, which)["top-1"],

@@ -20,7 +20,7 @@ from ..train.contrastive import train
 from ..train.fit import fit, with_steps
 from ..train.recipe import Recipe, load_recipe
 from . import report
-from .scenes import SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
+from .scenes import BASELINES, SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
 from .zeroshot import confusions
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
@@ -72,10 +72,9 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 2000, among: int = 50
         task = SceneTask.make(count, side, style=style, forms=FORMS, among=min(count, among))
         image = model.embed_images([scene.pixels for scene in task.scenes])
         baselines = scene_baselines(task)
-        names = ("chance", "text_only", "bag_of_words", "raw_pixels")
         rows = {key: {"model": value} for key, value in task.score(image, model.embed_texts).items() if "text_to_image" not in key}
         for key, row in rows.items():
-            row |= {baseline: getattr(baselines, baseline)[key] for baseline in names}
+            row |= {baseline: getattr(baselines, baseline)[key] for baseline in BASELINES}
         out["scenes"][name] = rows
     for which in ("core", "all"):
         pool = sprites.core() if which == "core" else sprites.concepts()
@@ -99,17 +98,18 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 2000, among: int = 50
 def summary(results: dict[str, Any]) -> Table:
     """The report's numbers for the terminal."""
     table = Table(title="what the model does, beside what needs no learning", box=box.SIMPLE)
-    for column in ("", "model", "chance", "text only", "bag of words", "raw pixels"):
+    for column in ("", "model", *(name.replace("_", " ") for name in BASELINES)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for name, rows in results["scenes"].items():
         table.add_row(f"[bold]scenes, {name}[/bold]")
         for key, row in rows.items():
             table.add_row(
                 f"  {key.replace('image_to_text_recall', 'recall')}",
-                *(f"{row[c]:.1%}" for c in ("model", "chance", "text_only", "bag_of_words", "raw_pixels")),
+                *(f"{row[c]:.1%}" for c in ("model", *BASELINES)),
             )
     table.add_row("[bold]single sprites, unseen style[/bold]")
     for which, row in results["sprites"].items():
-        values = (row["unseen style top-1"], row["chance"], None, None, row["nearest raw pixels top-1"])
-        table.add_row(f"  {which} {row['concepts']}, top-1", *("" if v is None else f"{v:.1%}" for v in values))
+        known = {"model": "unseen style top-1", "chance": "chance", "raw_pixels": "nearest raw pixels top-1"}
+        cells = (f"{row[known[column]]:.1%}" if column in known else "" for column in ("model", *BASELINES))
+        table.add_row(f"  {which} {row['concepts']}, top-1", *cells)
     return table

@@ -16,6 +16,7 @@ from ..data import sprites
 from ..data.scenes import SceneConfig, Scenes
 from ..models.clip import DualEncoder
 from ..train.recipe import Recipe
+from .scenes import BASELINES
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1d2330; }
@@ -54,16 +55,15 @@ def write(out: Path, model: DualEncoder, recipe: Recipe, results: dict[str, Any]
 
 
 def _scene_tables(results: dict[str, Any]) -> str:
-    columns = ("chance", "text_only", "bag_of_words", "raw_pixels")
     out = []
     for name, rows in results["scenes"].items():
-        head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in ("model", *columns))
+        head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in ("model", *BASELINES))
         lines = []
         for key, row in rows.items():
             # the bag of words is an oracle that is told every true word: a ceiling for models without order, not a rival
-            best = max(row[c] for c in columns if c != "bag_of_words")
+            best = max(row[c] for c in BASELINES if c != "bag_of_words")
             kind = "win" if row["model"] > best else "lose"
-            cells = "".join(f"<td>{row[c]:.1%}</td>" for c in columns)
+            cells = "".join(f"<td>{row[c]:.1%}</td>" for c in BASELINES)
             lines.append(f"<tr><td>{html.escape(key)}</td><td class={kind}>{row['model']:.1%}</td>{cells}</tr>")
         out.append(
             f"<h2>Scenes, held-out combinations, {html.escape(name)}</h2><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..data import sprites
 from ..data.compose import Scene
-from ..data.facts import Group
+from ..data.facts import Facts, Group
 from ..data.scenes import SceneConfig, Scenes
 from .retrieval import recall
 from .zeroshot import accuracy, class_embeddings
@@ -29,6 +30,8 @@ class SceneTask:
     scenes: list[Scene]
     captions: list[str]
     wrong: list[dict[str, str]]
+    facts_wrong: list[dict[str, Facts]]
+    """What those captions say."""
     among: int
     """How many of them compete in retrieval, the first ones: more scenes make the shares of hard negatives surer, not harder to reach."""
 
@@ -51,14 +54,15 @@ class SceneTask:
         """
         styles = (style,) if style else sprites.TRAIN_STYLES
         source = Scenes(SceneConfig(side=side, concepts=which, split="test", styles=styles, seed=seed))  # pyright: ignore[reportArgumentType]
-        scenes, captions, wrong = [], [], []
+        scenes, captions, wrong, facts_wrong = [], [], [], []
         for index in range(count):
             scene, rng = source.scene(index), random.Random(index)
             form = rng.randrange(forms)
             scenes.append(scene)
             captions.append(scene.facts.caption(form))
-            wrong.append({kind: facts.caption(form) for kind, facts in scene.facts.wrong(rng, source.pool).items()})
-        return SceneTask(scenes, captions, wrong, among or count)
+            facts_wrong.append(scene.facts.wrong(rng, source.pool))
+            wrong.append({kind: facts.caption(form) for kind, facts in facts_wrong[-1].items()})
+        return SceneTask(scenes, captions, wrong, facts_wrong, among or count)
 
     def score(self, image: Tensor, embed_texts: Callable[[list[str]], Tensor]) -> dict[str, float]:
         """Retrieval among the captions, and for each kind of hard negative how often the true caption scores higher."""
@@ -83,9 +87,14 @@ class Baselines:
     """What can be had without understanding. Fractions, by the names of the scores they stand beside."""
 
     chance: dict[str, float] = field(default_factory=dict)
+    majority: dict[str, float] = field(default_factory=dict)
     text_only: dict[str, float] = field(default_factory=dict)
     bag_of_words: dict[str, float] = field(default_factory=dict)
     raw_pixels: dict[str, float] = field(default_factory=dict)
+
+
+BASELINES = tuple(column.name for column in fields(Baselines))
+"""In the order in which tables show them."""
 
 
 def scene_baselines(
@@ -93,9 +102,9 @@ def scene_baselines(
 ) -> Baselines:
     """What needs no learning.
 
-    Chance; a unigram model of the training captions that sees no picture ("text only"); a reader that knows every word that is in
-    some true caption but not who is what or where ("bag of words"); the caption of the nearest training scene by raw pixels,
-    compared by its words.
+    Chance; whichever of the two counts, colours, things or relations is the more common in training ("majority"); a unigram model of
+    the training captions that sees no picture ("text only"); a reader that knows every word that is in some true caption but not who is
+    what or where ("bag of words"); the caption of the nearest training scene by raw pixels, compared by its words.
     """
     source = Scenes(SceneConfig(side=task.scenes[0].pixels.shape[0], seed=seed))
     numbers = track(range(train_count), "drawing scenes to compare with", transient=True, disable=not progress)
@@ -105,6 +114,7 @@ def scene_baselines(
     neighbour = nearest_by_pixels([s.pixels for s in task.scenes], [s.pixels for s in train], side)
     found = [{word for form in range(3) for word in train[i].facts.caption(form).split()} for i in neighbour.tolist()]
     known = [{word for form in range(5) for word in s.facts.caption(form).split()} for s in task.scenes]
+    common = Counter((kind, _said(kind, scene.facts)) for scene in train for kind in ("count", "colour", "object", "relation"))
     out = Baselines()
     captions = task.captions[: task.among]
 
@@ -120,7 +130,7 @@ def scene_baselines(
 
     for k in (1, 5):
         name = f"image_to_text_recall@{k}"
-        out.chance[name] = out.text_only[name] = min(1.0, k / task.among)
+        out.chance[name] = out.majority[name] = out.text_only[name] = min(1.0, k / task.among)
         order = [np.argsort([-overlap(c, words) for c in captions], kind="stable")[:k] for words in found[: task.among]]
         out.raw_pixels[name] = float(np.mean([row in top for row, top in enumerate(order)]))
         fits = [sum(contained(c, words) == 1 for c in captions) for words in known[: task.among]]
@@ -129,17 +139,25 @@ def scene_baselines(
         name = f"hard/{kind}"
         pairs = [(row, task.captions[row], task.wrong[row][kind]) for row in rows]
         out.chance[name] = 0.5
+        both = [(task.scenes[row].facts, task.facts_wrong[row][kind]) for row in rows]
+        out.majority[name] = _wins([(kind, a, b) for a, b in both], lambda kind, facts: common[kind, _said(kind, facts)])
         out.text_only[name] = _wins(pairs, lambda row, caption: unigram(caption))
         out.bag_of_words[name] = _wins(pairs, lambda row, caption: contained(caption, known[row]))
         out.raw_pixels[name] = _wins(pairs, lambda row, caption: overlap(caption, found[row]))
     return out
 
 
-def _wins(pairs: list[tuple[int, str, str]], score: Callable[[int, str], float]) -> float:
-    """Share of pairs whose true caption scores higher; a tie is half."""
+def _said(kind: str, facts: Facts) -> Any:
+    """What a kind of hard negative changes in facts, in the group that it changes; None where it only turns things round."""
+    first = facts.groups[0]
+    return {"count": first.count, "colour": first.colour, "object": first.concept, "relation": facts.relation}.get(kind)
+
+
+def _wins(pairs: list[tuple[Any, Any, Any]], score: Callable[[Any, Any], float]) -> float:
+    """Share of (about, true, false) whose true one scores higher; a tie is half."""
     results = []
-    for row, true, false in pairs:
-        a, b = score(row, true), score(row, false)
+    for about, true, false in pairs:
+        a, b = score(about, true), score(about, false)
         results.append(0.5 if a == b else float(a > b))
     return float(np.mean(results))
 

@@ -17,7 +17,6 @@ from ..data.talks import user
 from ..errors import IntermodalError
 from ..models.generative import Generative
 
-
 LOOKS = 1000
 """Scenes that are looked at for each question that is wanted of a kind."""
 
