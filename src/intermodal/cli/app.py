@@ -323,7 +323,7 @@ def demo_native(
     seconds: Annotated[float, typer.Option(help="How long the VQ-VAE and the model train; the steps are set to fit.")] = 720.0,
     steps: Annotated[int | None, typer.Option(help="Train both exactly this many steps instead.")] = None,
     count: Annotated[int, typer.Option(help="How many held-out captions it draws.")] = 120,
-    guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 1.5,
     as_json: Json = False,
 ) -> None:
     """Train a VQ-VAE and a small Chameleon on scenes, let it draw captions it has never seen, and draw `report.html`.

@@ -40,7 +40,7 @@ from .report import STYLE, inline
 from .vqa import accuracy, ask, captions, held_out_questions, majority
 
 RECIPES = SIGLIP_RECIPE.parent
-VQ_SHARE, SIGLIP_SHARE = 0.25, 0.15
+VQ_SHARE, SIGLIP_SHARE = 0.15, 0.08
 """Of the time, for the VQ-VAE and for the SigLIP that judges."""
 SHOWN, STEPS_SHOWN, STEPS_CARDS = 24, 30, 8
 COLUMNS = {
@@ -57,7 +57,7 @@ def run_native_demo(
     steps: int | None = None,
     *,
     count: int = 120,
-    guidance: float = 2.0,
+    guidance: float = 1.5,
     judge_steps: int = 700,
     console: Console | None = None,
 ) -> Path:
@@ -117,7 +117,7 @@ def report(
     siglip: SigLIP,
     *,
     count: int = 120,
-    guidance: float = 2.0,
+    guidance: float = 1.5,
     judge_steps: int = 700,
     console: Console | None = None,
 ) -> Path:
@@ -137,7 +137,7 @@ def report(
     facts = [scene.facts for scene in scenes]
     console.print(f"drawing {count} held-out captions ...")
     conversations = [[user(None, f"draw {fact.caption()}")] for fact in facts]
-    settings: dict[str, Any] = dict(max_new_tokens=4, max_images=1, image_temperature=0.9, image_top_p=0.95, guidance=guidance)
+    settings: dict[str, Any] = dict(max_new_tokens=4, max_images=1, image_temperature=0.5, image_top_p=0.95, guidance=guidance)
     replies = model.generate_batch(conversations, slots=40, progress=True, **settings)
     grey = Image.new("RGB", (config.side, config.side), (128, 128, 128))
     drawn = [reply.images[0] if reply.images else grey for reply in replies]
