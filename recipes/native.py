@@ -1,12 +1,14 @@
 """Chameleon from scratch on composed scenes: one next-token model that captions, answers and draws. Train its VQ-VAE first
-(`intermodal train recipes/vqvae.py --out runs/vqvae`) and name it in `model.vq`.
+(`intermodal train recipes/native_vqvae.py --out runs/vqvae`) and name it in `model.vq`.
+
+Things are of one drawing style, upright and as large as fits: what minutes on two cores can learn to draw so that a person names it.
+`jitter=1` and without `styles` they stand and look as in the other recipes, and a model wants far longer.
 """
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages
 
-SCENES = 'scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
-
-ALONE = 'scenes:core?pair_share=0&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
+LOOK = 'most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
+SCENES, ALONE = (f"scenes:core?pair_share={share}&{LOOK}" for share in (0.6, 0.0))
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from intermodal.models.vqvae import VQConfig
 from intermodal.train.recipe import CodebookConfig, DataConfig, OptimConfig, VQRecipe, VQTrainConfig
 
-SCENES = 'scenes:core?pair_share=0.6&most=1&colour_share=0.1&plain=true&forms=1&jitter=0&styles=["noto"]'
+SCENES = "scenes:core?pair_share=0.3&most=1&colour_share=0.1&plain=true&forms=1"
 
 
 def recipe(tiny: bool = False) -> VQRecipe:
@@ -17,7 +17,7 @@ def recipe(tiny: bool = False) -> VQRecipe:
             mid_attention=True, groups=16,
         ),
         codebook=CodebookConfig(ema=0.99, revive=100),
-        data=DataConfig(train=(SCENES,), batch=32, workers=1),
+        data=DataConfig(train=("sprites:core?variations=1000", SCENES), weights=(1.0, 1.0), batch=32, workers=1),
         optim=OptimConfig(name="muon", lr=1e-3, matrix_lr_factor=2.0, betas=(0.9, 0.95), weight_decay=0.0, warmup=50),
         train=VQTrainConfig(steps=3000, threads=2, log_every=25),
     )  # fmt: skip

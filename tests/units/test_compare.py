@@ -69,7 +69,7 @@ def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
 
 def test_one_recipe_against_itself_with_other_settings(tmp_path):
     """Any two sides: here two native models, the second deeper and without norms."""
-    eyes = ["--native-eyes", str(RECIPES / "vqvae.py"), "--set-first", "model.vq=eyes", "--set-second", "model.vq=eyes"]
+    eyes = ["--native-eyes", str(RECIPES / "native_vqvae.py"), "--set-first", "model.vq=eyes", "--set-second", "model.vq=eyes"]
     other = ["--set-second", "model.decoder.depth=3", "--set-second", "model.decoder.qk_layernorm=false"]
     arguments = ["compare", str(RECIPES / "native.py"), str(RECIPES / "native.py"), *eyes, *other, "--tiny", "--steps", "2"]
     said = CliRunner().invoke(app, [*arguments, "--seeds", "1", "--out", str(tmp_path), "--json"], catch_exceptions=False)

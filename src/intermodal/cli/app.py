@@ -367,7 +367,7 @@ def compare(
 
     `intermodal compare --seconds 300 --out runs/compare`
 
-    `intermodal compare recipes/native.py recipes/native.py --set-second model.decoder.depth=8 --native-eyes recipes/vqvae.py
+    `intermodal compare recipes/native.py recipes/native.py --set-second model.decoder.depth=8 --native-eyes recipes/native_vqvae.py
     --set-first model.vq=eyes --set-second model.vq=eyes`
     """
     from ..errors import IntermodalError

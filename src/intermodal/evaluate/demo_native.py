@@ -73,7 +73,7 @@ def run_native_demo(
         raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
-    vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("vqvae.py", "native.py", "siglip.py"))
+    vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("native_vqvae.py", "native.py", "siglip.py"))
     # the judge sees what is drawn: one thing or two on white
     pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe))))
     if steps is None:
