@@ -11,6 +11,7 @@ from packed import check_packed_equals_separate
 from PIL import Image
 from test_stitch_native import decoder, siglip
 from typer.testing import CliRunner
+from vision_cached import check_cached_equals_uncached, check_turns_look_once
 
 import intermodal
 from intermodal.cli.app import app
@@ -137,6 +138,12 @@ def test_greedy_generation(folder):
     assert got == wanted[0, length : length + len(got)].tolist()
     cached = model.generate_batch([messages, CASES["one image"][:1]], max_new_tokens=16)
     assert [reply.ids for reply in cached] == [model.generate(m, max_new_tokens=16).ids for m in (messages, CASES["one image"][:1])]
+
+
+def test_a_cache_of_the_tower_changes_nothing(folder, tmp_path):
+    model = intermodal.load(folder)
+    check_cached_equals_uncached(model, [CASES[name] for name in ("one image", "before a space, a line and a tag")], tmp_path)
+    check_turns_look_once(model, CASES["one image"][:1], says("user", "And then?"))
 
 
 def test_packed_equals_separate(folder):

@@ -265,6 +265,9 @@ def test_greedy_generation(made, family):
         ids = torch.cat([rows.ids, torch.tensor(expected[-1:])])
         rows = TokenBatch(ids, rows.segments, rows.positions, rows.supervised, rows.visual, rows.visual_rows)
     assert mine == expected
+    asked = [talk[:-1] for talk in cases(family).values()]
+    alone = [ours.generate(talk, max_new_tokens=12).ids for talk in asked]
+    assert [reply.ids for reply in ours.generate_batch(asked, max_new_tokens=12, slots=3)] == alone
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -302,7 +305,7 @@ def test_refusals(made, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
     ours = intermodal.load(made(family)[0])
-    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns")]
+    talks = [messages for name, messages in cases(family).items() if name != "no image"]
     check_cached_equals_uncached(ours, talks, tmp_path)
     check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
     check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))

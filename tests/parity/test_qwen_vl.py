@@ -415,7 +415,7 @@ def planner_side(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_of_the_tower_changes_nothing(made, family, tmp_path):
     ours = intermodal.load(made(family)[0])
-    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns")]
+    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns", "video", "image and video")]
     check_cached_equals_uncached(ours, talks, tmp_path)
     check_keys(ours.processor, picture(40, 50, 1), picture(40, 50, 2))
     check_turns_look_once(ours, CASES["one image"][:1], user("And then?"))
