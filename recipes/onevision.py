@@ -1,0 +1,39 @@
+"""Stages as LLaVA-OneVision trains them (arXiv 2408.03326, table 1): the projector alone on captions, then everything with the tower
+at a fifth of the rate, on single pictures and last on any mix. Pictures are cut into tiles (AnyRes). Name the parts, or a stitched model
+in `model.start`, and data:
+
+    intermodal train recipes/onevision.py model.vision=SIGLIP_DIR model.language=DECODER_DIR \\
+        'stages.align.data.train=["captions:photos/"]' 'stages.single.data.train=["single.jsonl"]' \\
+        'stages.onevision.data.train=["single.jsonl","several.jsonl","clips.jsonl"]' --out runs/onevision
+
+Without data of one's own it reads composed scenes, which shows that it runs.
+"""
+
+from dataclasses import replace
+
+from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig, tiny_stages
+
+SCENES = "scenes:core?pair_share=0.4&colour_share=0.4"
+GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+
+
+def recipe(tiny: bool = False) -> StagedRecipe:
+    everything = (("*", 1.0), ("vision.*", 0.2))
+    optim = OptimConfig(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup=100)
+    loop = LoopConfig(steps=1000, log_every=10, save_every=500)
+    data = TalksConfig(batch=64, tokens=8192, workers=2)
+    stages = (
+        Stage(
+            "align",
+            learn=(("projector.*", 1.0),),
+            data=replace(data, train=(f"captions:{SCENES}&forms=1",)),
+            optim=replace(optim, lr=1e-3),
+            train=loop,
+        ),
+        *(
+            Stage(name, learn=everything, data=replace(data, train=(f"questions:{SCENES}",)), optim=optim, train=loop)
+            for name in ("single", "onevision")
+        ),
+    )
+    full = StagedRecipe("onevision", StitchConfig(anyres=GRIDS), stages)
+    return tiny_stages(full) if tiny else full
