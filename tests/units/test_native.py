@@ -181,7 +181,8 @@ def test_a_run_is_drawn_with_what_it_logged(trained):
 
     _, run = trained
     rows = [json.loads(line) for line in (run / "1-fuse" / "metrics.jsonl").read_text().splitlines()]
-    assert set(PANELS) <= set().union(*rows)
+    codebook = [json.loads(line) for line in (run.parent / "vq" / "metrics.jsonl").read_text().splitlines()]
+    assert set(PANELS) - set().union(*rows, *codebook) == {"accuracy", "scale"}  # those are a contrastive run's
     picture = Image.open(io.BytesIO(curves({"one": rows, "other": rows})))
     few = Image.open(io.BytesIO(curves({"one": [{"step": row["step"], "loss": row["loss"]} for row in rows]})))
     assert picture.size[0] > 3 * few.size[0]
@@ -351,14 +352,14 @@ def test_a_run_that_cannot_go_back_says_why(trained, tmp_path, monkeypatch):
     recipe, _ = trained
     loop = replace(recipe.stages[0].train, steps=8, save_every=None, rollback=3.0)
     recipe = replace(recipe, stages=(replace(recipe.stages[0], train=loop),))
-    calls, plain = [], stages.next_token_loss
+    calls, plain = [], stages.next_token_losses
 
     def poisoned(*arguments, **settings):
-        loss, count = plain(*arguments, **settings)
+        losses = plain(*arguments, **settings)
         calls.append(1)
-        return (loss * 50 if len(calls) == 6 else loss), count
+        return losses * 50 if len(calls) == 6 else losses
 
-    monkeypatch.setattr(stages, "next_token_loss", poisoned)
+    monkeypatch.setattr(stages, "next_token_losses", poisoned)
     told = io.StringIO()
     train_stages(recipe, tmp_path, console=Console(file=told, width=400))
     assert told.getvalue().count("there is no checkpoint to go back to yet: set train.save_every lower") == 1
@@ -402,14 +403,14 @@ def test_a_run_that_diverges_goes_back_and_past_the_data(trained, tmp_path, monk
     recipe, _ = trained
     loop = replace(recipe.stages[0].train, steps=12, save_every=4, rollback=3.0)
     recipe = replace(recipe, stages=(replace(recipe.stages[0], train=loop),))
-    calls, plain = [], stages.next_token_loss
+    calls, plain = [], stages.next_token_losses
 
     def poisoned(*arguments, **settings):
-        loss, count = plain(*arguments, **settings)
+        losses = plain(*arguments, **settings)
         calls.append(1)
-        return (loss * poison if len(calls) == 7 else loss), count
+        return losses * poison if len(calls) == 7 else losses
 
-    monkeypatch.setattr(stages, "next_token_loss", poisoned)
+    monkeypatch.setattr(stages, "next_token_losses", poisoned)
     train_stages(recipe, tmp_path / "saved", quiet=True)
     events = [json.loads(line) for line in (tmp_path / "saved" / "1-fuse" / "rollbacks.jsonl").read_text().splitlines()]
     assert len(events) == 1
