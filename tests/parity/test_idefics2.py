@@ -142,7 +142,8 @@ def test_greedy_generation(folder):
 
 def test_a_cache_of_the_tower_changes_nothing(folder, tmp_path):
     model = intermodal.load(folder)
-    check_cached_equals_uncached(model, [CASES[name] for name in ("one image", "before a space, a line and a tag")], tmp_path)
+    talks = [CASES[name] for name in ("one image", "before a space, a line and a tag")]
+    check_cached_equals_uncached(model, talks, tmp_path, atol=5e-6)  # two of three pictures through the tower are rounded otherwise
     check_turns_look_once(model, CASES["one image"][:1], says("user", "And then?"))
 
 

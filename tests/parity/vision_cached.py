@@ -5,7 +5,7 @@ import torch
 from intermodal.inputs.vision_cache import DiskCache, MemoryCache, content_key, fingerprint
 
 
-def check_cached_equals_uncached(model, conversations, tmp_path):
+def check_cached_equals_uncached(model, conversations, tmp_path, atol=1e-6):
     """Two passes over every conversation: states from memory, and from disk, give the scores that looking gives; the second pass
     looks at nothing."""
     processor = model.processor
@@ -18,7 +18,7 @@ def check_cached_equals_uncached(model, conversations, tmp_path):
                 for messages, scores in zip(conversations, expected, strict=True):
                     batch = processor.batch(processor.conversation(messages), cache=cache)
                     assert not again or len(batch.visual.pixels) == 0
-                    torch.testing.assert_close(model(batch), scores, atol=5e-6, rtol=1e-5)
+                    torch.testing.assert_close(model(batch), scores, atol=atol, rtol=1e-5)
         # half known, half new, packed with others
         cache = model.vision_cache = MemoryCache()
         model(processor.batch(processor.conversation(conversations[0]), cache=cache))

@@ -64,7 +64,7 @@ def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
     with pytest.raises(IntermodalError, match="only recipes with stages"):
         lab.compare(lab.Side(RECIPES / "siglip.py"), native, folder, lab.Settings())
     with pytest.raises(SettingError, match="did you mean"):
-        lab.compare(stitched, lab.Side(native.recipe, ("learn.optim.rl=1",)), folder, lab.Settings())
+        lab.compare(stitched, lab.Side(native.recipe, ("stages.learn.optim.rl=1",)), folder, lab.Settings())
 
 
 def test_one_recipe_against_itself_with_other_settings(tmp_path):
@@ -77,7 +77,7 @@ def test_one_recipe_against_itself_with_other_settings(tmp_path):
     first, second = (result["runs"][f"native-{number}"][0] for number in (1, 2))
     assert second["decoder_parameters"] > first["decoder_parameters"]
     assert {"count", "colour", "where"} <= first["questions"].keys()
-    assert all(run["drawn"]["began"] >= 0 for run in (first, second))
+    assert [run["drawn"]["count"] for run in (first, second)] == [4, 4]
     assert "native-2 with model.vq=eyes, model.decoder.depth=3" in (tmp_path / "report.md").read_text()
 
 

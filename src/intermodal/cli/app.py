@@ -347,7 +347,8 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Train everything exactly this many steps instead.")] = None,
     set_first: Annotated[
-        list[str] | None, typer.Option(help="A setting of the first recipe, `fuse.optim.lr=1e-3`; may be given several times.")
+        list[str] | None,
+        typer.Option(help="A setting of the first recipe, `stages.fuse.optim.lr=1e-3`; may be given several times."),
     ] = None,
     set_second: Annotated[list[str] | None, typer.Option(help="The same of the second.")] = None,
     stitched_eyes: Annotated[

@@ -61,12 +61,16 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return buffer.getvalue()
 
 
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def draw_curves(run: Path) -> list[Path]:
     """Draw `curves.png` beside every `metrics.jsonl` of a run folder that has lines; returns the pictures' paths."""
     drawn = []
     for log in sorted([*run.glob("metrics.jsonl"), *run.glob("[0-9]*-*/metrics.jsonl")]):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        if rows:
+        if rows := logged(log.parent):
             drawn.append(log.with_name("curves.png"))
             drawn[-1].write_bytes(curves({log.parent.name: rows}))
     return drawn

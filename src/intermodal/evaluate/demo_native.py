@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.facts import Facts
+from ..data.preview import sheet
 from ..data.questions import KINDS
 from ..data.readers import open_source
 from ..data.scenes import Scenes
@@ -33,7 +34,7 @@ from ..train.fit import fit, fit_stages, with_stage_steps, with_steps
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from ..train.vqvae import psnr, train_vqvae
-from .curves import curves
+from .curves import curves, logged
 from .demo import RECIPE as SIGLIP_RECIPE
 from .judge import Judge, Verdict, pixels_of, ranked, shares, train_judge, verdicts
 from .report import STYLE, inline
@@ -42,6 +43,7 @@ from .vqa import accuracy, ask, captions, held_out_questions, majority
 RECIPES = SIGLIP_RECIPE.parent
 VQ_SHARE, SIGLIP_SHARE = 0.15, 0.08
 """Of the time, for the VQ-VAE and for the SigLIP that judges."""
+JUDGE_SEED, DRAW_SEED = 5, 11
 SHOWN, STEPS_SHOWN, STEPS_CARDS = 24, 30, 8
 COLUMNS = {
     "things": "named things found",
@@ -94,6 +96,7 @@ def run_native_demo(
     return report(
         model,
         recipe,
+        out / "native",
         out,
         {"seconds": round(took, 1)},
         siglip,
@@ -112,6 +115,7 @@ def _scenes(recipe: StagedRecipe) -> str:
 def report(
     model: Chameleon,
     recipe: StagedRecipe,
+    run: Path,
     out: Path,
     training: dict[str, Any],
     siglip: SigLIP,
@@ -121,9 +125,10 @@ def report(
     judge_steps: int = 700,
     console: Console | None = None,
 ) -> Path:
-    """Judge a trained model and draw `report.html` into `out`.
+    """Judge a trained model, and draw `report.html` and a sheet of what it drew, `drawn.png`, into `out`.
 
     Args:
+        run: the folder it was trained into.
         siglip: the second judge, which ranks captions; its tower is what the first one, a classifier of real scenes, begins with.
     """
     console = console or Console()
@@ -131,8 +136,8 @@ def report(
     assert isinstance(source, Scenes)
     assert isinstance(siglip.vision, SiglipVisionTower)
     config = source.config
-    judge = train_judge(replace(config, seed=5), tower=siglip.vision, steps=judge_steps)
-    held_out = Scenes(replace(config, split="test", seed=11))
+    judge = train_judge(replace(config, seed=JUDGE_SEED), tower=siglip.vision, steps=judge_steps)
+    held_out = Scenes(replace(config, split="test", seed=DRAW_SEED))
     scenes = [held_out.scene(index) for index in range(count)]
     facts = [scene.facts for scene in scenes]
     console.print(f"drawing {count} held-out captions ...")
@@ -151,22 +156,11 @@ def report(
         "drawn for another caption": drawn[1:] + drawn[:1],
         "random codes": noise,
     }
-    judged: dict[str, dict[str, float]] = {}
-    for name, pictures in columns.items():
-        seen, first = verdicts(judge, pictures, facts), ranked(siglip, pictures, facts)
-        judged[name] = {**shares(seen), "siglip": sum(first) / count}
-        for words, things in (("one thing", 1), ("two things", 2)) if name in ("drawn", "real") else ():
-            chosen = [index for index, fact in enumerate(facts) if len(fact.groups) == things]
-            if chosen:
-                row = {**shares([seen[i] for i in chosen]), "siglip": sum(first[i] for i in chosen) / len(chosen)}
-                if things == 1:
-                    del row["place"]
-                judged[f"{name}: the {len(chosen)} of {words}"] = row
     shown = [scene.facts for scene in scenes if scene.facts.relation][:STEPS_SHOWN]
     steps = model.generate_batch(
         [[asked_for_steps(fact)] for fact in shown], slots=8, progress=True, **{**settings, "max_new_tokens": 48, "max_images": 2}
     )
-    said = captions(model, config, count, seed=11, progress=True)
+    said = captions(model, config, count, seed=DRAW_SEED, progress=True)
     asked = held_out_questions(config, kinds=asked_kinds(recipe))
     answers = ask(model, asked, progress=True)
     error = (pixels_of(again) - pixels_of([scene.pixels for scene in scenes])).square().mean().item()
@@ -174,7 +168,7 @@ def report(
         "training": {**training, "parameters": sum(p.numel() for p in model.parameters()), "steps": recipe.stages[-1].train.steps},
         "captions drawn": count,
         "began a picture": sum(bool(reply.images) for reply in replies),
-        "judged": judged,
+        "judged": judged(judge, siglip, columns, facts),
         "psnr": psnr(error),
         "steps": steps_score(judge, steps, shown),
         "captions": said,
@@ -183,12 +177,33 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     page = out / "report.html"
+    told = [
+        (picture.resize((96, 96), Image.Resampling.NEAREST), fact.caption()) for picture, fact in zip(drawn, facts, strict=True)
+    ]
+    sheet(told[:SHOWN], 112).save(out / "drawn.png")
     cards = _page(results, facts, drawn, again, [scene.image for scene in scenes], found, steps)
-    logged = (out / "native" / f"1-{recipe.stages[0].name}" / "metrics.jsonl").read_text().splitlines()
-    figure = curves({recipe.name: [json.loads(line) for line in logged]})
+    figure = curves({recipe.name: logged(run / f"1-{recipe.stages[0].name}")})
     page.write_text(f'{cards}<h2>The decoder\'s training</h2><img src="{inline(figure)}">\n', encoding="utf-8")
     console.print(summary(results))
     return page
+
+
+def judged(
+    judge: Judge, siglip: SigLIP, columns: dict[str, list[Image.Image]], facts: Sequence[Facts]
+) -> dict[str, dict[str, float]]:
+    """A row of shares for each list of pictures, and for what is drawn and what is real one more for each number of things named."""
+    out: dict[str, dict[str, float]] = {}
+    for name, pictures in columns.items():
+        seen, first = verdicts(judge, pictures, facts), ranked(siglip, pictures, facts)
+        out[name] = {**shares(seen), "siglip": sum(first) / len(facts)}
+        for words, things in (("one thing", 1), ("two things", 2)) if name in ("drawn", "real") else ():
+            chosen = [index for index, fact in enumerate(facts) if len(fact.groups) == things]
+            if chosen:
+                row = {**shares([seen[i] for i in chosen]), "siglip": sum(first[i] for i in chosen) / len(chosen)}
+                if things == 1:
+                    del row["place"]
+                out[f"{name}: the {len(chosen)} of {words}"] = row
+    return out
 
 
 def steps_score(judge: Judge, replies: Sequence[Reply], facts: Sequence[Facts]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..data import sprites
 from ..data.scenes import SceneConfig, Scenes
 from ..models.clip import DualEncoder
 from ..train.recipe import Recipe
+from .curves import curves, logged
 from .scenes import BASELINES
 
 STYLE = """
@@ -42,7 +42,7 @@ def write(out: Path, model: DualEncoder, recipe: Recipe, results: dict[str, Any]
         _scene_tables(results),
         _sprite_table(results),
         "<h2>Training</h2>",
-        f'<img src="{inline(curves(out))}" alt="loss and accuracy over the steps">',
+        f'<img src="{inline(curves({recipe.name: logged(out)}))}" alt="loss, accuracy and rate over the steps">',
         "<h2>Confusions on the unseen style, core sixty</h2>",
         _confusions(results["confusions"], recipe.model.vision.image_size),
         "<h2>Held-out scenes and the captions the model prefers</h2>",
@@ -85,26 +85,6 @@ def _sprite_table(results: dict[str, Any]) -> str:
         )
         rows.append(f"<tr><td>{which}</td>{cells}</tr>")
     return f"<h2>Naming single sprites</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-
-
-def curves(run: Path) -> bytes:
-    """Loss, batch accuracy and learning rate of a run as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 2.9), layout="constrained")
-    for axis, key, label in zip(axes, ("loss", "accuracy", "lr"), ("loss a pair", "batch accuracy", "learning rate"), strict=True):
-        axis.plot([line["step"] for line in lines], [line[key] for line in lines], color="#2b5fb3")
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
 
 
 def _confusions(pairs: list[list[str]], side: int, most: int = 18) -> str:

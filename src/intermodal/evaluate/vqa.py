@@ -46,7 +46,10 @@ def held_out_questions(config: SceneConfig, each: int = 150, seed: int = 7, kind
     index = 0
     while missing := [kind for kind, found in out.items() if len(found) < each]:
         if index == LOOKS * each:
-            raise IntermodalError(f"of {index} held-out scenes too few answer the question {missing[0]!r}: {source.config}")
+            raise IntermodalError(
+                f"of {index} held-out scenes too few answer the question {missing[0]!r}; ask other kinds, or "
+                f"let scenes have more of it (pair_share, colour_share): {source.config}"
+            )
         by_kind: dict[str, list[Question]] = {}
         for question in questions(source.facts(index)):
             by_kind.setdefault(question.kind, []).append(question)

@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: a recipe file with stages, and settings of it by dotted path (`fuse.optim.lr=1e-3`)."""
+    """One of the two that are compared: a recipe file with stages, and settings of it by dotted path (`stages.fuse.optim.lr=1e-3`)."""
 
     recipe: Path
     overrides: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from ..data.questions import SIGN_QUESTION
 from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
 from ..data.talks import SceneTalks, SignTalks, open_talks, user
-from ..evaluate.demo_native import asked_kinds, decoded, reconstructed
+from ..evaluate.demo_native import DRAW_SEED, JUDGE_SEED, asked_kinds, decoded, reconstructed
 from ..evaluate.judge import Judge, fresh_tower, pixels_of, ranked, shares, train_judge, verdicts
 from ..evaluate.vqa import accuracy, ask, captions, held_out_questions, majority
 from ..models.chameleon import Chameleon
@@ -33,7 +33,6 @@ T = TypeVar("T", SceneTalks, SignTalks)
 RIDGE = 1e-3
 READ_OUT = (800, 200)
 """Pictures that the linear read-out is fitted on, and tested on."""
-JUDGE_SEED, DRAW_SEED = 5, 11
 
 
 def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path) -> dict[str, Any]:
