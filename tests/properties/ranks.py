@@ -20,6 +20,7 @@ def _main(rank: int, size: int, port: int, folder: str, function: Callable[..., 
     dist.init_process_group("gloo")
     try:
         torch.save(function(rank, size, *arguments), Path(folder) / f"{rank}.pt")
+        dist.barrier()  # no rank takes its connections down while another still finishes an exchange
     finally:
         dist.destroy_process_group()
 

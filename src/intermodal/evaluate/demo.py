@@ -97,19 +97,19 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 2000, among: int = 50
 
 def summary(results: dict[str, Any]) -> Table:
     """The report's numbers for the terminal."""
-    table = Table(title="what the model does, beside what needs no learning", box=box.SIMPLE)
+    table = Table(title="what the model does, beside what needs no learning", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for column in ("", "model", *(name.replace("_", " ") for name in BASELINES)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for name, rows in results["scenes"].items():
         table.add_row(f"[bold]scenes, {name}[/bold]")
         for key, row in rows.items():
             table.add_row(
-                f"  {key.replace('image_to_text_recall', 'recall')}",
+                f" {key.replace('image_to_text_recall', 'recall')}",
                 *(f"{row[c]:.1%}" for c in ("model", *BASELINES)),
             )
     table.add_row("[bold]single sprites, unseen style[/bold]")
     for which, row in results["sprites"].items():
         known = {"model": "unseen style top-1", "chance": "chance", "raw_pixels": "nearest raw pixels top-1"}
         cells = (f"{row[known[column]]:.1%}" if column in known else "" for column in ("model", *BASELINES))
-        table.add_row(f"  {which} {row['concepts']}, top-1", *cells)
+        table.add_row(f" {which} {row['concepts']}, top-1", *cells)
     return table
