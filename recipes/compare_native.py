@@ -9,7 +9,7 @@ from pathlib import Path
 
 from intermodal.train.recipe import NativeConfig, StagedRecipe, load_recipe
 
-SCENES = "scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true&forms=1&lead=0.9"
+SCENES = 'scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true&jitter=0&styles=["noto"]&forms=1&lead=0.9'
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:

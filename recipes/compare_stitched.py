@@ -6,7 +6,7 @@
 from intermodal.models.decoder import DecoderConfig
 from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig, tiny_stages
 
-SCENES = "scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true&lead=0.9"
+SCENES = 'scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true&jitter=0&styles=["noto"]&lead=0.9'
 SPRITES = "sprites:core?article=true&variations=1000"
 READ = (f"captions:{SPRITES}", f"captions:{SCENES}&forms=1", f"questions:{SCENES}", "questions:signs?words=8&least=8&most=20")
 DECODER = DecoderConfig(width=160, depth=4, heads=5, kv_heads=5, head_width=32, mlp_width=448, vocab_size=0, context=512)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from intermodal.train.recipe import VQRecipe, load_recipe
 
-SCENES = "scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true"
+SCENES = 'scenes:core?pair_share=0.4&most=3&pair_most=2&colour_share=0.4&plain=true&jitter=0&styles=["noto"]'
 
 
 def recipe(tiny: bool = False) -> VQRecipe:

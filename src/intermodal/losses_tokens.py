@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .batch import TokenBatch
+from .nn.layers import at_least_float32
 
 CHUNK = 1024
 """Tokens whose scores are held at once: V x CHUNK numbers, whatever the pack's length."""
@@ -25,7 +26,7 @@ def targets(batch: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 def next_token_losses(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, chunk: int = CHUNK, z_loss: float = 0.0) -> Tensor:
-    """(S,) float32 losses of the supervised tokens, in the pack's order.
+    """(S,) losses, in float32 or float64, of the supervised tokens, in the pack's order.
 
     Args:
         hidden_TD: the decoder's normalised output for the pack.
@@ -50,7 +51,7 @@ def next_token_loss(
 
 
 def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor, z_loss: float) -> Tensor:
-    scores = F.linear(hidden_SD, head_VD).float()
+    scores = at_least_float32(F.linear(hidden_SD, head_VD))
     losses = F.cross_entropy(scores, ids_S, reduction="none")
     return losses + z_loss * scores.logsumexp(-1) ** 2 if z_loss else losses
 
@@ -62,7 +63,7 @@ def score_statistics(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, most
     if not len(rows):
         return {}
     step = max(1, len(rows) // most)
-    scores = F.linear(hidden_TD[rows[::step]], head_VD).float()
+    scores = at_least_float32(F.linear(hidden_TD[rows[::step]], head_VD))
     log_z = scores.logsumexp(-1)
     chances = (scores - log_z[:, None]).exp()
     return {

@@ -12,6 +12,7 @@ from chat_files import byte_tokenizer
 from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file
+from too_long import check_too_long
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 import intermodal
@@ -273,3 +274,7 @@ def test_round_trip(made, tied, tmp_path):
         assert torch.equal(back.vqmodel.decode(codes), full.decode(codes))
     start = drawn_before.tolist().index(NAMES["<racm3:break>"]) + 1
     assert back.processor.planner.picture(drawn_before[start : start + 64]).size == (SIDE, SIDE)
+
+
+def test_too_long_counts_what_is_shown(made, monkeypatch):
+    check_too_long(intermodal.load(made()[0]), CASES["image first"], user("And then?"), monkeypatch)

@@ -10,6 +10,7 @@ from chat_files import byte_tokenizer, write_chat_files
 from packed import check_packed_equals_separate
 from PIL import Image
 from test_stitch_native import decoder, siglip
+from too_long import check_too_long
 from typer.testing import CliRunner
 from vision_cached import check_cached_equals_uncached, check_turns_look_once
 
@@ -267,3 +268,7 @@ def test_the_verb(tmp_path):
     assert "idefics2 of" in done.output
     assert intermodal.load(tmp_path / "out").config.latents == 9
     assert "--latents goes with --connector resampler" in str(CliRunner().invoke(app, [*arguments, "--latents", "9"]).exception)
+
+
+def test_too_long_counts_what_is_shown(folder, monkeypatch):
+    check_too_long(intermodal.load(folder), CASES["touching each other and words"], says("user", "And then?"), monkeypatch)

@@ -10,6 +10,7 @@ import transformers
 from chat_files import byte_tokenizer, write_chat_files
 from packed import check_packed_equals_separate
 from PIL import Image
+from too_long import check_too_long
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
@@ -321,3 +322,8 @@ def test_a_reply_that_spells_a_placeholder_can_be_said_again(made):
     said[1]["content"] = ours.processor.without_placeholders(said[1]["content"])
     assert said[1]["content"] == "a  b"
     assert ours.processor.conversation(said, reply=True).ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_too_long_counts_what_is_shown(made, family, monkeypatch):
+    check_too_long(intermodal.load(made(family)[0]), CASES["three images of odd sizes"], user("And then?"), monkeypatch)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,11 +19,15 @@ from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_f
 from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file
+from too_long import check_too_long
+from typer.testing import CliRunner
 from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
+from intermodal.cli.app import app
 from intermodal.inputs.media import Clip, MediaError, load_part
 from intermodal.inputs.messages import placed
+from intermodal.models.generative import Generative
 from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
 from intermodal.train.stages import train_stages
 
@@ -514,3 +519,46 @@ def test_clips_train_and_two_ranks_equal_one(made, tmp_path, family, parallel):
         total += torch.nn.functional.cross_entropy(scores[rows - 1], batch.ids[rows], reduction="sum").item()
         count += len(rows)
     assert logs[0][0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_too_long_counts_what_is_shown(made, family, monkeypatch):
+    check_too_long(intermodal.load(made(family)[0]), CASES["image and video"], user("And then?"), monkeypatch)
+
+
+def test_chat_shows_pictures_and_clips_by_path(made, tmp_path, monkeypatch):
+    """A picture with the first question, a clip with the second; a path that does not exist is told of and the talk goes on."""
+    folder, _ = made("qwen2_5_vl")
+    picture(64, 48, 1).save(tmp_path / "a.png")
+    write_clip(tmp_path / "b.mp4")
+    heard, stream = [], Generative.stream
+    monkeypatch.setattr(
+        Generative, "stream", lambda self, said, **more: heard.append((list(said), more)) or stream(self, said, **more)
+    )
+    typed = f"What?\n/image {tmp_path / 'none.png'}\nAnd now?\n/video {tmp_path / 'b.mp4'}\nAnd this?\n\n"
+    done = CliRunner().invoke(app, ["chat", str(folder), str(tmp_path / "a.png"), "--max-new-tokens", "5"], input=typed)
+    assert done.exit_code == 0
+    assert "none.png" in " ".join(done.stdout.split())
+    shown = [
+        [part[part["type"]] for message in messages for part in message["content"] if isinstance(part, dict)]
+        for messages, _ in heard
+    ]
+    first = [str(tmp_path / "a.png"), "What?"]
+    assert shown == [first, [*first, str(tmp_path / "none.png"), "And now?"], [*first, str(tmp_path / "b.mp4"), "And this?"]]
+    model = intermodal.load(folder)
+    for messages, settings in (heard[0], heard[2]):
+        reply = model.generate(messages, **settings)
+        assert reply.text.strip() in done.stdout
+        plans = model.processor.conversation(messages, reply=True).plans
+        assert [plan.kind for plan in plans] == ["image", "video"][: len(plans)]
+        assert all(plan.features for plan in plans)
+    assert len(plans) == 2
+
+
+def write_clip(file):
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for grey in range(0, 240, 40):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey, np.uint8), format="rgb24")))
+        out.mux(stream.encode())

@@ -14,6 +14,7 @@ import transformers
 from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from too_long import check_too_long
 
 import intermodal
 from intermodal.errors import CheckpointError
@@ -296,3 +297,7 @@ def test_what_is_not_built_is_refused(folder, tmp_path, change, message):
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         intermodal.load(tmp_path)
+
+
+def test_too_long_counts_what_is_shown(folder, monkeypatch):
+    check_too_long(intermodal.load(folder), CASES["three images of odd sizes"], user("And then?"), monkeypatch)

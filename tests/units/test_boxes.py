@@ -11,6 +11,7 @@ from intermodal.inputs.boxes import Affine
 from intermodal.inputs.image import BILINEAR, ImageProcessor
 from intermodal.inputs.media import Clip
 from intermodal.inputs.patches import QwenPlanner
+from intermodal.inputs.queries import LatentPlanner, QueryPlanner
 from intermodal.inputs.tiles import LlavaPlanner, assemble
 
 SIDE, GRID = 28, 4
@@ -120,10 +121,15 @@ def test_views_hold_what_their_affine_says(name):
     assert found
 
 
+SQUARE = ImageProcessor((SIDE, SIDE), resample=BILINEAR, mean=(0, 0, 0), std=(1, 1, 1))
+LEARNED = {"qwen_vl": QueryPlanner({"image": 3}, SIDE, 16, SQUARE), "idefics2": LatentPlanner({"image": 3}, "<i>", SIDE, 5, SQUARE)}
+"""Their tokens are learned queries: where one looks is not a matter of a formula, but boxes and the square are."""
+
+
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize("name", [*PLANNERS, *LEARNED])
 def test_round_trips(name, size):
-    planner = PLANNERS[name]
+    planner = {**PLANNERS, **LEARNED}[name]
     frame = planner.frame(size, planner.plan(where(*size), 1))
     box = (0.1 * size[0], 0.2 * size[1], 0.75 * size[0], 0.9 * size[1])
     spaces = ["original", "resized", "thousandths", "unit", *(f"view {n}" for n in range(len(frame.views)))]
@@ -150,6 +156,8 @@ def test_each_family_writes_as_its_authors_do():
     assert json.loads(frames["qwen2_5_vl"].write(box)) == {"bbox_2d": pixels}
     assert frames["llava"].write(box) == "[0.25, 0.35, 0.50, 0.55]"  # 50 rows of padding above
     assert frames["llava_next"].write(box) == "[0.25, 0.20, 0.50, 0.60]"
+    first = LEARNED["qwen_vl"].frame(size, LEARNED["qwen_vl"].plan(where(*size), 1))
+    assert first.write(box, "dog") == "<ref>dog</ref><box>(250,200),(500,600)</box>"
     assert frames["qwen2_vl"].read("(1,2),(3,4) and <|box_start|>(1,2),(3<|box_end|>") == []
     assert frames["qwen3_vl"].read('{"a": 1} {"bbox_2d": [1, 2]} {"bbox_2d": 3}') == []
     with pytest.raises(ValueError, match="no area in a picture of 200 x 100"):

@@ -172,9 +172,9 @@ def test_the_loss_is_the_plain_cross_entropy_of_each_conversation_alone():
     for chunk in (1, 3, 1000):
         total, found = next_token_loss(torch.cat(hidden), head, pack, chunk)
         assert found == count == len(targets(pack)[0])
-        torch.testing.assert_close(total.double(), plain, rtol=1e-6, atol=1e-6)  # the sum is made in float32
+        torch.testing.assert_close(total, plain, rtol=1e-12, atol=1e-12)
         for ours, theirs in zip(torch.autograd.grad(total, [*hidden, head]), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def _segments(length):
@@ -266,7 +266,7 @@ def test_two_ranks_equal_one_with_pictures_on_one_of_them(recipe, trained, tmp_p
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:3]))
     for name in ("mix", "text"):
         data = replace(recipe.stages[0].data, train=(str(tmp_path / f"{name}.jsonl"),), batch=2)
-        stages = (replace(recipe.stages[0], data=data, train=replace(recipe.stages[0].train, save_every=None)),)
+        stages = (replace(recipe.stages[0], data=data, train=replace(recipe.stages[0].train, save_every=None, precision="fp64")),)
         one = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=stages)
         train_stages(one, tmp_path / f"{name}-one", quiet=True)
         on_ranks(2, _on_rank, one, tmp_path / f"{name}-two")
@@ -280,15 +280,15 @@ def test_two_ranks_equal_one_with_pictures_on_one_of_them(recipe, trained, tmp_p
 
 
 def assert_same_run(run, other, expected):
-    """The stage's log and last weights are those of another run, but for rounding: a step moves a weight by 2e-3."""
+    """The stage's log and last weights are those of another run (both in float64): a step moves a weight by 2e-3."""
     logs = [[json.loads(line) for line in (one / "1-align" / "metrics.jsonl").read_text().splitlines()] for one in (other, run)]
     for ours, theirs in zip(*logs, strict=True):
         assert ours["supervised_tokens"] == theirs["supervised_tokens"]
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
-        assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-9)
+        assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-9)
     got = weights(run / "model")
     for key in expected:
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-6)
 
 
 def _held_on_rank(rank, size, recipe, out):
@@ -317,7 +317,7 @@ def test_sharded_ranks_equal_one_whatever_media_they_hold(recipe, trained, tmp_p
     learn = (("*", 1.0), ("vision.*", 0.5))
     data = replace(recipe.stages[0].data, train=(str(tmp_path / "mix.jsonl"),), batch=4, tokens=130)
     for name, extra in (("all", {}), ("lora", {"lora": LoraConfig(("model.layers.*_proj",), rank=2)})):
-        train = replace(recipe.stages[0].train, save_every=None, parallel="fsdp")
+        train = replace(recipe.stages[0].train, save_every=None, parallel="fsdp", precision="fp64")
         taught = (("*lora_*", 1.0), ("projector.*", 1.0)) if extra else learn
         stage = replace(recipe.stages[0], learn=taught, data=data, train=train, **extra)
         one = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,))

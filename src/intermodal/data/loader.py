@@ -94,12 +94,12 @@ class Mixture:
         self._orders: dict[int, tuple[int, torch.Tensor]] = {}
 
     def next(self, mine: bool = True) -> tuple[int, int | Sample] | None:
-        """The next reference of the global order, or None where it is another rank's record of a stream."""
+        """The next reference of the global order, or None where it is in another rank's part of a stream."""
         which = self._choose()
         source, count = self.sources[which], self.counters[which]
         self.position += 1
         if isinstance(source, StreamSource):
-            if not mine:
+            if not mine and source.part[1] > 1:
                 return None
             self.counters[which] += 1
             return which, source.next()
@@ -277,6 +277,8 @@ class Loader:
             start = self.mixture.position
             drawn = [self.mixture.next(first <= offset < last) for offset in range(self.batch)]
             streams = [source for source in self.mixture.sources if isinstance(source, StreamSource)]
-            skipped = [reject for stream in streams for reject in stream.take_rejects()]
+            skipped = [(stream, reject) for stream in streams for reject in stream.take_rejects()]
+            # what every rank reads whole is counted by one
+            skipped = [reject for stream, reject in skipped if self.rank == 0 or stream.part[1] > 1]
             self._drawn.append((self.mixture.state(), skipped))
             yield start + first, drawn[first:last]

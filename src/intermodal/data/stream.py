@@ -4,7 +4,8 @@ Records are decoded as they are read, so that an unusable one is replaced by the
 shuffled block by block; a state is the stream's own state at the start of a block and the place within it, so resuming reads the
 block again and goes on exactly where it stopped (a plain shuffle buffer loses its content).
 
-On several ranks each reads its own part: whole shards where their number divides, else every so many records (`datasets`' rule).
+On several ranks each reads its own part: whole shards where their number divides, else every so many records (`datasets`' rule). With
+`split_streams=False` every rank reads all of it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class StreamSource:
         self.rejects: list[tuple[int, Reject]] = []
         """Records that were skipped and not told of yet, with the pass they were skipped in."""
         self.part = (0, 1)
-        """This rank, and how many there are."""
+        """This rank, and among how many the stream is split."""
         self._whole, self._beginning = dataset, copy.deepcopy(dataset.state_dict())
         self._rewind(self._beginning)
 
@@ -77,7 +78,8 @@ class StreamSource:
         if state["ranks"] != self.part[1]:
             raise IntermodalError(
                 f"{self.name} is a stream and was read by {state['ranks']} ranks, now there are {self.part[1]}: each has read another "
-                f"part. Resume on {state['ranks']} ranks, or start a new run from the trained model"
+                f"part. Resume on {state['ranks']} ranks, or start a new run from the trained model; with data.split_streams=false "
+                f"it can go on on any number"
             )
         self.epoch, self.number, self.blocks, self.at = state["epoch"], state["number"], state["blocks"], state["at"]
         self._begin, self._block_state = (state["epoch"], state["number"]), state["stream"]

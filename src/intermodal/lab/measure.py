@@ -144,7 +144,7 @@ def draw(model: Chameleon, config: SceneConfig, count: int, folder: Path) -> Non
     facts = [source.facts(index) for index in range(count)]
     told = [[user(None, f"draw {fact.caption()}")] for fact in facts]
     replies = model.generate_batch(
-        told, slots=32, max_new_tokens=4, max_images=1, image_temperature=0.9, image_top_p=0.95, guidance=2.0
+        told, slots=32, max_new_tokens=4, max_images=1, image_temperature=0.5, image_top_p=0.95, guidance=1.5
     )
     folder.mkdir(parents=True, exist_ok=True)
     grey = Image.new("RGB", (config.side, config.side), (128, 128, 128))

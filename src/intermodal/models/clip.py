@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Images, PairBatch, Texts
+from ..nn.layers import at_least_float32
 from .text import ClipTextTower, SiglipTextTower, TextConfig
 from .vit import ClipVisionTower, NaflexVisionTower, SiglipVisionTower, VisionConfig
 
@@ -73,8 +74,8 @@ class DualEncoder(nn.Module):
         raise NotImplementedError("use CLIP or SigLIP")
 
     def forward(self, batch: PairBatch) -> Embeddings:
-        image = F.normalize(self.encode_images(batch.images).float(), dim=-1)
-        text = F.normalize(self.encode_texts(batch.texts).float(), dim=-1)
+        image = F.normalize(at_least_float32(self.encode_images(batch.images)), dim=-1)
+        text = F.normalize(at_least_float32(self.encode_texts(batch.texts)), dim=-1)
         return Embeddings(image, text, self.logit_scale, self.logit_bias)
 
     @torch.no_grad()
@@ -113,8 +114,6 @@ class DualEncoder(nn.Module):
         device, rows = self.logit_scale.device, []
         for start in range(0, len(items), batch_size):
             batch = prepare(items[start : start + batch_size]).to(device)
-            if isinstance(batch, Images):
-                batch.pixels = batch.pixels.to(self.logit_scale.dtype)
             rows.append(F.normalize(encode(batch).float(), dim=-1).cpu())
         self.train(was_training)
         return torch.cat(rows) if rows else torch.empty(0, self.config.embed_width)

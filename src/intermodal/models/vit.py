@@ -42,6 +42,11 @@ def patchify(pixels_BCHW: Tensor, patch: int) -> Tensor:
     return x.reshape(batch * rows * columns, channels * patch * patch)
 
 
+def embed_patches(layer: nn.Linear, patches_PK: Tensor) -> Tensor:
+    """Pixels come in float32; the tower's weights say in what it computes."""
+    return layer(patches_PK.to(layer.weight.dtype))
+
+
 def resize_positions(table_PD: Tensor, grid: tuple[int, int], *, prefix: int = 0, mode: str = "bicubic") -> Tensor:
     """Resample a square table of learned positions to another grid, with antialiasing; the first `prefix` rows stay as they are.
 
@@ -91,7 +96,7 @@ class ClipVisionTower(nn.Module):
     def tokens(self, images: Images) -> tuple[Tensor, Segments]:
         check_fixed_size(images, self.config)
         count = len(images)
-        patches_BPD = self.patch_embedding(patchify(images.pixels, self.config.patch_size)).unflatten(0, (count, -1))
+        patches_BPD = embed_patches(self.patch_embedding, patchify(images.pixels, self.config.patch_size)).unflatten(0, (count, -1))
         x_BPD = torch.cat([self.class_embedding.to(patches_BPD.dtype).expand(count, 1, -1), patches_BPD], dim=1)
         x_BPD = x_BPD + self.position_embedding.to(x_BPD.dtype)
         return self.pre_layernorm(x_BPD.flatten(0, 1)), Segments([x_BPD.shape[1]] * count)
@@ -117,7 +122,7 @@ class SiglipVisionTower(nn.Module):
     def tokens(self, images: Images) -> tuple[Tensor, Segments]:
         check_fixed_size(images, self.config)
         count = len(images)
-        x_BPD = self.patch_embedding(patchify(images.pixels, self.config.patch_size)).unflatten(0, (count, -1))
+        x_BPD = embed_patches(self.patch_embedding, patchify(images.pixels, self.config.patch_size)).unflatten(0, (count, -1))
         x_BPD = x_BPD + self.position_embedding.to(x_BPD.dtype)
         return x_BPD.flatten(0, 1), Segments([x_BPD.shape[1]] * count)
 
@@ -135,7 +140,7 @@ class NaflexVisionTower(SiglipVisionTower):
         table = self.position_embedding
         resized = {grid: resize_positions(table, grid, mode="bilinear") for grid in dict.fromkeys(images.grids)}
         positions_PD = torch.cat([resized[grid] for grid in images.grids])
-        x_PD = self.patch_embedding(images.pixels)
+        x_PD = embed_patches(self.patch_embedding, images.pixels)
         return x_PD + positions_PD.to(x_PD.dtype), Segments([rows * columns for rows, columns in images.grids])
 
 

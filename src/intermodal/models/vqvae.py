@@ -253,7 +253,7 @@ class VQVAE(nn.Module):
         """
         if any(side % self.config.shrink for side in pixels_NCHW.shape[2:]):
             raise ValueError(f"sides {tuple(pixels_NCHW.shape[2:])} are not multiples of {self.config.shrink}")
-        return self.quant_conv(self.encoder(pixels_NCHW))
+        return self.quant_conv(self.encoder(pixels_NCHW.to(self.quant_conv.weight.dtype)))
 
     @torch.no_grad()
     def encode(self, pixels_NCHW: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Numbers of which sums and norms are taken: half precision widened, float64 left as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 FEW_ROWS = range(2, 9)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.clip import DualEncoder
-from ..nn.layers import Block
+from ..nn.layers import Block, at_least_float32
 from .ring import Ring
 
 
@@ -143,4 +143,4 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     if sharded:
         norm = nn.utils.get_total_norm(sharded)
         squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2)
-    return torch.stack([s.float() for s in squares]).sum().sqrt() if squares else torch.zeros(())
+    return torch.stack([at_least_float32(s) for s in squares]).sum().sqrt() if squares else torch.zeros(())

@@ -23,7 +23,7 @@ from ..inputs.image import CLIP_DEFAULTS, ImageProcessor, NaflexProcessor
 from ..inputs.processor import PairProcessor
 from ..losses import sigmoid_loss, softmax_loss
 from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, initialise
-from ..nn.layers import Encoder
+from ..nn.layers import Encoder, at_least_float32
 from ..parallel.setup import reduce_gradients, start, sync_scalars, whole_state, wrap
 from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
@@ -119,8 +119,9 @@ class PairTrainer(Trainer):
             encoder.checkpoint_activations = recipe.train.checkpoint_activations
             for block in encoder.layers:  # a loaded model has none: dropout is the run's setting, not the checkpoint's
                 block.dropout = settings.dropout  # pyright: ignore[reportArgumentType]
-        self.model.to(self.world.device).train()
-        wrap(self.model, self.world, recipe.train.parallel)
+        self.model.to(self.dtype).train()
+        wrap(self.model, self.world, recipe.train.parallel)  # sharded weights go to the device part by part
+        self.model.to(self.world.device)
         self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
 
     def _loader_and_model(self) -> Loader:
@@ -185,7 +186,7 @@ class PairTrainer(Trainer):
         if not logging:
             return {}
         values = {
-            "loss": (self.world.sum(value.float()) / recipe.data.batch).item(),
+            "loss": (self.world.sum(at_least_float32(value)) / recipe.data.batch).item(),
             "accuracy": (self.world.sum(accuracy.to(self.world.device)) / self.world.size).item(),
             "lr": rate,
             "gradient_norm": norm.item(),

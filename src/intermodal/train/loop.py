@@ -58,6 +58,8 @@ class Trainer(ABC):
             torch.set_num_threads(recipe.train.threads)
         self.resumed_from = checkpoint.latest(folder) if resume else None
         self._claim_folder(resume)
+        self.dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+        """Of the master weights."""
         torch.manual_seed(recipe.train.seed * 1009 + world.rank)
         self._set_up()
         self.average: dict[str, Tensor] | None = None
@@ -190,7 +192,7 @@ class Trainer(ABC):
         name = "rejects.jsonl" if world.main else f"rejects-{world.rank}.jsonl"
         rejects = Rejects(self.folder / name, data.max_reject_share)
         for source in sources:
-            if isinstance(source, StreamSource):
+            if isinstance(source, StreamSource) and data.split_streams:
                 source.split(world.rank, world.size)
             for key, reason in getattr(source, "problems", []) if world.main else []:
                 rejects.note(key, reason)
@@ -281,6 +283,6 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
     """bf16 autocast or nothing. "auto" asks the processor: without bf16 instructions, bf16 products are several times slower."""
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(device) else "fp32"
-    if precision == "fp32":
+    if precision in ("fp32", "fp64"):
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import IntermodalError
+from ..nn.layers import at_least_float32
 from .recipe import OptimConfig
 
 SCALARS = {"logit_scale", "logit_bias"}
@@ -131,7 +132,7 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(matrices_NRC: Tensor, half: bool, steps: int = 5) -> Tensor:
     """(N, R, C) -> about U V^T of each matrix's singular value decomposition U S V^T: singular values between 0.7 and 1.2."""
-    x = matrices_NRC.bfloat16() if half else matrices_NRC.float()
+    x = matrices_NRC.bfloat16() if half else at_least_float32(matrices_NRC)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -141,7 +142,7 @@ def orthogonal(matrices_NRC: Tensor, half: bool, steps: int = 5) -> Tensor:
         for _ in range(steps):
             gram = x @ x.mT
             x = NS_A * x + torch.baddbmm(gram, gram, gram, beta=NS_B, alpha=NS_C) @ x
-    return (x.mT if tall else x).float()
+    return at_least_float32(x.mT if tall else x)
 
 
 def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:

@@ -67,6 +67,9 @@ class DataConfig:
     """Fetch pictures named by http(s) addresses."""
     max_reject_share: float = 0.05
     """Stop when more than this share of the samples read is unusable."""
+    split_streams: bool = True
+    """Each rank reads its own part of a stream (`hf:`). Else every rank reads and decodes all of it and keeps its slice of a batch: ranks
+    then see the batches that one alone would, and a run can go on on another number of them."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class LoopConfig:
     """What every objective's loop asks for."""
 
     steps: Positive = 300
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32 always."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32, and with fp64, which is
+    for telling a difference between two runs from rounding, they and all that is made of them are float64; what is exported is fp32."""
     checkpoint_activations: bool = False
     threads: Positive | None = None
     seed: int = 0
@@ -193,6 +197,8 @@ class TalksConfig:
     allow_urls: bool = False
     """Fetch pictures of captions that are named by http(s) addresses."""
     max_reject_share: float = 0.05
+    split_streams: bool = True
+    """As in `DataConfig`."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class StageTrainer(Trainer):
             raise IntermodalError("the model came without a tokenizer: there is nothing to read conversations with")
         if self.recipe.lora is not None:
             lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
-        self.model.to(self.world.device).train()
+        self.model.to(self.dtype).train()
         for module in self.model.modules():
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = self.recipe.train.checkpoint_activations  # pyright: ignore[reportAttributeAccessIssue]
@@ -160,7 +160,8 @@ class StageTrainer(Trainer):
         factors = choose_learning(self.model, self.recipe.learn)
         self.sharded = self.world.size > 1 and self.recipe.train.parallel == "fsdp"
         if self.sharded:
-            self._shard()
+            self._shard()  # each layer's part goes to the device on its own: no device has to hold the whole model
+        self.model.to(self.world.device)
         self.optimizer = optimizer_of(self.model, self.recipe.optim, factors, self.recipe.train.precision)
         if self.recipe.image_rows_only:
             keep_word_rows(self.model, self.optimizer)
@@ -207,7 +208,7 @@ class StageTrainer(Trainer):
         device = self.world.device
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
         count = self.world.sum(torch.tensor(float(tokens), device=device))
-        total, bad, statistics = torch.zeros((), device=device), None, {}
+        total, bad, statistics = torch.zeros((), device=device, dtype=self.dtype), None, {}
         codes, shares = self._image_ids(), torch.zeros(2, 2, device=device)
         batches, scale = fetched.batches, 1.0
         if self.sharded:
@@ -270,7 +271,7 @@ class StageTrainer(Trainer):
             self.model.load_state_dict({**self.model.state_dict(), **self.average})
         if self.sharded:
             self.model = self._rebuilt()
-        self.model.eval()
+        self.model.float().eval()
         if self.recipe.lora is not None:
             if self.world.main:
                 lora.save(self.model, self.recipe.lora, self.folder / "adapter")

@@ -32,7 +32,7 @@ class Perceptual:
     LPIPS (Zhang et al. 2018) in form, with a CLIP or SigLIP tower in the place of VGG, whose weights this project could not ship.
     """
 
-    def __init__(self, source: str, device: torch.device):
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype = torch.float32):
         """Raises IntermodalError: `source` is no CLIP or SigLIP of a fixed size."""
         model = load(source)
         tower = model.vision if isinstance(model, DualEncoder) else None
@@ -40,10 +40,10 @@ class Perceptual:
             raise IntermodalError(f"train.perceptual={source} is a {type(model).__name__}; a CLIP or a fixed-size SigLIP is wanted")
         assert isinstance(tower, ClipVisionTower | SiglipVisionTower)
         assert model.processor is not None
-        self.tower = tower.to(device).requires_grad_(False)
+        self.tower = tower.to(device, dtype).requires_grad_(False)
         pictures = model.processor.images
         # from [-1, 1] to what the tower was trained on
-        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (pictures.mean, pictures.std))
+        mean, std = (torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) for values in (pictures.mean, pictures.std))
         self.scale, self.shift = 0.5 / std, (0.5 - mean) / std
 
     def __call__(self, drawn_NCHW: Tensor, real_NCHW: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..data.source import Reject
 from ..errors import IntermodalError
 from ..inputs.image import BICUBIC, HALF, ImageProcessor
 from ..models.vqvae import VQVAE, initialise
+from ..nn.layers import at_least_float32
 from ..parallel.setup import World, start
 from ..weights.load import load, save
 from .loop import Trainer
@@ -136,8 +137,8 @@ class VQTrainer(Trainer):
             vq = load(recipe.start)
         else:
             vq = initialise(VQVAE(recipe.model), recipe.train.seed)
-        self.model = VQTraining(vq, recipe.codebook, recipe.adversarial).to(self.world.device).train()
-        self.perceptual = Perceptual(recipe.train.perceptual, self.world.device) if recipe.train.perceptual else None
+        self.model = VQTraining(vq, recipe.codebook, recipe.adversarial).to(self.world.device, self.dtype).train()
+        self.perceptual = Perceptual(recipe.train.perceptual, self.world.device, self.dtype) if recipe.train.perceptual else None
         if recipe.codebook.ema is not None:
             vq.quantize.embedding.weight.requires_grad_(False)
             beta = recipe.model.beta  # the averages move the codes: only the commitment is left of the loss
@@ -157,33 +158,33 @@ class VQTrainer(Trainer):
 
     def _train_step(self, fetched: Pictures, logging: bool) -> dict[str, Any]:
         recipe, vq = self.recipe, self.model.vq
-        pixels = fetched.pixels.to(self.world.device)
+        pixels = fetched.pixels.to(self.world.device, self.dtype)
         with self.autocast():
-            latents = vq.latents(pixels)
-            z, ids, quantisation = vq.quantize(latents.float())
-            drawn = vq.decode_latents(z)
-        error = F.l1_loss(drawn.float(), pixels) if recipe.train.reconstruction == "l1" else F.mse_loss(drawn.float(), pixels)
+            latents = at_least_float32(vq.latents(pixels))
+            z, ids, quantisation = vq.quantize(latents)
+            drawn = at_least_float32(vq.decode_latents(z))
+        error = F.l1_loss(drawn, pixels) if recipe.train.reconstruction == "l1" else F.mse_loss(drawn, pixels)
         terms: dict[str, Tensor] = {}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(drawn.float(), pixels)
+            terms["perceptual"] = self.perceptual(drawn, pixels)
             error = error + recipe.train.perceptual_weight * terms["perceptual"]
         loss = error + recipe.train.quantisation * quantisation
         if recipe.codebook.entropy:
-            loss = loss + recipe.codebook.entropy * entropy_term(latents.float(), vq)
+            loss = loss + recipe.codebook.entropy * entropy_term(latents, vq)
         if self.model.critic is not None and self.step >= recipe.adversarial.start:
-            loss = loss + self._adversarial(self.model.critic, drawn.float(), pixels, error, terms)
+            loss = loss + self._adversarial(self.model.critic, drawn, pixels, error, terms)
         self._check_finite(loss.detach(), fetched)
         (loss / self.world.size).backward()
         sum_gradients(self.model, self.world)
         rate, norm = self._update()
-        flat = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
         flat = F.normalize(flat, dim=-1) if vq.config.unit_codes else flat
         counts, revived = self.model.codebook.update(vq, flat, ids.flatten(), self.world)
         self.used += counts
         self.revived += revived
         if not logging:
             return {}
-        mse = self.world.sum(F.mse_loss(drawn.detach().float().clamp(-1, 1), pixels)) / self.world.size
+        mse = self.world.sum(F.mse_loss(drawn.detach().clamp(-1, 1), pixels)) / self.world.size
         shares = self.used / self.used.sum()
         perplexity = torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
         use = (self.used > 0).float().mean().item()
@@ -227,7 +228,7 @@ class VQTrainer(Trainer):
         vq = self.model.vq
         if self.average is not None:
             self.model.load_state_dict({**self.model.state_dict(), **self.average})
-        vq.eval()
+        vq.float().eval()
         if self.world.main:
             save(vq, self.folder / "model")
         return vq
