@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch import TokenBatch
 from .nn.layers import at_least_float32
+
+if TYPE_CHECKING:
+    from .parallel.setup import World
 
 CHUNK = 1024
 """Tokens whose scores are held at once: V x CHUNK numbers, whatever the pack's length."""
@@ -56,22 +61,36 @@ def _losses(hidden_SD: Tensor, head_VD: Tensor, ids_S: Tensor, z_loss: float) ->
     return losses + z_loss * scores.logsumexp(-1) ** 2 if z_loss else losses
 
 
-@torch.no_grad()
-def score_statistics(hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, most: int = 512) -> dict[str, float]:
-    """What tells of stability, over up to `most` supervised tokens: entropy, log Z, highest score and the norm of a token's scores."""
-    rows, _ = targets(batch)
-    if not len(rows):
-        return {}
-    step = max(1, len(rows) // most)
-    scores = at_least_float32(F.linear(hidden_TD[rows[::step]], head_VD))
-    log_z = scores.logsumexp(-1)
-    chances = (scores - log_z[:, None]).exp()
-    return {
-        "log_z": log_z.mean().item(),
-        "highest_score": scores.max().item(),
-        "score_norm": scores.norm(dim=-1).mean().item(),
-        "entropy": (log_z - (chances * scores).sum(-1)).mean().item(),
-    }
+class ScoreStatistics:
+    """What tells of stability, over all packs and ranks of a step: entropy, log Z and the norm of a token's scores, as means over up to
+    `most` supervised tokens of each pack, and the highest scores, of the output and in attention."""
+
+    def __init__(self, device: torch.device, most: int = 512):
+        self.tokens = most
+        self.sums = torch.zeros(4, device=device)
+        """Of entropy, log Z, norms, and of tokens."""
+        self.highest = torch.full((2,), -torch.inf, device=device)
+
+    @torch.no_grad()
+    def add(self, hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, attention_score: float) -> None:
+        rows, _ = targets(batch)
+        self.highest[1] = self.highest[1].clamp(min=attention_score)
+        if not len(rows):
+            return
+        scores = at_least_float32(F.linear(hidden_TD[rows[:: max(1, len(rows) // self.tokens)]], head_VD))
+        log_z = scores.logsumexp(-1)
+        entropy = log_z - ((scores - log_z[:, None]).exp() * scores).sum(-1)
+        self.sums += torch.stack([entropy.sum(), log_z.sum(), scores.norm(dim=-1).sum(), log_z.new_tensor(len(scores))])
+        self.highest[0] = torch.maximum(self.highest[0], scores.max())
+
+    def values(self, world: World) -> dict[str, float]:
+        """The same on every rank; nothing where no token of the step is learned from."""
+        *sums, count = world.sum(self.sums).tolist()
+        highest, attention = world.most(self.highest).tolist()
+        if not count:
+            return {}
+        means = dict(zip(("entropy", "log_z", "score_norm"), (total / count for total in sums), strict=True))
+        return means | {"highest_score": highest, "attention_score": attention}
 
 
 def by_modality(losses_S: Tensor, ids_S: Tensor, image_ids: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from intermodal.data.loader import Loader, Mixture, Rejects
 from intermodal.data.packing import TalkFetcher, picture_alone
 from intermodal.data.talks import ALONE, open_talks
 from intermodal.errors import IntermodalError
-from intermodal.losses_tokens import by_modality, next_token_loss, next_token_losses, score_statistics, targets
+from intermodal.losses_tokens import ScoreStatistics, by_modality, next_token_loss, next_token_losses, targets
 from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
+from intermodal.parallel.setup import World
 from intermodal.train import attention_scores as watched
 from intermodal.train.attention_scores import attention_scores
 from intermodal.train.recipe import load_recipe
@@ -108,7 +109,12 @@ def test_z_loss_and_statistics_are_the_plain_formulas(trained):
         plain, _ = next_token_loss(hidden, model.head_weight, batch)
         with_z, _ = next_token_loss(hidden, model.head_weight, batch, chunk=7, z_loss=0.01)
         torch.testing.assert_close(with_z - plain, 0.01 * (scores.logsumexp(-1) ** 2).sum(), rtol=1e-3, atol=1e-3)
-        found = score_statistics(hidden, model.head_weight, batch)
+        statistics = ScoreStatistics(torch.device("cpu"))
+        for attended in (1.5, 0.5):  # the same pack twice: means and highest stay what they are
+            statistics.add(hidden, model.head_weight, batch, attended)
+        found = statistics.values(World())
+    assert found["attention_score"] == 1.5
+    assert found["score_norm"] == pytest.approx(scores.norm(dim=-1).mean().item(), rel=1e-4)
     assert found["log_z"] == pytest.approx(scores.logsumexp(-1).mean().item(), rel=1e-4)
     assert found["highest_score"] == pytest.approx(scores.max().item(), rel=1e-5)
     chances = scores.softmax(-1)

@@ -246,6 +246,8 @@ def test_smaller_packs_do_not_change_a_step(recipe, trained, tmp_path):
             assert (one["supervised_tokens"], one["tokens"]) == (other["supervised_tokens"], other["tokens"])
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
             assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+            for name in ("entropy", "log_z", "score_norm", "highest_score"):
+                assert other[name] == pytest.approx(one[name], rel=1e-3), name
 
 
 def _on_rank(rank, size, recipe, out):
@@ -286,6 +288,9 @@ def assert_same_run(run, other, expected):
         assert ours["supervised_tokens"] == theirs["supervised_tokens"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-9)
         assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-9)
+        for name in ("entropy", "log_z", "score_norm", "highest_score"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-5), name
+        assert ours["attention_score"] > 0
     got = weights(run / "model")
     for key in expected:
         torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-6)

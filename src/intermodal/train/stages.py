@@ -23,7 +23,7 @@ from ..errors import IntermodalError, SampleError
 from ..inputs.chat import ChatProcessor
 from ..inputs.codes import CodePlanner
 from ..inputs.vision_cache import DiskCache, fingerprint
-from ..losses_tokens import by_modality, next_token_losses, score_statistics, targets
+from ..losses_tokens import ScoreStatistics, by_modality, next_token_losses, targets
 from ..models.chameleon import Chameleon
 from ..models.generative import Generative
 from ..models.vqvae import VQVAE
@@ -208,19 +208,18 @@ class StageTrainer(Trainer):
         device = self.world.device
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
         count = self.world.sum(torch.tensor(float(tokens), device=device))
-        total, bad, statistics = torch.zeros((), device=device, dtype=self.dtype), None, {}
+        total, bad, statistics = torch.zeros((), device=device, dtype=self.dtype), None, ScoreStatistics(device)
         codes, shares = self._image_ids(), torch.zeros(2, 2, device=device)
         batches, scale = fetched.batches, 1.0
         if self.sharded:
             batches, scale = in_step(batches, self.idle, self.world), float(self.world.size)  # FSDP takes the mean over the ranks
         for batch in batches:
             moved = batch.to(device)
-            first = logging and not statistics
-            with self.autocast(), attention_scores(self.model.model, first) as scores:
+            with self.autocast(), attention_scores(self.model.model, logging) as looked:
                 hidden = self.model.hidden(moved)
                 losses = next_token_losses(hidden, self.model.head_weight, moved, z_loss=self.recipe.z_loss)
-                if first:
-                    statistics = score_statistics(hidden, self.model.head_weight, moved) | scores
+                if logging:
+                    statistics.add(hidden, self.model.head_weight, moved, looked.get("attention_score", 0.0))
             loss = losses.sum()
             if logging and codes is not None:
                 shares += by_modality(losses.detach(), targets(moved)[1], codes)
@@ -247,7 +246,7 @@ class StageTrainer(Trainer):
             "tokens": int(self.world.sum(torch.tensor(float(length), device=device))),
             "packs": len(fetched.batches),
             **self._modality_losses(shares, codes),
-            **statistics,  # of this rank's first pack
+            **statistics.values(self.world),
         }
 
     def _modality_losses(self, shares: Tensor, codes: Tensor | None) -> dict[str, float]:
