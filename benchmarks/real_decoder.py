@@ -43,7 +43,7 @@ def sheet(asked: list[Asked], answers: list[str], out: Path, each: int = 4, side
     pen = ImageDraw.Draw(page)
     for number, (one, answer) in enumerate(shown):
         x, y = (number % each) * (side + 96) + 6, (number // each) * (side + 58) + 6
-        page.paste(one.scene.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        page.paste(one.shown.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
         right = answer == one.question.answer
         pen.text((x, y + side + 3), one.question.text, fill="black")
         pen.text((x, y + side + 17), answer[:38], fill="#1b7a34" if right else "#b3261e")

@@ -1,9 +1,10 @@
 """SigLIP from scratch on composed scenes and single sprites: the demo's recipe, found in LOG.md.
 
-Small on purpose: 16 patches, two layers a tower, sixty nouns. What made it learn in minutes is the bias at a small batch's base rate, a
-faster rate for scale and bias, orthogonal updates (Muon), single sprites beside the scenes (varied in place and colour, so that no style
-is learned by heart), pairs named mostly from left to right, with twins whose things have changed places, and not calling two pictures of
-one caption each other's negatives: with sixty nouns in a batch of 128 most such pairs would be told both.
+Small on purpose: 16 patches, two layers a tower, sixty nouns, and eight words on signs for `llava.py` to read. What made it learn in
+minutes is the bias at a small batch's base rate, a faster rate for scale and bias, orthogonal updates (Muon), single sprites beside the
+scenes (varied in place and colour, so that no style is learned by heart), pairs named mostly from left to right, with twins whose things
+have changed places, and not calling two pictures of one caption each other's negatives: with sixty nouns in a batch of 128 most such pairs
+would be told both.
 """
 
 from intermodal.models.text import TextConfig
@@ -26,8 +27,9 @@ def recipe(tiny: bool = False) -> Recipe:
             train=(
                 "sprites:core?article=true&variations=2000&recolour=0.75",
                 "scenes:core?pair_share=0.7&forms=1&colour_share=0.2&lead=0.9&twins=0.6&twin_kind=swapped places",
+                "signs?words=8&least=10&most=20",
             ),
-            weights=(0.3, 0.7),
+            weights=(0.25, 0.6, 0.15),
             batch=128,
             workers=1,
         ),

@@ -11,10 +11,12 @@ import torch
 
 from intermodal.data import sprites
 from intermodal.data.facts import OPPOSITE, Facts, Group, countable, is_held_out, plural
-from intermodal.data.scenes import SceneConfig, Scenes
+from intermodal.data.questions import KINDS
+from intermodal.data.scenes import WORDS, SceneConfig, Scenes
+from intermodal.data.signs import SignConfig, Signs
 from intermodal.errors import IntermodalError
 from intermodal.evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
-from intermodal.evaluate.vqa import held_out_questions
+from intermodal.evaluate.vqa import held_out_questions, majority
 
 
 def test_the_archive_is_what_it_says():
@@ -184,8 +186,11 @@ def test_signs_are_words_at_their_size_in_fonts_of_their_side():
     talk = open_talks("questions:signs", side=64)[4]
     assert talk.messages[0]["content"][-1]["text"] == "what does the sign say ?"
     assert talk.messages[1]["content"] == talk.meta["word"]
-    with pytest.raises(IntermodalError, match="questions:signs"):
-        open_talks("blind:signs")
+    blind = open_talks("blind:signs", side=64)[4]
+    assert [part["type"] for part in blind.messages[0]["content"]] == ["text"]
+    assert blind.messages[1] == talk.messages[1]
+    with pytest.raises(IntermodalError, match="blind:signs"):
+        open_talks("blind:sprites:core")
 
 
 def test_a_twin_differs_in_one_fact_and_stays_on_its_side():
@@ -255,7 +260,17 @@ def test_held_out_questions_are_of_the_kinds_asked_for():
     config = SceneConfig(pair_share=0.5, most=2, colour_share=0.3)
     asked = held_out_questions(config, each=4, kinds=("count", "where"))
     assert Counter(one.question.kind for one in asked) == {"count": 4, "where": 4}
-    assert all(one.scene.facts.word is None for one in asked)  # nobody asked what a sign says
-    assert any(one.scene.facts.word for one in held_out_questions(config, each=4, kinds=("sign", "count")))
+    assert all(one.shown.facts.word is None for one in asked)  # nobody asked what a sign says
+    assert any(one.shown.facts.word for one in held_out_questions(config, each=4, kinds=("sign", "count")))
+    signs = SignConfig(side=48, words=3, least=10)
+    mixed = held_out_questions(config, each=4, signs=signs)
+    assert Counter(one.question.kind for one in mixed) == dict.fromkeys(KINDS, 4)
+    said = [one for one in mixed if one.question.kind == "sign"]
+    assert [one.question.answer for one in said] == [one.shown.word for one in said]
+    unseen = Signs(replace(signs, fonts="test", seed=7))
+    assert all(np.array_equal(one.shown.pixels, unseen.sign(index).pixels) for index, one in enumerate(said))
+    guess = {answer for one, answer in zip(mixed, majority(config, mixed, signs=signs), strict=True) if one.question.kind == "sign"}
+    assert len(guess) == 1
+    assert guess < set(WORDS[:3])
     with pytest.raises(IntermodalError, match="too few answer the question 'where'"):
         held_out_questions(replace(config, pair_share=0.0), each=1, kinds=("where",))

@@ -81,7 +81,7 @@ class Mixture:
         if not sources:
             raise DataError("no data sources were given")
         if weights is not None and len(weights) != len(sources):
-            raise DataError(f"{len(weights)} weights for {len(sources)} sources; give one each")
+            raise DataError(f"{len(weights)} weights for {len(sources)} sources; give one each, or data.weights=null")
         if weights is None and len(sources) > 1 and any(isinstance(s, StreamSource) or len(s) >= ENDLESS for s in sources):
             raise DataError("data.weights is needed when one of several sources is endless or a stream")
         for source in sources:

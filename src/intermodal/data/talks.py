@@ -53,8 +53,8 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = F
     Args:
         spec: `captions:SOURCE` shows a picture and says its caption, for any source of `readers.open_source`;
             `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
-            `questions:scenes:core?...` asks about scenes (`blind:scenes:...` the same without the picture), `questions:signs?...` what a
-            sign says; `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
+            `questions:scenes:core?...` asks about scenes, `questions:signs?...` what a sign says (`blind:...` the same without the
+            picture); `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
             or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`, or `hf:OWNER/NAME[:SPLIT]` with such records.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table of captions names by http(s) address.
@@ -74,10 +74,10 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = F
         return make(source)
     if kind in ("questions", "blind"):
         source = open_source(rest, side=side, seed=seed)
-        if isinstance(source, Signs) and kind == "questions":
-            return SignTalks(source)
+        if isinstance(source, Signs):
+            return SignTalks(source, blind=kind == "blind")
         if not isinstance(source, Scenes):
-            raise SourceError(f"{spec!r}: questions are made from facts: {kind}:scenes:core, {kind}:scenes:all or questions:signs")
+            raise SourceError(f"{spec!r}: questions are made from facts: {kind}:scenes:core, {kind}:scenes:all or {kind}:signs")
         return SceneTalks(source, blind=kind == "blind")
     if kind == "steps":
         source = open_source(rest, side=side, seed=seed)
@@ -246,18 +246,20 @@ class SignTalks:
     """A sign, and what it says."""
 
     signs: Signs
+    blind: bool = False
+    """As in `SceneTalks`."""
 
     @property
     def name(self) -> str:
-        return f"questions-{self.signs.name}"
+        return f"{'blind' if self.blind else 'questions'}-{self.signs.name}"
 
     def __len__(self) -> int:
         return len(self.signs)
 
     def __getitem__(self, index: int) -> Talk:
         sign = self.signs.sign(index)
-        answer = {"role": "assistant", "content": sign.word}
-        return Talk(f"{self.name}/{index}", [user(sign.image, SIGN_QUESTION), answer], {"word": sign.word, "height": sign.height})
+        messages = [user(None if self.blind else sign.image, SIGN_QUESTION), {"role": "assistant", "content": sign.word}]
+        return Talk(f"{self.name}/{index}", messages, {"word": sign.word, "height": sign.height})
 
 
 class FileTalks:

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.questions import KINDS
-from ..data.talks import SceneTalks, open_talks
+from ..data.talks import SceneTalks, SignTalks
 from ..errors import IntermodalError
 from ..train.fit import fit_stages, with_stage_steps
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from .demo import RECIPE as SIGLIP_RECIPE
 from .report import inline
-from .vqa import Asked, accuracy, ask, held_out_questions, majority
+from .vqa import Asked, accuracy, ask, asked_of, held_out_questions, majority
 
 RECIPE = SIGLIP_RECIPE.with_name("llava.py")
 ALIGN_SHARE, BLIND_COST = 0.2, 0.4
@@ -60,10 +60,12 @@ def run_llava_demo(
     console.print("the same decoder without pictures, for comparison:")
     blind = train_stages(_blind(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
     took = time.perf_counter() - began
-    talks = open_talks(recipe.stages[-1].data.train[0], side=model.config.vision.image_size)
-    assert isinstance(talks, SceneTalks)
-    config = talks.scenes.config
-    asked = held_out_questions(config)
+    side = model.config.vision.image_size
+    scenes, signs = asked_of(recipe, SceneTalks, side), asked_of(recipe, SignTalks, side)
+    assert isinstance(scenes, SceneTalks)
+    assert isinstance(signs, SignTalks)
+    config, words = scenes.scenes.config, signs.signs.config
+    asked = held_out_questions(config, signs=words)
     answers = ask(model, asked)
     results = {
         "training": {
@@ -76,7 +78,7 @@ def run_llava_demo(
         "accuracy": {
             "model": accuracy(asked, answers),
             "blind model": accuracy(asked, ask(blind, asked, blind=True)),
-            "most common answer": accuracy(asked, majority(config, asked)),
+            "most common answer": accuracy(asked, majority(config, asked, signs=words)),
         },
     }
     (out / "llava.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -96,10 +98,11 @@ def summary(results: dict[str, Any]) -> Table:
 
 
 def _blind(recipe: StagedRecipe, start: Path) -> StagedRecipe:
-    """The last stage on the same conversations without their pictures, from the same weights."""
+    """The last stage's questions without their pictures, from the same weights."""
     last = recipe.stages[-1]
-    sources = tuple(spec.replace("questions:", "blind:", 1) for spec in last.data.train)
-    stage = replace(last, name="blind", data=replace(last.data, train=sources))
+    shares = dict(zip(last.data.train, last.data.weights or (), strict=True))
+    asked = {spec.replace("questions:", "blind:", 1): share for spec, share in shares.items() if spec.startswith("questions:")}
+    stage = replace(last, name="blind", data=replace(last.data, train=tuple(asked), weights=tuple(asked.values())))
     return replace(recipe, name="blind", model=replace(recipe.model, start=str(start)), stages=(stage,))
 
 
@@ -119,14 +122,14 @@ def _add_to_page(page: Path, results: dict[str, Any], asked: Sequence[Asked], an
             right = answer == one.question.answer
             truth = "" if right else f"<br>truth: {html.escape(one.question.answer)}"
             cards.append(
-                f'<div class=card><img src="{inline(one.scene.image)}"><br>{html.escape(one.question.text)}<br>'
+                f'<div class=card><img src="{inline(one.shown.image)}"><br>{html.escape(one.question.text)}<br>'
                 f"<span class={'right' if right else 'lose'}>{html.escape(answer) or '(nothing)'}</span>{truth}</div>"
             )
     training = results["training"]
     section = (
         "<h1>LLaVA on the same tower</h1>"
         f"<p>{training['parameters']:,} parameters, {sum(training['steps'])} steps in two stages, with the blind twin "
-        f"{training['seconds']:.0f} s. {results['questions']} questions about held-out combinations, the signs in a font never "
+        f"{training['seconds']:.0f} s. {results['questions']} questions about held-out combinations, and signs in a font never "
         "trained on; an answer counts when it is exactly right. The blind model is the same decoder, trained as long on the same "
         f"conversations without their pictures.</p><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
         f"<div class=grid>{''.join(cards)}</div>\n"

@@ -7,39 +7,55 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.compose import Scene
 from ..data.facts import plural
-from ..data.questions import KINDS, Question, questions
+from ..data.questions import KINDS, SIGN_QUESTION, Question, questions
 from ..data.scenes import SceneConfig, Scenes
-from ..data.talks import user
+from ..data.signs import Sign, SignConfig, Signs
+from ..data.talks import SceneTalks, SignTalks, open_talks, user
 from ..errors import IntermodalError
 from ..models.generative import Generative
+from ..train.recipe import StagedRecipe
 
+T = TypeVar("T", SceneTalks, SignTalks)
 LOOKS = 1000
 """Scenes that are looked at for each question that is wanted of a kind."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    scene: Scene
+    shown: Scene | Sign
     question: Question
 
     def messages(self, blind: bool = False) -> list[dict[str, Any]]:
-        return [user(None if blind else self.scene.image, self.question.text)]
+        return [user(None if blind else self.shown.image, self.question.text)]
 
 
-def held_out_questions(config: SceneConfig, each: int = 150, seed: int = 7, kinds: Sequence[str] = KINDS) -> list[Asked]:
-    """`each` questions of every kind, one a scene, about scenes of the test side: combinations never trained on, an unseen font.
+def asked_of(recipe: StagedRecipe, kind: type[T], side: int) -> T | None:
+    """The first conversations of a kind among the questions of the recipe's last stage."""
+    talks = (open_talks(spec, side=side) for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
+    return next((found for found in talks if isinstance(found, kind)), None)
+
+
+def held_out_questions(
+    config: SceneConfig, each: int = 150, seed: int = 7, kinds: Sequence[str] = KINDS, signs: SignConfig | None = None
+) -> list[Asked]:
+    """`each` questions of every kind, one a picture, about scenes of the test side: combinations never trained on, an unseen font.
 
     Args:
         config: the training scenes' settings; split, fonts and seed are replaced, and where signs are asked for, half the scenes have one.
         kinds: those of `KINDS` to ask.
+        signs: settings of pictures of one word, which signs are then asked of instead of scenes.
 
     Raises:
         IntermodalError: scenes by these settings hardly ever answer questions of some kind.
     """
+    if signs is not None and "sign" in kinds:
+        rest = held_out_questions(config, each, seed, [kind for kind in kinds if kind != "sign"])
+        shown = [Signs(replace(signs, fonts="test", seed=seed)).sign(index) for index in range(each)]
+        return rest + [Asked(sign, Question("sign", SIGN_QUESTION, sign.word)) for sign in shown]
     words = 0.5 if "sign" in kinds else config.word_share
     source = Scenes(replace(config, split="test", fonts="test", seed=seed, word_share=words))
     out: dict[str, list[Asked]] = {kind: [] for kind in kinds}
@@ -77,13 +93,15 @@ def accuracy(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]
     return {**out, "all": sum(map(sum, right.values())) / len(asked)}
 
 
-def majority(config: SceneConfig, asked: Sequence[Asked], looks: int = 500) -> list[str]:
-    """What to answer without looking: each kind's most common answer in the training scenes."""
+def majority(config: SceneConfig, asked: Sequence[Asked], looks: int = 500, signs: SignConfig | None = None) -> list[str]:
+    """What to answer without looking: each kind's most common answer in the training scenes, and in the training signs where given."""
     source = Scenes(replace(config, word_share=max(config.word_share, 0.3)))
     seen: dict[str, Counter[str]] = {}
     for index in range(looks):
         for question in questions(source.facts(index)):
             seen.setdefault(question.kind, Counter())[question.answer] += 1
+    if signs is not None:
+        seen["sign"] = Counter(Signs(signs).sign(index).word for index in range(looks))
     return [seen[one.question.kind].most_common(1)[0][0] for one in asked]
 
 

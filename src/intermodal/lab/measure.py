@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from ..config import from_dict, to_dict
 from ..data.questions import SIGN_QUESTION
 from ..data.scenes import SceneConfig, Scenes
 from ..data.signs import SignConfig, Signs
-from ..data.talks import SceneTalks, SignTalks, open_talks, user
+from ..data.talks import SceneTalks, SignTalks, user
 from ..evaluate.demo_native import DRAW_SEED, JUDGE_SEED, asked_kinds, decoded, reconstructed
 from ..evaluate.judge import Judge, fresh_tower, pixels_of, ranked, shares, train_judge, verdicts
-from ..evaluate.vqa import accuracy, ask, captions, held_out_questions, majority
+from ..evaluate.vqa import accuracy, ask, asked_of, captions, held_out_questions, majority
 from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
 from ..models.generative import Generative
@@ -29,7 +29,6 @@ from ..train.recipe import StagedRecipe
 from ..train.vqvae import psnr
 from ..weights.load import load
 
-T = TypeVar("T", SceneTalks, SignTalks)
 RIDGE = 1e-3
 READ_OUT = (800, 200)
 """Pictures that the linear read-out is fitted on, and tested on."""
@@ -60,12 +59,6 @@ def side_of(model: Generative) -> int:
     """Pixels of the pictures that are made for a model."""
     config = model.config
     return getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
-
-
-def asked_of(recipe: StagedRecipe, kind: type[T], side: int) -> T | None:
-    """The first conversations of a kind among the questions of the recipe's last stage."""
-    talks = (open_talks(spec, side=side) for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
-    return next((found for found in talks if isinstance(found, kind)), None)
 
 
 def scene_config(recipe: StagedRecipe, side: int) -> SceneConfig:
