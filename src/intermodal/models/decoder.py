@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import IntermodalError, nearest
 from ..nn.attention import Segments, attention
 from ..nn.cache import Cache
-from ..nn.layers import ACTIVATIONS, Linear
+from ..nn.layers import ACTIVATIONS, Linear, RMSNorm
+from ..nn.packed import PackedLinear
 from ..nn.rope import Rope, RopeConfig, rotate
 
 
@@ -69,6 +70,9 @@ class HeadLayerNorm(nn.Module):
 
 
 class DecoderAttention(nn.Module):
+    packed: tuple[PackedLinear, PackedLinear] | None = None
+    """Queries, keys and values; and the output. While a generation is under way (`Generative.pack`)."""
+
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
         self.head_width, self.index = config.head_width, index
@@ -77,8 +81,8 @@ class DecoderAttention(nn.Module):
         self.v_proj = Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
         self.o_proj = Linear(config.heads * config.head_width, config.width, bias=config.out_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_width, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_width, eps=config.norm_eps)
         if config.qk_layernorm:
             self.q_norm = HeadLayerNorm(config.heads, config.head_width)
             self.k_norm = HeadLayerNorm(config.kv_heads, config.head_width)
@@ -90,11 +94,22 @@ class DecoderAttention(nn.Module):
             out_THK = attention(q, k, v, segments, causal=True)
         else:
             out_THK = cache.attend(self.index, q, k, v)
-        return self.o_proj(out_THK.flatten(1))
+        return self.packed[1](out_THK.flatten(1)) if self.packed else self.o_proj(out_THK.flatten(1))
+
+    def pack(self, wanted: bool) -> None:
+        self.packed = (PackedLinear.of(self.q_proj, self.k_proj, self.v_proj), PackedLinear.of(self.o_proj)) if wanted else None
 
     def heads(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, K) queries and (T, G, K) keys, normed and turned to their places, and values."""
-        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.packed:
+            query, key = self.q_proj.out_features // self.head_width, self.k_proj.out_features // self.head_width
+            whole_THK = self.packed[0](x_TD).unflatten(-1, (-1, self.head_width))
+            if not self.normed:  # queries and keys turned in one go
+                turned, v = rotate(whole_THK[:, : query + key], *tables), whole_THK[:, query + key :]
+                return turned[:, :query], turned[:, query:], v
+            q, k, v = whole_THK.split([query, key, key], dim=1)
+        else:
+            q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *tables), rotate(k, *tables), v
@@ -102,6 +117,9 @@ class DecoderAttention(nn.Module):
 
 class GatedMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`, to another width where `out_width` is given."""
+
+    packed: tuple[PackedLinear, PackedLinear] | None = None
+    """Gate and up, and down. While a generation is under way."""
 
     def __init__(self, width: int, mlp_width: int, activation: str, bias: bool, out_width: int | None = None):
         super().__init__()
@@ -111,15 +129,21 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.packed:
+            gate, up = self.packed[0](x_TD).chunk(2, dim=-1)
+            return self.packed[1](self.activation(gate) * up)
         return self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+    def pack(self, wanted: bool) -> None:
+        self.packed = (PackedLinear.of(self.gate_proj, self.up_proj), PackedLinear.of(self.down_proj)) if wanted else None
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.width, eps=config.norm_eps)
         self.self_attn = DecoderAttention(config, index)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = GatedMLP(config.width, config.mlp_width, config.activation, config.mlp_bias)
         self.swin_norm = config.swin_norm
         self.dropout = 0.0
@@ -153,7 +177,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.depth))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.rope = Rope(config.rope, config.head_width)
         self.checkpoint_activations = False
 

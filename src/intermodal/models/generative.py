@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
-from ..nn.layers import linear
+from ..nn.layers import Linear, linear
+from ..nn.packed import PackedLinear, can_pack
 from .decoder import Decoder, DecoderConfig, DeepStack
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Generative(nn.Module):
     """What the tower's parameters are called, and after "-" what of it is the connector."""
     vision_cache: VisionCache | None = None
     """Where the tower's states of items with a key are kept."""
+    packed_head: PackedLinear | None = None
+    """The output layer, while a generation is under way."""
 
     def _init_decoder(self, config: DecoderConfig) -> None:
         self.model = Decoder(config)
@@ -103,7 +106,22 @@ class Generative(nn.Module):
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> scores (T, V)."""
-        return linear(hidden_TD, self.head_weight)
+        return self.packed_head(hidden_TD) if self.packed_head else linear(hidden_TD, self.head_weight)
+
+    def pack(self, wanted: bool) -> None:
+        """Lay the decoder's weights out for products with few rows, beside the plain ones, or forget that again. Nothing happens where it
+        cannot be done, or memory is short; weights must not change in between."""
+        self.packed_head = None
+        blocks = [part for layer in self.model.layers for part in (layer.self_attn, layer.mlp)]
+        if wanted:
+            inside = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+            size = sum(module.weight.nbytes for module in inside) + self.head_weight.nbytes
+            # an adapter does its work in a forward of its own
+            wanted = all(type(module) is Linear for module in inside) and can_pack(self.head_weight, size)
+        for block in blocks:
+            block.pack(wanted)  # pyright: ignore[reportCallIssue]
+        if wanted:
+            self.packed_head = PackedLinear(self.head_weight)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """A pack -> scores (T, V)."""
