@@ -12,7 +12,7 @@ from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
 from ..nn.layers import Linear, linear
 from ..nn.packed import PackedLinear, can_pack
-from .decoder import Decoder, DecoderConfig, DeepStack
+from .decoder import Decoder, DecoderAttention, DecoderConfig, DeepStack, GatedMLP
 
 if TYPE_CHECKING:
     from ..generate.engine import Event, Reply
@@ -112,14 +112,14 @@ class Generative(nn.Module):
         """Lay the decoder's weights out for products with few rows, beside the plain ones, or forget that again. Nothing happens where it
         cannot be done, or memory is short; weights must not change in between."""
         self.packed_head = None
-        blocks = [part for layer in self.model.layers for part in (layer.self_attn, layer.mlp)]
+        blocks = [module for module in self.model.modules() if isinstance(module, DecoderAttention | GatedMLP)]
         if wanted:
             inside = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
             size = sum(module.weight.nbytes for module in inside) + self.head_weight.nbytes
             # an adapter does its work in a forward of its own
             wanted = all(type(module) is Linear for module in inside) and can_pack(self.head_weight, size)
         for block in blocks:
-            block.pack(wanted)  # pyright: ignore[reportCallIssue]
+            block.pack(wanted)
         if wanted:
             self.packed_head = PackedLinear(self.head_weight)
 

@@ -64,6 +64,8 @@ class RMSNorm(nn.RMSNorm):
     """In half precision on the CPU by the formula, rounded as Llama's own code does it: torch's kernel is six times slower there for a few
     hundred rows."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         if not (x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)):
             return super().forward(x)
