@@ -293,7 +293,7 @@ def stitch(
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
-    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 175.0,
+    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 225.0,
     steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
     as_json: Json = False,
 ) -> None:

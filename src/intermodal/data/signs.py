@@ -61,12 +61,21 @@ class Signs:
         sign = self.sign(index)
         return Sample(f"{self.name}/{index}", sign.pixels, [sign.word], {"word": sign.word, "height": sign.height})
 
-    def sign(self, index: int, height: int | None = None) -> Sign:
-        """Sign number `index`, in letters of `height` where given."""
+    def word(self, index: int) -> str:
+        """What sign number `index` says, without drawing it."""
+        return self._told(index)[1]
+
+    def _told(self, index: int) -> tuple[int, str, random.Random]:
+        """Size of the font and word of a sign, and the draws that are left for the rest."""
         config, rng = self.config, random.Random(f"signs/{self.config.seed}/{self.config.fonts}/{index}")
         # sizes are even on a logarithmic scale: one step from 8 to 10 pixels tells as much as one from 16 to 20
         drawn = round(config.least * (config.most / config.least) ** rng.random())
-        word, size = rng.choice(WORDS[: config.words]), height or drawn
+        return drawn, rng.choice(WORDS[: config.words]), rng
+
+    def sign(self, index: int, height: int | None = None) -> Sign:
+        """Sign number `index`, in letters of `height` where given."""
+        config, (drawn, word, rng) = self.config, self._told(index)
+        size = height or drawn
         pixels = ground(rng.choice(tuple(BACKGROUNDS)), config.side, rng)
         name = rng.choice(fonts_of(config.fonts))
         while size > config.least and font(name, size).getlength(word) > config.side - 2:

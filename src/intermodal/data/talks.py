@@ -257,9 +257,10 @@ class SignTalks:
         return len(self.signs)
 
     def __getitem__(self, index: int) -> Talk:
-        sign = self.signs.sign(index)
-        messages = [user(None if self.blind else sign.image, SIGN_QUESTION), {"role": "assistant", "content": sign.word}]
-        return Talk(f"{self.name}/{index}", messages, {"word": sign.word, "height": sign.height})
+        sign = None if self.blind else self.signs.sign(index)
+        word = sign.word if sign else self.signs.word(index)
+        messages = [user(sign.image if sign else None, SIGN_QUESTION), {"role": "assistant", "content": word}]
+        return Talk(f"{self.name}/{index}", messages, {"word": word} | ({"height": sign.height} if sign else {}))
 
 
 class FileTalks:

@@ -26,8 +26,9 @@ from .report import inline
 from .vqa import Asked, accuracy, ask, asked_of, held_out_questions, majority
 
 RECIPE = SIGLIP_RECIPE.with_name("llava.py")
-ALIGN_SHARE, BLIND_COST = 0.2, 0.4
-"""The first stage's share of the steps; what a step of the blind model costs beside one that sees (measured: shorter, nothing drawn)."""
+ALIGN_SHARE, BLIND_COST = 0.2, 0.9
+"""The first stage's share of the steps; what a step of the blind model costs beside one that sees (measured: no pictures, but no short
+captions either)."""
 SHOWN_EACH = 6
 
 
@@ -130,8 +131,8 @@ def _add_to_page(page: Path, results: dict[str, Any], asked: Sequence[Asked], an
         "<h1>LLaVA on the same tower</h1>"
         f"<p>{training['parameters']:,} parameters, {sum(training['steps'])} steps in two stages, with the blind twin "
         f"{training['seconds']:.0f} s. {results['questions']} questions about held-out combinations, and signs in a font never "
-        "trained on; an answer counts when it is exactly right. The blind model is the same decoder, trained as long on the same "
-        f"conversations without their pictures.</p><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        "trained on; an answer counts when it is exactly right. The blind model is the same decoder, trained for as many steps on "
+        f"the same questions without their pictures.</p><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
         f"<div class=grid>{''.join(cards)}</div>\n"
     )
     before = page.read_text(encoding="utf-8") if page.exists() else "<!doctype html><meta charset='utf-8'>"

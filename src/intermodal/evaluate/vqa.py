@@ -101,7 +101,7 @@ def majority(config: SceneConfig, asked: Sequence[Asked], looks: int = 500, sign
         for question in questions(source.facts(index)):
             seen.setdefault(question.kind, Counter())[question.answer] += 1
     if signs is not None:
-        seen["sign"] = Counter(Signs(signs).sign(index).word for index in range(looks))
+        seen["sign"] = Counter(Signs(signs).word(index) for index in range(looks))
     return [seen[one.question.kind].most_common(1)[0][0] for one in asked]
 
 
