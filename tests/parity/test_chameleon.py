@@ -92,7 +92,15 @@ CASES = {
     "image first": [user(picture(40, 60, 1), "What is it?"), said("Noise.")],
     "image last": [user("Draw noise."), said(picture(70, 33, 2))],
     "in any order": [user("a", picture(32, 32, 3), "b", picture(90, 40, 4)), said("c", picture(33, 35, 5), "d")],
-}
+    "learned: picture, text": [user("Draw, then say."), said(picture(50, 34, 6), "That was noise.")],
+    "learned: text, picture, text, picture": [
+        user("Say and draw."), said("One:", picture(32, 64, 7), " Two:", picture(77, 41, 8)),
+    ],
+    "learned: picture": [said(picture(36, 36, 9))],
+    "learned: picture, text, without a user": [said(picture(35, 60, 10), "Noise.")],
+    "learned: text, picture, without a user": [said("Noise:", picture(60, 35, 11))],
+}  # fmt: skip
+LEARNED = [case for case in CASES if case.startswith("learned")]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -156,6 +164,31 @@ def test_what_a_picture_becomes(made):
         ours.processor([{"role": "user", "content": [{"type": "video", "video": clip}]}])
     for messages in CASES.values():
         ours.processor.audit(ours.processor.conversation(messages))
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_all_that_the_assistant_says_and_draws_is_learned(made, case):
+    """From its first token on, a picture's begin too, to its end of turn: words, frames and codes in any order, and nothing before."""
+    ours = intermodal.load(made()[0])
+    batch = ours.processor(CASES[case])
+    tokens, ids, learned = ours.config.image_tokens, batch.ids.tolist(), batch.supervised.tolist()
+    turn, parts = NAMES["<reserved08706>"], CASES[case][-1]["content"]
+    first = ids.index(turn) + 1 if len(CASES[case]) == 2 else 1  # after the user's end of turn, or the beginning of all text
+    assert learned == [False] * first + [True] * (len(ids) - first)
+    at = first
+    for part in parts:
+        if part["type"] == "text":
+            wanted = ours.processor.encode(part["text"])
+        else:
+            codes = ours.processor.planner.codes([part["image"]], [ours.processor.planner.plan(part["image"], 1)]).tolist()
+            assert len(codes) == 64
+            wanted = [tokens.begin, *codes, tokens.end]
+        assert ids[at : at + len(wanted)] == wanted
+        at += len(wanted)
+    assert ids[at:] == [turn]
+    if parts[0]["type"] == "image":  # the first picture of the document is no exception
+        assert all(learned[first : first + 66])
+        assert set(ids[first + 1 : first + 65]) <= set(tokens.ids)
 
 
 def test_codes_and_tokens_round_trip():
@@ -244,14 +277,18 @@ def test_a_released_layout_draws_once_it_has_a_decoder(made, tmp_path, swin):
     assert codes.max() < CODES
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_round_trip(made, tied, tmp_path):
-    folder, theirs = made(tied=tied)
+@pytest.mark.parametrize("settings", [{}, {"tied": True}, {"swin": True}, {"swin": True, "tied": True}])
+def test_round_trip(made, settings, tmp_path):
+    """save(load(x)) is x, key for key, and transformers says with it what it said; with a decoder beside the keys as well."""
+    folder, theirs = made(**settings)
     ours = intermodal.load(folder)
+    assert (ours.config.text.swin_norm, ours.config.text.tied) == (settings.get("swin", False), settings.get("tied", False))
     intermodal.save(ours, tmp_path / "a")
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "a" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, key
+        assert torch.equal(value, after[key]), key
     again = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path / "a")
     ids = ours.processor(CASES["no image"]).ids[None]
     assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)

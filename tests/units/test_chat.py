@@ -1,11 +1,13 @@
 """Chat templates, loss masks, sampling and videos."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_boxes import llava
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +17,7 @@ from intermodal.inputs.chat import ChatProcessor, NoSupervision
 from intermodal.inputs.media import Clip, MediaError, load_part
 from intermodal.inputs.template import ChatTemplate, TemplateError
 from intermodal.inputs.video import Sampling as Frames
-from intermodal.inputs.video import decode
+from intermodal.inputs.video import decode, sampling_of
 
 VICUNA = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] | trim }} {% else %}\
 ASSISTANT: {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
@@ -33,6 +35,7 @@ CHATML = """{%- for message in messages %}
 {%- endfor %}
 {%- if tools %}{{ tools | tojson }}{% endif %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{% endif %}"""
+SHOWN = "{% for m in messages %}{% for part in m.content %}<|start|>{% endfor %}{% endfor %}"
 TEMPLATES = {"vicuna": VICUNA, "llama3": LLAMA3, "chatml": CHATML}
 TALK = [
     {"role": "user", "content": "Assistant: say assistant\n twice"},
@@ -210,12 +213,35 @@ def test_video_frames_and_times(tmp_path):
     assert np.allclose(clip.frames.mean((1, 2, 3)), [8 * round(10 * t) for t in clip.times], atol=6)
     assert clip.fps == pytest.approx(2.0)
     assert isinstance(load_part({"type": "video", "video": str(file)}), Clip)
-    assert len(decode(file, Frames(frames=8)).frames) == 8
+    for asked, given in ((1, 2), (2, 2), (5, 6), (8, 8), (99, 30)):
+        assert len(decode(file, Frames(frames=asked)).frames) == given  # whole pairs, and no more than there are
+        assert len(decode(file, Frames(frames=asked, pair=1)).frames) == min(asked, 30)
+    for part, given in (({"fps": 4}, 12), ({"fps": 0.1}, 4), ({"nframes": 7}, 8), ({"fps": 9, "nframes": 4}, 4), ({}, 10)):
+        assert len(load_part({"type": "video", "video": str(file), **part}, Frames(frames=10)).frames) == given
+    for part in ({"fps": "fast"}, {"fps": 0}, {"nframes": -3}):
+        with pytest.raises(MediaError, match="fps"):
+            load_part({"type": "video", "video": str(file), **part})
     assert Frames(fps=1.0).indices(300, 30.0)[-1] == 299
     assert len(Frames(fps=1.0).indices(300, 30.0)) == 10
     assert len(Frames(fps=8.0).indices(5, 30.0)) == 4
     with pytest.raises(MediaError, match="at least 2"):
         Frames().indices(1, 30.0)
+    # 20 s are 40 frames by the usual rule; OneVision reads 32 of them, from the first to the last, or so many as are asked for
+    long = tmp_path / "long.mp4"
+    with av.open(str(long), "w") as out:
+        stream = out.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(100):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * index, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    planner = llava("llava_onevision")
+    reader = ChatProcessor(tokenizer(), ChatTemplate(SHOWN, {}), end_ids=[], planner=replace(planner, placeholders={"video": 258}))
+    shown = [{"role": "user", "content": [{"type": "video", "video": str(long)}]}]
+    (clip,) = reader.conversation(shown, reply=True).items
+    assert len(clip.frames) == 32
+    assert (clip.times[0], clip.times[-1]) == pytest.approx((0.0, 19.8))
+    reader.video = sampling_of(reader.video, None, 5)
+    assert len(reader.conversation(shown, reply=True).items[0].frames) == 5
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(MediaError, match="readable video"):
         decode(file, Frames())

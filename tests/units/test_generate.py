@@ -302,6 +302,15 @@ def test_the_verbs(folder, tmp_path):
     assert (tmp_path / "look.html").read_text().count("<span") > 10
     assert "exactly the assistant's words" in " ".join(shown.split())
     assert "no token is supervised" in " ".join(shown.split())
+    page = (tmp_path / "look.html").read_text()
+    assert [page.count(f"<p class={kind}>") for kind in ("good", "bad")] == [1, 1]
+    assert page.count("tokens: ") == 2, "what fails is drawn too: that is what one looks for"
+    (tmp_path / "llava.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    )
+    for sample, shares in ((str(tmp_path / "llava.json"), 1), ("blind:scenes:core", 2)):  # whatever a stage trains on
+        shown = run(app, ["inspect", str(folder), sample, "--count", "2"]).stdout
+        assert " ".join(shown.split()).count("exactly the assistant's words") == shares
     talk = run(app, ["chat", str(folder), "--max-new-tokens", "4"], input="hi\nand?\n/new\n\n")
     assert talk.exit_code == 0
     for arguments, message in (

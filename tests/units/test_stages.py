@@ -363,9 +363,21 @@ def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):
     (tmp_path / "silent.jsonl").write_text("\n".join(json.dumps(row) for row in silent))
     data = replace(recipe.stages[0].data, train=(str(tmp_path / "silent.jsonl"),))
     run = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(replace(recipe.stages[0], data=data),))
-    with pytest.raises(DataError, match=r"silent\.jsonl can be trained on.*no token is supervised"):
+    with pytest.raises(
+        DataError, match=r"of \d conversations of .*silent\.jsonl cannot be trained on; the last: .*no token is supervised"
+    ):
         train_stages(run, tmp_path / "run", quiet=True)
     model = intermodal.load(trained / "model")
+    good = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "one"}]}
+    for share, refused in ((7, True), (1, False)):
+        rows = [silent[0] if number % 8 < share else good for number in range(800)]
+        (tmp_path / "mixed.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        fetcher = TalkFetcher([open_talks(str(tmp_path / "mixed.jsonl"))], model.processor, 0, 256, 512)
+        if refused:
+            with pytest.raises(DataError, match=r"[5-8] of \d conversations of .*mixed\.jsonl cannot be trained on"):
+                fetcher.audit()
+        else:
+            fetcher.audit()
     model.processor.end_ids = (0,)
     fetcher = TalkFetcher([open_talks("captions:scenes:core", side=32)], model.processor, 0, 256, 512)
     with pytest.raises(DataError, match="no end-of-turn token"):

@@ -14,6 +14,8 @@ Images = Annotated[list[str] | None, typer.Option("--image", "-i", help="A pictu
 Videos = Annotated[list[str] | None, typer.Option("--video", help="A video to show; may be given several times.")]
 New = Annotated[int, typer.Option("--max-new-tokens", help="Longest reply.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second that are read of a video; the family's rule when left out.")]
+Frames = Annotated[int | None, typer.Option(help="So many frames of each video, instead.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 TooLong = Annotated[str, typer.Option(help='What to do with a conversation that is too long: "error" or "drop_oldest" turns.')]
 _VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
@@ -46,6 +48,8 @@ def generate(
     image_guidance: Annotated[
         float | None, typer.Option(help="A third stream that sees the shown pictures and no words pulls too; the authors use 1.2.")
     ] = None,
+    fps: Fps = None,
+    frames: Frames = None,
     slots: Annotated[int, typer.Option(min=1, help="Conversations under way at once.")] = 16,
     too_long: TooLong = "error",
     dtype: Dtype = "float32",
@@ -83,7 +87,7 @@ def generate(
         guidance=guidance,
         image_guidance=image_guidance,
     )
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, fps, frames)
     if jsonl is not None and out is not None:
         from ..generate.batch import reply_to_file
 
@@ -116,6 +120,8 @@ def chat(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for what the model draws: one of its own for each reply.")
     ] = None,
+    fps: Fps = None,
+    frames: Frames = None,
     dtype: Dtype = "float32",
     too_long: TooLong = "drop_oldest",
 ) -> None:
@@ -128,7 +134,7 @@ def chat(
     from ..errors import IntermodalError
 
     console = Console()
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, fps, frames)
     images, videos = _sorted(media or [])
     messages: list[dict[str, Any]] = []
     while True:
@@ -173,56 +179,52 @@ def chat(
 
 def inspect(
     model: Model,
-    sample: Annotated[Path, typer.Argument(help='Conversations, one `{"messages": [...]}` a line.')],
-    count: Annotated[int, typer.Option(help="How many lines to show.")] = 3,
+    sample: Annotated[
+        str, typer.Argument(help="What a recipe's stage could train on: a .jsonl or .json file, `captions:photos/`, ...")
+    ],
+    count: Annotated[int, typer.Option(help="How many conversations to show.")] = 3,
     html: Annotated[
         Path | None, typer.Option(help="Draw a page, too: every token with its place, label and box on the picture.")
     ] = None,
 ) -> None:
     """Print what a model would be trained on: green is learned, grey is read, media are shown by their size in tokens.
 
-    Example: `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl --html look.html`
+    Examples:
+
+    `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl --html look.html`
+
+    `intermodal inspect runs/llava/model "questions:scenes:core?pair_share=0.5"`
     """
     from rich.console import Console
     from rich.text import Text
 
+    from ..data.stream import StreamSource
+    from ..data.talks import open_talks
     from ..errors import IntermodalError
-    from ..generate.batch import read_sample
 
     console = Console()
-    processor = _load(model, "float32").processor
+    loaded = _load(model, "float32")
+    processor = loaded.processor
     assert processor is not None  # _load has checked it
-    if not sample.is_file():
-        raise IntermodalError(f"{sample} does not exist")
-    lines = [line for line in sample.read_text().splitlines() if line.strip()][:count]
-    looked: list[tuple[str, Any, str]] = []
-    for number, line in enumerate(lines, 1):
-        name = f"{sample.name}, line {number}"
+    source = open_talks(sample, side=loaded.picture_side)
+    looked: list[tuple[str, Any, str, bool]] = []
+    for number in range(count if isinstance(source, StreamSource) else min(count, len(source))):
+        name, conversation, fine = f"{Path(sample).name if Path(sample).is_file() else sample}, {number + 1}", None, False
         try:
-            conversation = processor.conversation(read_sample(line, sample.parent)["messages"])
+            conversation = processor.conversation((source.next() if isinstance(source, StreamSource) else source[number]).messages)
             processor.audit(conversation)
-            verdict = "the mask is exactly the assistant's words and end-of-turn"
-            looked.append((name, conversation, verdict))
+            verdict, fine = "the mask is exactly the assistant's words and end-of-turn", True
         except IntermodalError as error:
-            looked.append((name, None, str(error)))
-            console.print(Text(f"line {number} ", style="bold").append(str(error), style="red"))
+            verdict = str(error)
+        looked.append((name, conversation, verdict, fine))
+        line = Text(f"{number + 1}: ", style="bold")
+        if conversation is None:
+            console.print(line.append(verdict, style="red"))
             continue
-        ids, media = conversation.ids, dict(conversation.expanded.runs)
-        out, index = Text(), 0
-        while index < len(ids):
-            if index in media:
-                grids = [piece.grid for piece in media[index] if piece.grid]
-                out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
-                index += sum(len(piece) for piece in media[index])
-                continue
-            style = "green" if conversation.supervised[index] else "bright_black"
-            out.append(processor.decode([ids[index]], special=True), style=style)
-            index += 1
         learned, visual = sum(conversation.supervised), sum(conversation.expanded.visual)
-        console.print(
-            f"[bold]line {number}[/bold]: {len(ids)} tokens, {learned} learned, {visual} visual; [green]{verdict}[/green]"
-        )
-        console.print(out)
+        line.append(f"{len(conversation.ids)} tokens, {learned} learned, {visual} visual; ", style="default")
+        console.print(line.append(verdict, style="green" if fine else "red"))
+        console.print(_coloured(processor, conversation))
     if html is not None:
         from ..evaluate.inspect import page
 
@@ -231,8 +233,26 @@ def inspect(
         console.print(f"drew {html}")
 
 
-def _load(model: str, dtype: str):
+def _coloured(processor, conversation):
+    """A conversation's tokens: green is learned, grey is read, media by their size."""
+    from rich.text import Text
+
+    ids, media, out, index = conversation.ids, dict(conversation.expanded.runs), Text(), 0
+    while index < len(ids):
+        if index in media:
+            grids = [piece.grid for piece in media[index] if piece.grid]
+            out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
+            index += sum(len(piece) for piece in media[index])
+            continue
+        style = "green" if conversation.supervised[index] else "bright_black"
+        out.append(processor.decode([ids[index]], special=True), style=style)
+        index += 1
+    return out
+
+
+def _load(model: str, dtype: str, fps: float | None = None, frames: int | None = None):
     from ..errors import IntermodalError
+    from ..inputs.video import sampling_of
     from ..models.generative import Generative
     from ..weights.load import load
 
@@ -243,6 +263,7 @@ def _load(model: str, dtype: str):
         )
     if loaded.processor is None:
         raise IntermodalError(f"{model} has no tokenizer files, so it cannot chat")
+    loaded.processor.video = sampling_of(loaded.processor.video, fps, frames)
     return loaded
 
 

@@ -149,10 +149,10 @@ class TalkFetcher(Dataset):
         raise DataError(f"{ATTEMPTS} conversations of {source.name} in a row were unusable; the last: {last.key}: {last.reason}")
 
     def audit(self, looks: int = 8) -> None:
-        """Look at a few conversations of each source before a run starts.
+        """Look at a few conversations of each source before a run starts. A single bad one is a reject, when its turn comes.
 
         Raises:
-            DataError: none of them can be trained on, with the reason of the last.
+            DataError: half of them or more cannot be trained on, with the reason of the last.
         """
         for which, source in enumerate(self.sources):
             rng = random.Random(f"{self.seed}/audit/{which}")
@@ -162,10 +162,9 @@ class TalkFetcher(Dataset):
                 try:
                     found = self._prepared(source.next()) if isinstance(source, StreamSource) else self._read(which, index)
                     self._finished([found])
-                    break
                 except IntermodalError as error:
                     reasons.append(f"{source.name}/{index}: {error}")
-            else:
+            if 2 * len(reasons) >= len(numbers):
                 raise DataError(
-                    f"nothing in {source.name} can be trained on; of {len(reasons)} conversations the last: {reasons[-1]}"
+                    f"{len(reasons)} of {len(numbers)} conversations of {source.name} cannot be trained on; the last: {reasons[-1]}"
                 )

@@ -61,7 +61,7 @@ def run_llava_demo(
     console.print("the same decoder without pictures, for comparison:")
     blind = train_stages(_blind(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
     took = time.perf_counter() - began
-    side = model.config.vision.image_size
+    side = model.picture_side
     scenes, signs = asked_of(recipe, SceneTalks, side), asked_of(recipe, SignTalks, side)
     assert isinstance(scenes, SceneTalks)
     assert isinstance(signs, SignTalks)

@@ -66,11 +66,12 @@ def positions(processor: ChatProcessor, conversation: Conversation) -> list[Posi
     return out
 
 
-def page(processor: ChatProcessor, samples: list[tuple[str, Conversation | None, str]]) -> str:
-    """The page of (name, conversation, verdict); a conversation that could not be read is None, and the verdict says why."""
+def page(processor: ChatProcessor, samples: list[tuple[str, Conversation | None, str, bool]]) -> str:
+    """The page of (name, conversation, verdict, whether it can be trained on); a conversation that could not be read is None, and the
+    verdict says why."""
     sections = []
-    for number, (name, conversation, verdict) in enumerate(samples):
-        title = f"<h2>{html.escape(name)}</h2><p class={'good' if conversation else 'bad'}>{html.escape(verdict)}</p>"
+    for number, (name, conversation, verdict, fine) in enumerate(samples):
+        title = f"<h2>{html.escape(name)}</h2><p class={'good' if fine else 'bad'}>{html.escape(verdict)}</p>"
         sections.append(f"<section id=s{number}>{title}{_body(processor, conversation) if conversation else ''}</section>")
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>intermodal inspect</title><style>{_STYLE}</style>"

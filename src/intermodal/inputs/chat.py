@@ -26,6 +26,7 @@ from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part,
 from .messages import check_messages
 from .template import ChatTemplate, TemplateError
 from .text import content
+from .video import Sampling
 from .vision_cache import VisionCache, content_key
 
 CHAT_FILES = (
@@ -85,8 +86,8 @@ class ChatProcessor:
         self.end_ids = tuple(end_ids)
         """Tokens that end a reply."""
         self.files = files or {}
-        self.video: Any = None
-        """How videos given by path are sampled; None is the family's default."""
+        self.video: Sampling | None = getattr(planner, "sampling", None)
+        """How videos given by path are sampled where a message does not say it; None is 2 frames a second."""
 
     @property
     def bos_id(self) -> int | None:

@@ -123,12 +123,13 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
     """The picture or clip of a message part, or None for text.
 
     Parts: `{"type": "image", "image": PIL, path, bytes or data-URI}`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
-    `{"type": "video", "video": path, Clip or frames}` (frames as a list of pictures, with `"fps"` beside them). A part
+    `{"type": "video", "video": path, Clip or frames}`: of a path `"fps"` or `"nframes"` beside it says which frames are read, of frames
+    given as a list of pictures `"fps"` says how fast they follow each other. A part
     `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`, counted from
     0), is text, written as the model's family writes boxes.
 
     Args:
-        video: how a path is decoded and sampled, a `video.Sampling`.
+        video: how a path is decoded and sampled where the part does not say it, a `video.Sampling`.
 
     Raises:
         MediaError: an unknown part, an unreadable file, or an http(s) address.
@@ -146,9 +147,9 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
         if isinstance(value, Clip):
             return value
         if isinstance(value, (str, Path)):
-            from .video import Sampling, decode
+            from .video import decode, sampling_of
 
-            return decode(value, video or Sampling())
+            return decode(value, sampling_of(video, part.get("fps"), part.get("nframes")))
         return _frames(value, float(part.get("fps", 2.0)))
     raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url, video or box")
 

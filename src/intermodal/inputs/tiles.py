@@ -20,6 +20,7 @@ from ..batch import Visual
 from .boxes import Affine, BoxFrame, cells
 from .image import ImageProcessor, each, open_image
 from .media import Clip, MediaError, Piece, Plan, Run
+from .video import Sampling
 
 Size = tuple[int, int]
 
@@ -125,6 +126,11 @@ class LlavaPlanner:
     most_frames: int = 32
     _single: ImageProcessor | None = field(default=None, repr=False)
 
+    @property
+    def sampling(self) -> Sampling:
+        """Two frames a second, and no more than the model takes, of the whole length."""
+        return Sampling(most=self.most_frames, pair=1)
+
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
         if isinstance(item, Clip):
             return self._clip(item)
@@ -151,7 +157,7 @@ class LlavaPlanner:
             raise MediaError(f"{self.family} takes no videos; give frames as pictures, or use a LLaVA-OneVision or Qwen-VL model")
         if len(clip.frames) > self.most_frames:
             raise MediaError(
-                f"a clip of {len(clip.frames)} frames; this model takes {self.most_frames}: sample fewer (Sampling(frames=...))"
+                f"a clip of {len(clip.frames)} frames; this model takes {self.most_frames}: sample fewer (--frames, Sampling(frames=...))"
             )
         pooled = -(-self.grid // 2)
         frames = Piece(grid=(len(clip.frames), pooled, pooled))

@@ -6,7 +6,7 @@ Sources of the two rules: `qwen_vl_utils/vision_process.py` (`smart_nframes`, ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +16,48 @@ from .media import Clip, MediaError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video are shown to a model. Give `frames` or `fps`; the count is a whole number of frame pairs."""
+    """Which frames of a video are shown to a model. Give `frames` or `fps`; the count is a whole number of `pair` frames."""
 
     fps: float = 2.0
     frames: int | None = None
-    """Exactly this many, whatever the length; None goes by `fps`."""
+    """This many (rounded up to whole pairs), or all of a shorter video, whatever its length in seconds; None goes by `fps`."""
     least: int = 4
+    """Of a count by `fps`."""
     most: int = 768
     pair: int = 2
+    """Frames that the model reads together."""
 
     def indices(self, total: int, rate: float) -> list[int]:
         """Numbers of the frames to read from a video of `total` frames at `rate` a second, evenly spaced, first and last included.
 
         Raises:
-            MediaError: the video is shorter than one pair of frames.
+            MediaError: the video is shorter than one pair of frames, or a setting is not above 0.
         """
+        if self.fps <= 0 or (self.frames is not None and self.frames < 1):
+            raise MediaError(f"a video is sampled by a positive fps or number of frames, not fps={self.fps}, frames={self.frames}")
         if total < self.pair:
             raise MediaError(f"the video has {total} frames; at least {self.pair} are needed")
-        wanted = self.frames if self.frames is not None else total / rate * self.fps
-        count = round(wanted / self.pair) * self.pair if self.frames is not None else int(wanted) // self.pair * self.pair
-        most = min(self.most, total) // self.pair * self.pair
-        count = min(max(count, self.least), most)
+        if self.frames is not None:
+            count = -(-self.frames // self.pair) * self.pair
+        else:
+            count = max(int(total / rate * self.fps) // self.pair * self.pair, self.least)
+        count = min(count, min(self.most, total) // self.pair * self.pair)
         return np.linspace(0, total - 1, max(count, self.pair)).round().astype(int).tolist()
+
+
+def sampling_of(usual: Sampling | None, fps: float | None, frames: int | None) -> Sampling:
+    """The usual way with another rate or number of frames, where one is given; a number goes before a rate.
+
+    Raises:
+        MediaError: they are no numbers.
+    """
+    usual = usual or Sampling()
+    try:
+        if frames is not None:
+            return replace(usual, frames=int(frames))
+        return usual if fps is None else replace(usual, fps=float(fps), frames=None)
+    except (TypeError, ValueError):
+        raise MediaError(f"a video's fps and nframes are numbers, and not {fps!r} and {frames!r}") from None
 
 
 def decode(path: str | Path, sampling: Sampling) -> Clip:

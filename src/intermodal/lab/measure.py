@@ -36,10 +36,10 @@ READ_OUT = (800, 200)
 
 def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path) -> dict[str, Any]:
     """Every measure of one model; pictures that it draws are left in `folder`/drawn, to be judged with those of other runs."""
-    config = scene_config(recipe, side_of(model))
+    config = scene_config(recipe, model.picture_side)
     kinds = asked_kinds(recipe)
     asked = held_out_questions(config, each=settings.questions, kinds=kinds)
-    signs = Signs(replace(sign_config(recipe, side_of(model)), seed=DRAW_SEED, least=min(settings.heights)))
+    signs = Signs(replace(sign_config(recipe, model.picture_side), seed=DRAW_SEED, least=min(settings.heights)))
     answers = accuracy(asked, ask(model, asked))
     out = {
         "questions": answers,
@@ -53,12 +53,6 @@ def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path
     if isinstance(model, Chameleon):
         draw(model, config, settings.drawn, folder / "drawn")
     return out
-
-
-def side_of(model: Generative) -> int:
-    """Pixels of the pictures that are made for a model."""
-    config = model.config
-    return getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
 
 
 def scene_config(recipe: StagedRecipe, side: int) -> SceneConfig:
@@ -85,7 +79,7 @@ def signs_read(model: Generative, signs: Signs, heights: Sequence[int], each: in
 
 def tokens_per_image(model: Generative) -> int:
     assert model.processor is not None
-    side = side_of(model)
+    side = model.picture_side
     conversation = model.processor.conversation([user(Image.new("RGB", (side, side)), "x")], reply=True)
     return sum(len(plan) for plan in conversation.plans)
 

@@ -50,6 +50,12 @@ class Generative(nn.Module):
         return self.model.embed_tokens.weight.device
 
     @property
+    def picture_side(self) -> int:
+        """Pixels of a side of pictures that are made for it: what its eyes take, or 64 where they take any size."""
+        config: Any = self.config
+        return getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, D) of the output layer."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -192,8 +192,8 @@ class Trainer(ABC):
         name = "rejects.jsonl" if world.main else f"rejects-{world.rank}.jsonl"
         rejects = Rejects(self.folder / name, data.max_reject_share)
         for source in sources:
-            if isinstance(source, StreamSource) and data.split_streams:
-                source.split(world.rank, world.size)
+            if isinstance(source, StreamSource):
+                source.split(*((world.rank, world.size) if data.split_streams else (0, 1)))
             for key, reason in getattr(source, "problems", []) if world.main else []:
                 rejects.note(key, reason)
                 self.console.print(f"[yellow]{key}: {reason}[/yellow]")

@@ -199,6 +199,10 @@ class TalksConfig:
     max_reject_share: float = 0.05
     split_streams: bool = True
     """As in `DataConfig`."""
+    video_fps: Annotated[float, Gt(0)] | None = None
+    """Frames a second that are read of videos given by path; None is the family's rule."""
+    video_frames: Positive | None = None
+    """So many frames of each video, instead."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
 from ..inputs.chat import ChatProcessor
 from ..inputs.codes import CodePlanner
+from ..inputs.video import sampling_of
 from ..inputs.vision_cache import DiskCache, fingerprint
 from ..losses_tokens import ScoreStatistics, by_modality, next_token_losses, targets
 from ..models.chameleon import Chameleon
@@ -165,11 +166,12 @@ class StageTrainer(Trainer):
         self.optimizer = optimizer_of(self.model, self.recipe.optim, factors, self.recipe.train.precision)
         if self.recipe.image_rows_only:
             keep_word_rows(self.model, self.optimizer)
-        config = self.model.config
-        side = data.side or getattr(config, "side", None) or getattr(getattr(config, "vision", None), "image_size", 64)
+        side = data.side or self.model.picture_side
         sources = [open_talks(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         longest = self.model.config_text.context
-        processor = _for_workers(self.model.processor, self.world.device)
+        read = self.model.processor
+        read.video = sampling_of(read.video, data.video_fps, data.video_frames)
+        processor = _for_workers(read, self.world.device)
         fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
         fetcher.audit()
         self.loader = self._loader(sources, fetcher)
