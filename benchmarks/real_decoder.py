@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct gets eyes: `recipes/llava_smollm2.py` trained, asked about held-out scenes after each stage, shown Tux Paint's
-held-out stamps, and asked in words alone what it was asked before.
+"""SmolLM2-135M-Instruct gets eyes: `recipes/llava_smollm2.py` trained, asked about held-out scenes and signs after each stage and beside a
+blind twin, shown Tux Paint's held-out stamps, and asked in words alone what it was asked before.
 
     intermodal data fetch tuxpaint
     python benchmarks/real_decoder.py --tower runs/demo/model --out runs/smollm2
@@ -19,16 +19,17 @@ from rich.table import Table
 
 import intermodal
 from intermodal.config import override, to_dict
+from intermodal.data.questions import KINDS
 from intermodal.data.readers import open_source
-from intermodal.data.talks import SceneTalks, open_talks, user
+from intermodal.data.talks import SceneTalks, SignTalks, user
 from intermodal.errors import SampleError
-from intermodal.evaluate.vqa import Asked, accuracy, ask, held_out_questions, majority
+from intermodal.evaluate.demo_llava import blind_twin
+from intermodal.evaluate.vqa import Asked, accuracy, ask, asked_of, held_out_questions, majority
 from intermodal.models.generative import Generative
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import build_model, train_stages
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llava_smollm2.py"
-KINDS = ("count", "colour", "where")
 WORDS = "What is the capital of France?"
 
 
@@ -80,10 +81,11 @@ def main() -> None:
     recipe = replace(recipe, model=replace(recipe.model, vision=given.tower))
     start = build_model(recipe.model, [])
     side = start.config.vision.image_size
-    talks = open_talks(recipe.stages[-1].data.train[0], side=side)
-    assert isinstance(talks, SceneTalks)
-    config = talks.scenes.config
-    asked = held_out_questions(config, given.each, kinds=KINDS)
+    scenes, words = asked_of(recipe, SceneTalks, side), asked_of(recipe, SignTalks, side)
+    assert isinstance(scenes, SceneTalks)
+    assert isinstance(words, SignTalks)
+    config, signs = scenes.scenes.config, words.signs.config
+    asked = held_out_questions(config, given.each, signs=signs)
     told = given.out / "asked.json"
     wanted = json.dumps(to_dict(recipe), indent=2)
     if told.exists() and told.read_text() != wanted:
@@ -93,7 +95,11 @@ def main() -> None:
     told.write_text(wanted)
     if not (given.out / "model").exists():
         train_stages(recipe, given.out, resume=again)
-    results, answers = {"most common answer": accuracy(asked, majority(config, asked))}, []
+    align = given.out / f"1-{recipe.stages[0].name}" / "model"
+    if not (given.out / "blind" / "model").exists():
+        train_stages(blind_twin(recipe, align), given.out / "blind", resume=again and (given.out / "blind").exists())
+    results, answers = {"most common answer": accuracy(asked, majority(config, asked, signs=signs))}, []
+    results["blind"] = accuracy(asked, ask(intermodal.load(given.out / "blind" / "model"), asked, blind=True, slots=16))
     models = {"stitched": start, **{s.name: given.out / f"{n}-{s.name}" / "model" for n, s in enumerate(recipe.stages, 1)}}
     for name, model in models.items():
         model = intermodal.load(model) if isinstance(model, Path) else model

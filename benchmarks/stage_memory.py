@@ -22,8 +22,8 @@ STAGES = {"1, projector": ("projector.",), "2, projector and decoder": ("project
 PEER_PARTS = {"projector.": "multi_modal_projector", "model.": "language_model", "lm_head.": "lm_head"}
 
 
-def step(who: str, stage: str, folder: str) -> float:
-    """Megabytes that one optimizer step adds at its peak to what is held before it."""
+def step(who: str, stage: str, folder: str, precision: str) -> tuple[float, float]:
+    """Megabytes that one optimizer step adds at its peak to what is held before it, and the peak of the whole process."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -31,8 +31,10 @@ def step(who: str, stage: str, folder: str) -> float:
     from intermodal.batch import TokenBatch
     from intermodal.data.packing import bins
     from intermodal.losses_tokens import next_token_loss
+    from intermodal.train.loop import autocast_for
 
     torch.set_num_threads(2)
+    autocast = autocast_for(precision, torch.device("cpu"))
     singles = torch.load(Path(folder) / "conversations.pt", weights_only=False)
     learn = STAGES[stage]
     if who == "intermodal":
@@ -52,7 +54,8 @@ def step(who: str, stage: str, folder: str) -> float:
         count = sum(int(single.supervised.sum()) for single in singles)
         for chosen in bins([len(single.ids) for single in singles], 2048):
             pack = TokenBatch.pack([singles[i] for i in chosen])
-            loss, _ = next_token_loss(model.hidden(pack), model.head_weight, pack)
+            with autocast():
+                loss, _ = next_token_loss(model.hidden(pack), model.head_weight, pack)
             (loss / count).backward()
     else:
         longest = max(len(single.ids) for single in singles)
@@ -62,9 +65,11 @@ def step(who: str, stage: str, folder: str) -> float:
             for part, fill in enumerate((0, 0, -100))
         ]
         pixels = torch.cat([single.visual.pixels for single in singles if single.visual is not None])
-        model(input_ids=padded[0], attention_mask=padded[1], labels=padded[2], pixel_values=pixels).loss.backward()
+        with autocast():
+            loss = model(input_ids=padded[0], attention_mask=padded[1], labels=padded[2], pixel_values=pixels).loss
+        loss.backward()
     optimizer.step()
-    return _peak() - before
+    return _peak() - before, _peak()
 
 
 def _resident() -> float:
@@ -80,10 +85,11 @@ def _peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=16)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(step(*given.one))
+        print(*step(*given.one, given.precision))
         return
     import random
 
@@ -92,7 +98,9 @@ def main() -> None:
 
     import intermodal
 
-    table = Table(title=f"LLaVA-shaped, fp32, {given.conversations} conversations: megabytes a step adds at its peak")
+    table = Table(
+        title=f"LLaVA-shaped, {given.precision}, {given.conversations} conversations: megabytes a step adds at its peak (in all)"
+    )
     for column in ("stage", "intermodal", "transformers", "ratio"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     with tempfile.TemporaryDirectory() as folder:
@@ -104,13 +112,15 @@ def main() -> None:
         for stage in STAGES:
             added = {}
             for who in ("intermodal", "transformers"):
-                command = [sys.executable, __file__, "--one", who, stage, folder]
+                command = [sys.executable, __file__, "--precision", given.precision, "--one", who, stage, folder]
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
                 )
-                added[who] = float(done.stdout.splitlines()[-1])
+                added[who] = [float(value) for value in done.stdout.splitlines()[-1].split()]
             mine, theirs = added["intermodal"], added["transformers"]
-            table.add_row(stage, f"{mine:,.0f}", f"{theirs:,.0f}", f"{theirs / mine:.2f}x")
+            table.add_row(
+                stage, *(f"{extra:,.0f} ({whole:,.0f})" for extra, whole in (mine, theirs)), f"{theirs[0] / mine[0]:.2f}x"
+            )
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from intermodal.train.recipe import LoopConfig, LoraConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig, tiny_stages
 
 SCENES = "scenes:core?pair_share=0.5&most=3&pair_most=2&colour_share=0.3&lead=0.9&plain=true&jitter=0"
+SIGNS = "signs?words=8&least=10&most=20"
 STAMPS = "captions:tuxpaint?languages=en&split=train"
 
 
@@ -37,7 +38,11 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         Stage(
             "instruct",
             learn=(("*lora_*", 1.0), ("projector.*", 0.5), ("vision.*", 0.5)),
-            data=replace(data, train=(f"questions:{SCENES}", f"captions:{SCENES}&forms=1", STAMPS), weights=(3.0, 1.0, 1.0)),
+            data=replace(
+                data,
+                train=(f"questions:{SCENES}", f"questions:{SIGNS}", f"captions:{SCENES}&forms=1", STAMPS),
+                weights=(3.0, 1.0, 1.0, 1.0),
+            ),
             optim=optim,
             train=replace(loop, steps=300),
             lora=LoraConfig(("model.layers.*_proj",), rank=16, alpha=32.0),

@@ -1,11 +1,11 @@
 """Stages as LLaVA-OneVision trains them (arXiv 2408.03326, table 1): the projector alone on captions, then everything with the tower
-at a fifth of the rate, on single pictures and last on any mix. Pictures are cut into tiles (AnyRes). Name the parts, or a stitched model
-in `model.start`, and data:
+at a fifth of the rate, on single pictures and last on any mix, clips among it. Start from a OneVision directory, and name data:
 
-    intermodal train recipes/onevision.py model.vision=SIGLIP_DIR model.language=DECODER_DIR \\
+    intermodal train recipes/onevision.py model.start=llava-hf/llava-onevision-qwen2-0.5b-si-hf \\
         'stages.align.data.train=["captions:photos/"]' 'stages.single.data.train=["single.jsonl"]' \\
         'stages.onevision.data.train=["single.jsonl","several.jsonl","clips.jsonl"]' --out runs/onevision
 
+With `model.vision` and `model.language` instead a LLaVA-NeXT is made of them, which reads pictures in tiles (AnyRes) and no clips.
 Without data of one's own it reads composed scenes, which shows that it runs.
 """
 

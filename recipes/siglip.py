@@ -29,7 +29,7 @@ def recipe(tiny: bool = False) -> Recipe:
                 "scenes:core?pair_share=0.7&forms=1&colour_share=0.2&lead=0.9&twins=0.6&twin_kind=swapped places",
                 "signs?words=8&least=10&most=20",
             ),
-            weights=(0.25, 0.6, 0.15),
+            weights=(0.3, 0.55, 0.15),
             batch=128,
             workers=1,
         ),

@@ -1,6 +1,6 @@
-"""Teach a Chameleon that reads pictures to draw them (Anole, arXiv 2407.06135): only the rows of picture codes in the embedding and output
-tables learn, so what it says about words does not move. Name the model in `model.start` and captioned pictures in the data; a released
-model needs its VQ decoder beside it (docs/native.md).
+"""Teach a Chameleon that reads pictures to draw them (Anole, arXiv 2407.06135): only the rows of picture codes, and of a picture's begin
+and end, learn, in the embedding and output tables, so what it says to words does not move. Name the model in `model.start` and captioned
+pictures in the data; a released model needs its VQ decoder beside it (docs/native.md).
 """
 
 from intermodal.train.recipe import LoopConfig, NativeConfig, OptimConfig, Stage, StagedRecipe, TalksConfig, tiny_stages

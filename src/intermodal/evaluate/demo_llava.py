@@ -59,7 +59,7 @@ def run_llava_demo(
     console.print(f"steps of {recipe.stages[-1].data.batch} conversations: {counts}")
     model = train_stages(recipe, folder, console=console)
     console.print("the same decoder without pictures, for comparison:")
-    blind = train_stages(_blind(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
+    blind = train_stages(blind_twin(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
     took = time.perf_counter() - began
     side = model.picture_side
     scenes, signs = asked_of(recipe, SceneTalks, side), asked_of(recipe, SignTalks, side)
@@ -98,7 +98,7 @@ def summary(results: dict[str, Any]) -> Table:
     return table
 
 
-def _blind(recipe: StagedRecipe, start: Path) -> StagedRecipe:
+def blind_twin(recipe: StagedRecipe, start: Path) -> StagedRecipe:
     """The last stage's questions without their pictures, from the same weights."""
     last = recipe.stages[-1]
     shares = dict(zip(last.data.train, last.data.weights or (), strict=True))
