@@ -184,6 +184,7 @@ def test_recipes_that_ask_other_kinds_of_questions_are_reported():
             "tokens_per_image",
             "decoder_parameters",
             "seconds",
+            "seconds_with_measuring",
             "steps",
             "tokens_per_second",
             "peak_megabytes",

@@ -25,7 +25,7 @@ from ..nn.cache import Cache
 from .draw import Canvas, Drawing
 from .sample import Sampling, choose
 
-PACK_AFTER = 4
+LAY_OUT_AFTER = 4
 """Steps after which the weights are laid out anew for those to come: it takes about as long as it saves in five."""
 
 
@@ -165,47 +165,45 @@ def _events(
     streams = canvas.streams if canvas else 1
     cache = model.model.cache(slots * streams)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
-    fed = 0
-    try:
-        while waiting or running:
-            arrivals: list[tuple[int, _Run]] = []
-            while waiting and free:
-                index = waiting.pop()
-                try:
-                    run = _begun(index, conversations[index], model, processor, sampling)
-                except IntermodalError as error:
-                    yield index, error
-                else:
-                    arrivals.append((free.pop(), run))
-            if not arrivals and not running:
-                break
-            if arrivals:
-                batch = TokenBatch.pack([run.prompt for _, run in arrivals])
-                cache.begin([slot for slot, _ in arrivals], batch.segments)
-                hidden = model.hidden(batch, cache)[batch.segments.offsets[1:] - 1]
-                running.update(arrivals)
-                step = arrivals
+    fed, layout = 0, None
+    while waiting or running:
+        arrivals: list[tuple[int, _Run]] = []
+        while waiting and free:
+            index = waiting.pop()
+            try:
+                run = _begun(index, conversations[index], model, processor, sampling)
+            except IntermodalError as error:
+                yield index, error
             else:
-                fed += 1
-                if fed == PACK_AFTER:
-                    model.pack(True)
-                step = sorted(running.items())
-                hidden = _feed(model, cache, step, slots)
-            cache.commit()
-            rows = iter(model.unembed(hidden))
-            for slot, run in step:
-                scores = [next(rows) for _ in range(run.drawing.streams if run.drawing else 1)]
-                yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, ends, canvas, partial))
-                if run.drawing is None:
-                    for guide in range(1, streams):  # a picture is done: its guides are forgotten
-                        cache.free(slot + guide * slots)
-                if run.finish:
-                    del running[slot]
-                    cache.free(slot)
-                    free.append(slot)
-                    yield run.index, run.reply()
-    finally:
-        model.pack(False)
+                arrivals.append((free.pop(), run))
+        if not arrivals and not running:
+            break
+        fed += not arrivals
+        if fed == LAY_OUT_AFTER and not arrivals:
+            layout = model.lay_out()
+        cache.layout = None if torch.is_autocast_enabled("cpu") else layout
+        if arrivals:
+            batch = TokenBatch.pack([run.prompt for _, run in arrivals])
+            cache.begin([slot for slot, _ in arrivals], batch.segments)
+            hidden = model.hidden(batch, cache)[batch.segments.offsets[1:] - 1]
+            running.update(arrivals)
+            step = arrivals
+        else:
+            step = sorted(running.items())
+            hidden = _feed(model, cache, step, slots)
+        cache.commit()
+        rows = iter(cache.layout.head(hidden) if cache.layout else model.unembed(hidden))
+        for slot, run in step:
+            scores = [next(rows) for _ in range(run.drawing.streams if run.drawing else 1)]
+            yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, ends, canvas, partial))
+            if run.drawing is None:
+                for guide in range(1, streams):  # a picture is done: its guides are forgotten
+                    cache.free(slot + guide * slots)
+            if run.finish:
+                del running[slot]
+                cache.free(slot)
+                free.append(slot)
+                yield run.index, run.reply()
 
 
 def _begun(index: int, messages: Any, model: Generative, processor: ChatProcessor, sampling: Sampling) -> _Run:

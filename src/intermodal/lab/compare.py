@@ -187,6 +187,7 @@ def _run(side: Side, eyes: dict[str, str], seed: int, folder: Path, settings: Se
         "decoder_parameters": sum(p.numel() for p in model.model.parameters()),
         **measure.reading(model, recipe, settings, folder),
     }
+    result["seconds_with_measuring"] = time.perf_counter() - began
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

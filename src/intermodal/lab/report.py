@@ -121,6 +121,7 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
     add("tokens an image", lambda row: row["tokens_per_image"], lambda value: f"{value:.0f}")
     add("parameters, millions (decoder)", lambda row: row["decoder_parameters"] / 1e6, lambda value: f"{value:.2f}")
     add("training seconds, eyes and decoder", lambda row: row["seconds"], lambda value: f"{value:.0f}")
+    add("seconds with measuring", lambda row: row["seconds_with_measuring"], lambda value: f"{value:.0f}")
     add("decoder steps", lambda row: row["steps"], lambda value: f"{value:.0f}")
     add("training tokens/s (decoder)", lambda row: row["tokens_per_second"], lambda value: f"{value:,.0f}")
     add("peak memory, MB", lambda row: row["peak_megabytes"], lambda value: f"{value:.0f}")

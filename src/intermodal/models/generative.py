@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
+from ..nn.laid_out import LaidOutLinear, Layout, can_lay_out
 from ..nn.layers import Linear, linear
-from ..nn.packed import PackedLinear, can_pack
-from .decoder import Decoder, DecoderAttention, DecoderConfig, DeepStack, GatedMLP
+from .decoder import Decoder, DecoderConfig, DecoderLayer, DeepStack
 
 if TYPE_CHECKING:
     from ..generate.engine import Event, Reply
@@ -33,8 +33,6 @@ class Generative(nn.Module):
     """What the tower's parameters are called, and after "-" what of it is the connector."""
     vision_cache: VisionCache | None = None
     """Where the tower's states of items with a key are kept."""
-    packed_head: PackedLinear | None = None
-    """The output layer, while a generation is under way."""
 
     def _init_decoder(self, config: DecoderConfig) -> None:
         self.model = Decoder(config)
@@ -112,22 +110,16 @@ class Generative(nn.Module):
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> scores (T, V)."""
-        return self.packed_head(hidden_TD) if self.packed_head else linear(hidden_TD, self.head_weight)
+        return linear(hidden_TD, self.head_weight)
 
-    def pack(self, wanted: bool) -> None:
-        """Lay the decoder's weights out for products with few rows, beside the plain ones, or forget that again. Nothing happens where it
-        cannot be done, or memory is short; weights must not change in between."""
-        self.packed_head = None
-        blocks = [module for module in self.model.modules() if isinstance(module, DecoderAttention | GatedMLP)]
-        if wanted:
-            inside = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-            size = sum(module.weight.nbytes for module in inside) + self.head_weight.nbytes
-            # an adapter does its work in a forward of its own
-            wanted = all(type(module) is Linear for module in inside) and can_pack(self.head_weight, size)
-        for block in blocks:
-            block.pack(wanted)
-        if wanted:
-            self.packed_head = PackedLinear(self.head_weight)
+    def lay_out(self) -> Layout | None:
+        """The decoder's weights as they are now, laid out for products with few rows; None where that cannot be done, or memory is
+        short. An adapter, or a hook, does its work in a forward of its own: then the plain layers stay."""
+        inside = [module for layer in self.model.layers for module in layer.modules() if isinstance(module, nn.Linear)]
+        if not can_lay_out(inside, self.head_weight, Linear):
+            return None
+        layers = [layer.lay_out() for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        return Layout(layers, LaidOutLinear(self.head_weight))
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """A pack -> scores (T, V)."""

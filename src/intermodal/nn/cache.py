@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Segments
+from .laid_out import Layout
 
 GROW = 256
 """Tokens by which the buffers grow; they at least double, so that growing costs a constant a token."""
@@ -25,6 +26,8 @@ class Cache:
         self.lengths = [0] * slots
         self.slots: list[int] = []
         self.segments = Segments([])
+        self.layout: Layout | None = None
+        """The decoder's products for the steps to come, where they are not the plain ones."""
 
     def _room(self, capacity: int) -> Tensor:
         layers, slots, heads, head = self.shape
