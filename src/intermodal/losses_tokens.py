@@ -74,10 +74,10 @@ class ScoreStatistics:
     @torch.no_grad()
     def add(self, hidden_TD: Tensor, head_VD: Tensor, batch: TokenBatch, attention_score: float) -> None:
         rows, _ = targets(batch)
-        self.highest[1] = self.highest[1].clamp(min=attention_score)
         if not len(rows):
             return
-        scores = at_least_float32(F.linear(hidden_TD[rows[:: max(1, len(rows) // self.tokens)]], head_VD))
+        self.highest[1] = self.highest[1].clamp(min=attention_score)
+        scores = at_least_float32(F.linear(hidden_TD[rows[:: -(-len(rows) // self.tokens)]], head_VD))
         log_z = scores.logsumexp(-1)
         entropy = log_z - ((scores - log_z[:, None]).exp() * scores).sum(-1)
         self.sums += torch.stack([entropy.sum(), log_z.sum(), scores.norm(dim=-1).sum(), log_z.new_tensor(len(scores))])

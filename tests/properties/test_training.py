@@ -180,6 +180,11 @@ def test_a_stream_that_every_rank_reads_is_the_same_on_any_number(tmp_path):
     assert counted[0][-1] > 0
     named = [(tmp_path / run / "rejects.jsonl").read_text() for run in ("one", "two")]
     assert named[0] == named[1]
+    rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    stream_on_rank(0, 1, tmp_path / "split", source, False, True)
+    split = [json.loads(line) for line in (tmp_path / "split" / "metrics.jsonl").read_text().splitlines()]
+    # the tokenizer's captions were read from the stream before: the run begins at its beginning all the same
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in split], rel=1e-3)
     forget_after(tmp_path / "two", 2)
     assert_near(stream_on_rank(0, 1, tmp_path / "two", source, True, False), alone, "from two ranks to one")
     forget_after(tmp_path / "one", 2)

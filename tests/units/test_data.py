@@ -8,6 +8,7 @@ import tarfile
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -545,3 +546,31 @@ def test_a_stream_of_nothing_usable_and_shards_with_equal_keys(tmp_path):
         (tmp_path / "shards" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = list(first_samples(open_source(f"hf:{tmp_path / 'shards'}"), 100))
     assert len({reject.key for reject in found}) == len(found) == 6
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_one_rank_counts_what_all_read_of_a_stream(ranks):
+    """Two records in a hundred are bad. Where every rank reads a stream whole, the first counts its rejects, among the reads of all."""
+    import datasets
+
+    def to_sample(key, record):
+        if record["number"] % 50 == 7:
+            raise SampleError("bad")
+        return Sample(key, None, ["x"])
+
+    class Read(torch.utils.data.Dataset):
+        def __getitem__(self, references):
+            return SimpleNamespace(read=len(references[1]), rejects=[])
+
+    counted = []
+    for rank in range(ranks):
+        numbers = datasets.IterableDataset.from_generator(lambda: ({"number": number} for number in range(400)))
+        stream = StreamSource("numbers", numbers, to_sample, block=16)
+        loader = Loader(Mixture([stream]), Read(), batch=16, rank=rank, ranks=ranks, rejects=Rejects(None, 0.05))
+        for _ in zip(range(30), loader, strict=False):
+            continue
+        counted.append((loader.rejects.rejected, loader.rejects.read))
+    (rejected, read), *others = counted
+    assert 400 < read < 520
+    assert rejected / read == pytest.approx(0.02, abs=0.005)
+    assert all(rejected == 0 for rejected, _ in others)

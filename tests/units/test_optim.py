@@ -92,3 +92,10 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     assert not model.lm_head.weight.requires_grad
     with pytest.raises(IntermodalError, match=r"heads\.\*"):
         optim.choose_learning(model, (("heads.*", 1.0),))
+
+
+@pytest.mark.parametrize(("precision", "half"), [("auto", True), ("bf16", True), ("fp32", False), ("fp64", False)])
+def test_muon_rounds_as_the_run_does(monkeypatch, precision, half):
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: True)
+    made = optim.optimizer_for(nn.Linear(3, 4).double(), OptimConfig(name="muon"), precision)
+    assert made.half == half

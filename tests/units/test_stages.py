@@ -376,6 +376,7 @@ def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):
         if refused:
             with pytest.raises(DataError, match=r"[5-8] of \d conversations of .*mixed\.jsonl cannot be trained on"):
                 fetcher.audit()
+            fetcher.audit(1.0)  # as its owner says
         else:
             fetcher.audit()
     model.processor.end_ids = (0,)

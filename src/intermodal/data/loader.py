@@ -240,8 +240,9 @@ class Loader:
         self.rejects = rejects or Rejects(None, 1.0)
         self.fetcher = fetcher
         self.workers, self.prefetch = workers, prefetch
-        self._drawn: deque[tuple[dict[str, Any], list[Reject]]] = deque()
-        """What was drawn and not handed out yet: the state after it, and what its streams skipped."""
+        self._drawn: deque[tuple[dict[str, Any], list[Reject], int]] = deque()
+        """What was drawn and not handed out yet: the state after it, what its streams skipped, and how many records of streams that
+        every rank reads whole went to other ranks, where this rank counts for all."""
         self._state = mixture.state()
 
     def __iter__(self) -> Iterator[Any]:
@@ -255,8 +256,8 @@ class Loader:
             prefetch_factor=self.prefetch if self.workers else None,
         )
         for fetched in loader:
-            state, skipped = self._drawn.popleft()
-            self.rejects.add(fetched.read, fetched.rejects + skipped)
+            state, skipped, others = self._drawn.popleft()
+            self.rejects.add(fetched.read + others, fetched.rejects + skipped)
             self._state = state
             yield fetched
 
@@ -278,7 +279,9 @@ class Loader:
             drawn = [self.mixture.next(first <= offset < last) for offset in range(self.batch)]
             streams = [source for source in self.mixture.sources if isinstance(source, StreamSource)]
             skipped = [(stream, reject) for stream in streams for reject in stream.take_rejects()]
-            # what every rank reads whole is counted by one
-            skipped = [reject for stream, reject in skipped if self.rank == 0 or stream.part[1] > 1]
-            self._drawn.append((self.mixture.state(), skipped))
+            # what every rank reads whole is counted by one: its rejects, and among how many they were
+            counts = {id(stream) for stream in streams if self.rank == 0 or stream.part[1] > 1}
+            elsewhere = [one for offset, one in enumerate(drawn) if one is not None and not first <= offset < last]
+            others = sum(id(self.mixture.sources[which]) in counts for which, _ in elsewhere)
+            self._drawn.append((self.mixture.state(), [reject for stream, reject in skipped if id(stream) in counts], others))
             yield start + first, drawn[first:last]

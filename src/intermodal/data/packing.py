@@ -148,11 +148,14 @@ class TalkFetcher(Dataset):
         last = rejects[-1]
         raise DataError(f"{ATTEMPTS} conversations of {source.name} in a row were unusable; the last: {last.key}: {last.reason}")
 
-    def audit(self, looks: int = 8) -> None:
+    def audit(self, allowed: float = 0.0, looks: int = 8) -> None:
         """Look at a few conversations of each source before a run starts. A single bad one is a reject, when its turn comes.
 
+        Args:
+            allowed: the share of bad ones that a run takes, `data.max_reject_share`.
+
         Raises:
-            DataError: half of them or more cannot be trained on, with the reason of the last.
+            DataError: more than half of them, and than are allowed, cannot be trained on; with the reason of the last.
         """
         for which, source in enumerate(self.sources):
             rng = random.Random(f"{self.seed}/audit/{which}")
@@ -164,7 +167,8 @@ class TalkFetcher(Dataset):
                     self._finished([found])
                 except IntermodalError as error:
                     reasons.append(f"{source.name}/{index}: {error}")
-            if 2 * len(reasons) >= len(numbers):
+            if len(reasons) > max(0.5, allowed) * len(numbers):
                 raise DataError(
-                    f"{len(reasons)} of {len(numbers)} conversations of {source.name} cannot be trained on; the last: {reasons[-1]}"
+                    f"{len(reasons)} of {len(numbers)} conversations of {source.name} cannot be trained on; the last: {reasons[-1]}; "
+                    f"where that is meant, data.max_reject_share lets more of them pass"
                 )

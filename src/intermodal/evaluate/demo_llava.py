@@ -101,9 +101,10 @@ def summary(results: dict[str, Any]) -> Table:
 def blind_twin(recipe: StagedRecipe, start: Path) -> StagedRecipe:
     """The last stage's questions without their pictures, from the same weights."""
     last = recipe.stages[-1]
-    shares = dict(zip(last.data.train, last.data.weights or (), strict=True))
-    asked = {spec.replace("questions:", "blind:", 1): share for spec, share in shares.items() if spec.startswith("questions:")}
-    stage = replace(last, name="blind", data=replace(last.data, train=tuple(asked), weights=tuple(asked.values())))
+    chosen = [number for number, spec in enumerate(last.data.train) if spec.startswith("questions:")]
+    sources = tuple(last.data.train[number].replace("questions:", "blind:", 1) for number in chosen)
+    weights = None if last.data.weights is None else tuple(last.data.weights[number] for number in chosen)
+    stage = replace(last, name="blind", data=replace(last.data, train=sources, weights=weights))
     return replace(recipe, name="blind", model=replace(recipe.model, start=str(start)), stages=(stage,))
 
 

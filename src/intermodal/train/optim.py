@@ -73,7 +73,7 @@ def optimizer_of(model: nn.Module, config: OptimConfig, factors: dict[str, float
     if config.name != "muon":
         return torch.optim.AdamW(settings, **rest)
     device = next(model.parameters()).device
-    return Muon(settings, half=precision != "fp32" and multiplies_bf16(device), **rest)
+    return Muon(settings, half=precision in ("auto", "bf16") and multiplies_bf16(device), **rest)
 
 
 def matrix_names(model: nn.Module) -> list[str]:

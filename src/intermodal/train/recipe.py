@@ -102,7 +102,7 @@ class LoopConfig:
     steps: Positive = 300
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 autocast where the processor multiplies bf16 in hardware, else fp32. Master weights are fp32, and with fp64, which is
-    for telling a difference between two runs from rounding, they and all that is made of them are float64; what is exported is fp32."""
+    for telling a difference between two runs from rounding, they, the gradients and the loss are float64; what is exported is fp32."""
     checkpoint_activations: bool = False
     threads: Positive | None = None
     seed: int = 0

@@ -173,7 +173,7 @@ class StageTrainer(Trainer):
         read.video = sampling_of(read.video, data.video_fps, data.video_frames)
         processor = _for_workers(read, self.world.device)
         fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
-        fetcher.audit()
+        fetcher.audit(data.max_reject_share)
         self.loader = self._loader(sources, fetcher)
 
     def _shard(self) -> None:
@@ -209,7 +209,7 @@ class StageTrainer(Trainer):
         """The loss of a step is the sum over all packs of all ranks, divided once by their supervised tokens."""
         device = self.world.device
         tokens = sum(len(targets(batch)[0]) for batch in fetched.batches)
-        count = self.world.sum(torch.tensor(float(tokens), device=device))
+        count = self.world.sum(torch.tensor(float(tokens), device=device, dtype=self.dtype))
         total, bad, statistics = torch.zeros((), device=device, dtype=self.dtype), None, ScoreStatistics(device)
         codes, shares = self._image_ids(), torch.zeros(2, 2, device=device)
         batches, scale = fetched.batches, 1.0
