@@ -9,8 +9,10 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import on_ranks
 from rich.console import Console
 
@@ -54,9 +56,10 @@ def forget_after(folder, step):
         {"data": {"train": ("sprites:core", "scenes:core"), "weights": (1.0, 2.0), "crop_scale": (0.6, 1.0)}},
         {"data": {"workers": 1}},
         {"optim": {"name": "muon", "matrix_lr_factor": 2.0}},
+        {"optim": {"name": "adamw"}, "train": {"precision": "bf16"}},
         {"train": {"rollback": 9.0}},
     ],
-    ids=["plain", "cached-ema", "mixture-crops", "worker", "muon", "rollback"],
+    ids=["plain", "cached-ema", "mixture-crops", "worker", "muon", "adamw-bf16", "rollback"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     dropout = replace(tiny().model.vision, dropout=0.2)
@@ -197,6 +200,35 @@ def test_exported_equals_loaded(tmp_path):
     loaded = intermodal.load(tmp_path / "run" / "model")
     texts = ["a dog", "two cats left of a red bus"]
     assert torch.equal(model.embed_texts(texts), loaded.embed_texts(texts))
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_what_was_trained_loads_in_transformers(tmp_path, family):
+    import transformers
+
+    recipe = load_recipe(RECIPES / f"{family}.py", tiny=True)
+    recipe = replace(recipe, train=replace(recipe.train, steps=2, precision="fp32", threads=1))
+    model = train(recipe, tmp_path / "run", quiet=True)
+    kind = {"siglip": transformers.SiglipModel, "clip": transformers.CLIPModel}[family]
+    theirs = kind.from_pretrained(tmp_path / "run" / "model").eval()
+    texts, picture = ["a dog", "two cats"], np.zeros((20, 30, 3), np.uint8) + np.arange(30, dtype=np.uint8)[:, None]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    padded = {"padding": "max_length", "max_length": recipe.model.text.context, "truncation": True, "return_tensors": "pt"}
+    pixels = model.processor.images([Image.fromarray(picture)]).pixels
+    with torch.no_grad():
+        found = theirs(input_ids=tokenizer(texts, **padded)["input_ids"], pixel_values=pixels)
+    torch.testing.assert_close(found.text_embeds, model.embed_texts(texts), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.image_embeds, model.embed_images([Image.fromarray(picture)]), rtol=0, atol=1e-5)
+
+
+def test_the_scale_stays_in_its_range(tmp_path):
+    recipe = load_recipe(RECIPES / "clip.py", tiny=True)
+    loop = replace(recipe.train, steps=3, log_every=1, precision="fp32", threads=1)
+    recipe = replace(recipe, train=loop, optim=replace(recipe.optim, lr=3.0, scalar_lr_factor=10.0, warmup=0, clip_norm=1e-6))
+    model = train(recipe, tmp_path / "run", quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(1 <= row["scale"] <= 100.001 for row in rows)
+    assert 0 <= model.logit_scale.item() <= 4.6053
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):

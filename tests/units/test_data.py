@@ -574,3 +574,25 @@ def test_one_rank_counts_what_all_read_of_a_stream(ranks):
     assert 400 < read < 520
     assert rejected / read == pytest.approx(0.02, abs=0.005)
     assert all(rejected == 0 for rejected, _ in others)
+
+
+def test_a_streamed_tar_reads_its_json_and_lines_hold_base64(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            for name, data in (
+                (f"{number}.png", png(number)),
+                (f"{number}.json", json.dumps({"caption": f"number {number}"}).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    stream = open_source(f"hf:{tmp_path}")
+    assert sorted(stream.next().texts[0] for _ in range(3)) == ["number 0", "number 1", "number 2"]
+    named = open_source(f"hf:{tmp_path}?text=json")
+    with pytest.raises(SampleError, match="no usable sample"):
+        named.next()
+    assert "an object and no text" in named.take_rejects()[0].reason
+    row = {"image": base64.b64encode(png(1)).decode(), "caption": "one"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
+    sample = open_source(str(tmp_path / "b.jsonl"))[0]
+    assert open_image(sample.image).size == open_image(png(1)).size

@@ -1,5 +1,7 @@
 """Muon: against torch's own, and what it takes for a matrix."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -99,3 +101,12 @@ def test_muon_rounds_as_the_run_does(monkeypatch, precision, half):
     monkeypatch.setattr(optim, "multiplies_bf16", lambda device: True)
     made = optim.optimizer_for(nn.Linear(3, 4).double(), OptimConfig(name="muon"), precision)
     assert made.half == half
+
+
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine():
+    config = OptimConfig(lr=2.0, warmup=4, final_lr_share=0.1)
+    rates = [optim.learning_rate(config, step, 24) for step in range(24)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[14] == pytest.approx(0.2 + 1.8 / 2)
+    assert all(later < sooner for sooner, later in itertools.pairwise(rates[4:]))
+    assert optim.learning_rate(config, 24, 24) == pytest.approx(0.2)

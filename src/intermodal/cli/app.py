@@ -293,7 +293,7 @@ def stitch(
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
-    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 225.0,
+    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 205.0,
     steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -306,9 +306,13 @@ def demo(
     from rich.console import Console
 
     from ..evaluate.demo import run_demo
+    from ..train.loop import Stopped
 
     console = Console(stderr=as_json)
-    report = run_demo(out, seconds, steps, console)
+    try:
+        report = run_demo(out, seconds, steps, console)
+    except Stopped:
+        raise Stopped(f"the demo was stopped; what there is of it is in {out}, and the same command begins again") from None
     results = json.loads((out / "report.json").read_text())
     if llava_seconds > 0:
         from ..evaluate.demo_llava import run_llava_demo

@@ -99,7 +99,7 @@ def _scene_stats(samples, source: Scenes, count: int, side: int, progress: bool)
     relations = Counter(t["relation"] or "single group" for t in truths)
     counts = Counter(g["count"] for t in truths for g in t["groups"])
     which = source.config.concepts
-    baselines = scene_baselines(SceneTask.make(count, side, which=which, style=None), progress=progress)
+    baselines = scene_baselines(SceneTask.make(count, side, which=which, style=None), training=source.config, progress=progress)
     majority = counts.most_common(1)[0]
     return {
         "facts": {

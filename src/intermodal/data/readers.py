@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import csv
 import glob
 import http.client
@@ -26,6 +28,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img", "filepath", "file_name", "image_path", "path", "url", "image_url")
 TEXT_COLUMNS = ("caption", "captions", "text", "txt", "title", "texts", "label")
 URL_TIMEOUT = 20
+LONGEST_NAME = 100
 
 
 class SourceError(IntermodalError):
@@ -195,7 +198,7 @@ class TarSource:
 
 
 class LinesSource:
-    """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, base64 or addresses."""
+    """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, as base64 or data URIs, or as addresses."""
 
     def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool):
         self.files, self.columns, self.allow_urls = list(files), columns, allow_urls
@@ -301,6 +304,9 @@ def open_pairs(
 
 
 def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, record: dict[str, Any]) -> Any:
+    inside = record.get("json")
+    if isinstance(inside, dict):  # a tar's .json beside a picture
+        record = {**inside, **record}
     image = open_image(image_of(record, columns.get("image"), Path(), allow_urls))
     sample = Sample(key, image, texts_of(record, columns.get("text")))
     return to_talk(key, sample) if to_talk is not None else sample
@@ -345,23 +351,30 @@ def image_of(record: dict[str, Any], column: str | None, folder: Path, allow_url
         if value.startswith(("http://", "https://")):
             return fetch(value, allow_urls)
         if value.startswith("data:"):
-            import base64
-            import binascii
-
             try:
                 return base64.b64decode(value.partition(",")[2], validate=True)
             except binascii.Error as error:
                 raise SampleError(f"a data URI that is not base64: {error}") from error
-        return str(folder / value)
+        return _plain_base64(value) or str(folder / value)
     if value is None:
         raise SampleError("the picture is empty")
     return value
+
+
+def _plain_base64(value: str) -> bytes | None:
+    """The bytes of a picture that is written out: longer than a name, and of letters that no name with a suffix is made of."""
+    try:
+        return base64.b64decode(value, validate=True) if len(value) > LONGEST_NAME else None
+    except binascii.Error:
+        return None
 
 
 def texts_of(record: dict[str, Any], column: str | None) -> list[str]:
     """All captions of a record, stripped, empty ones left out."""
     value = record.get(_column(record, column, TEXT_COLUMNS, "caption"))
     values: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(text, dict) for text in values):
+        raise SampleError("the caption is an object and no text; name one of its columns with ?text=COLUMN")
     texts = [str(text).strip() for text in values if text is not None and str(text).strip()]
     if not texts:
         raise SampleError("the caption is empty")

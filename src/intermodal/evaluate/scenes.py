@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -98,15 +98,21 @@ BASELINES = tuple(column.name for column in fields(Baselines))
 
 
 def scene_baselines(
-    task: SceneTask, *, train_count: int = 4000, side: int = 16, seed: int = 0, progress: bool = False
+    task: SceneTask,
+    *,
+    training: SceneConfig | None = None,
+    train_count: int = 4000,
+    side: int = 16,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Baselines:
-    """What needs no learning.
+    """What needs no learning, from scenes as `training` has them (the usual ones when left out).
 
     Chance; whichever of the two counts, colours, things or relations is the more common in training ("majority"); a unigram model of
     the training captions that sees no picture ("text only"); a reader that knows every word that is in some true caption but not who is
     what or where ("bag of words"); the caption of the nearest training scene by raw pixels, compared by its words.
     """
-    source = Scenes(SceneConfig(side=task.scenes[0].pixels.shape[0], seed=seed))
+    source = Scenes(replace(training or SceneConfig(), split="train", side=task.scenes[0].pixels.shape[0], seed=seed))
     numbers = track(range(train_count), "drawing scenes to compare with", transient=True, disable=not progress)
     train = [source.scene(index) for index in numbers]
     frequency = Counter(word for scene in train for caption in scene.captions()[:3] for word in caption.split())
