@@ -241,8 +241,9 @@ def test_what_is_cut_from_a_letterbox_follows_the_authors_or_transformers():
     assert 0 < differ < 30
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-@pytest.mark.parametrize(("width", "height"), [(188, 47), (94, 376)])
+@pytest.mark.parametrize(
+    ("family", "width", "height"), [("llava_next", 188, 47), ("llava_next", 94, 376), ("llava_onevision", 188, 47)]
+)
 def test_a_checkpoint_with_transformers_rule_cuts_as_transformers_does(made, family, width, height, tmp_path):
     """PITFALLS D7: of 4 to 1, one feature of the short side's four is a float error away. The rule in config.json decides how many
     tokens a picture has; transformers takes its own count and no other."""

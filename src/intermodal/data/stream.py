@@ -35,6 +35,7 @@ class StreamSource:
 
     def split(self, rank: int, ranks: int) -> None:
         """Back to the beginning, and from now on only this rank's part of the records."""
+        self._whole.set_epoch(0)  # whatever looked at it before may have come to another pass, and a state is of its pass
         self._whole.load_state_dict(copy.deepcopy(self._beginning))
         self.dataset, self.part = self._whole, (rank, ranks)
         beginning = self._beginning
