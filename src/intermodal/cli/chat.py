@@ -238,14 +238,19 @@ def _coloured(processor, conversation):
     from rich.text import Text
 
     ids, media, out, index = conversation.ids, dict(conversation.expanded.runs), Text(), 0
+    first, before = 0, ""
     while index < len(ids):
         if index in media:
             grids = [piece.grid for piece in media[index] if piece.grid]
             out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
             index += sum(len(piece) for piece in media[index])
+            first, before = index, ""
             continue
         style = "green" if conversation.supervised[index] else "bright_black"
-        out.append(processor.decode([ids[index]], special=True), style=style)
+        # a token alone may have lost the space before it
+        after = processor.decode(ids[first : index + 1], special=True)
+        out.append(after[len(before) :] if after.startswith(before) else processor.decode([ids[index]], special=True), style=style)
+        before = after
         index += 1
     return out
 
