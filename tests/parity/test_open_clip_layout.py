@@ -4,6 +4,7 @@ open_clip is not needed here: its names are written out below, and the values co
 """
 
 import json
+import re
 
 import hf_checkpoints as hf
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import intermodal
 from intermodal.batch import Images, Texts
 from intermodal.errors import CheckpointError
+from intermodal.weights.open_clip import TRUNKS
 
 WRITTEN = ["clip-quick-7", "clip-gelu-14", "siglip-tanh-14", "siglip-gelu-7"]
 REFUSED = ["clip-tanh-16", "clip-mixed", "siglip2-tanh-16"]
@@ -51,6 +53,15 @@ TEXT_FIELDS |= {
     "act_kwargs",
     "norm_kwargs",
 }
+
+
+@pytest.fixture(autouse=True)
+def tiny_trunks(monkeypatch):
+    """timm has no SigLIP tower that is small: two names stand for those of the cases, so that they can be written."""
+    for case in ("siglip-tanh-14", "siglip-gelu-7"):
+        tower = hf.CASES[case][1]["vision_config"]
+        shape = tuple(tower[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+        monkeypatch.setitem(TRUNKS, f"vit_{case[7:11]}", (shape, {(tower["patch_size"], tower["image_size"])}))
 
 
 def blocks(state, ours: str, theirs: str, layers: int) -> dict[str, torch.Tensor]:
@@ -485,13 +496,9 @@ def test_a_directory_of_another_architecture_is_refused(checkpoint, tmp_path):
 def test_a_missing_key_of_the_layout_is_named(checkpoint, tmp_path):
     folder = write_published(tmp_path / "published", "clip-quick-7", checkpoint("clip-quick-7")[1])
     state = load_file(folder / "open_clip_model.safetensors")
-    for key, said in {
-        "visual.ln_post.bias": "post_layernorm.bias",
-        "positional_embedding": "position_embedding",
-        "visual.proj": "visual",
-    }.items():
+    for key in ("visual.ln_post.bias", "positional_embedding", "visual.proj"):
         save_file({name: value for name, value in state.items() if name != key}, folder / "open_clip_model.safetensors")
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=rf" {re.escape(key)}\b"):
             intermodal.load(folder)
 
 

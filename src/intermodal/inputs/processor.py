@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..files import read_json
 from .image import ImageProcessor, NaflexProcessor
-from .text import TOKENIZER_FILES, TextTokenizer
+from .text import PACKED_MERGES, TOKENIZER_FILES, TextTokenizer
 
 
 @dataclass
@@ -21,7 +21,10 @@ class PairProcessor:
     @property
     def texts(self) -> TextTokenizer:
         if self.tokenizer is None:
-            raise ValueError("this checkpoint came without tokenizer files: only its image side can be used")
+            raise ValueError(
+                "this checkpoint came without tokenizer files, so only its image side can be used: put tokenizer.json (or vocab.json "
+                f"and merges.txt, spiece.model, {PACKED_MERGES}) beside it and load it again"
+            )
         return self.tokenizer
 
     def save(self, folder: Path, *, layout: str = "hf") -> None:

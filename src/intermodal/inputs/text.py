@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import string
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,13 +29,16 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
+PACKED_MERGES = "bpe_simple_vocab_16e6.txt.gz"
+"""The file that OpenAI's CLIP and open_clip keep their tokenizer in; saved as `vocab.json` and `merges.txt`."""
 
 
 def canonicalise(text: str, *, lower: bool = True, underscore_to_space: bool = True) -> str:
     """SigLIP's text clean-up: `_` to a space, no punctuation, lower case, single spaces.
 
     Source: big_vision `evaluators/proj/image_text/prompt_engineering.py:94`. Transformers' `SiglipTokenizer` deletes `_` with the
-    other punctuation instead of making it a space; `underscore_to_space=False` gives that.
+    other punctuation instead of making it a space; `underscore_to_space=False` gives that, in a checkpoint by
+    `"underscore_to_space": false` in its tokenizer_config.json.
     """
     if underscore_to_space:
         text = text.replace("_", " ")
@@ -114,7 +119,7 @@ def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id:
     """The tokenizer of a checkpoint directory, or None when it holds no tokenizer files.
 
     Args:
-        folder: a directory with `tokenizer.json`, `vocab.json` + `merges.txt`, or `spiece.model`.
+        folder: a directory with `tokenizer.json`, `vocab.json` + `merges.txt`, `spiece.model`, or CLIP's `bpe_simple_vocab_16e6.txt.gz`.
         family: "clip", "siglip" or "siglip2": the rule for padding and cutting.
         context: the text tower's context in tokens.
         eos_id, pad_id: from the model's config, where the tokenizer files do not name the tokens.
@@ -123,6 +128,8 @@ def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id:
         CheckpointError: the files cannot be read, or need the `sentencepiece` package that is not installed.
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+    if not files and (folder / PACKED_MERGES).exists():
+        files = unpacked_merges(folder / PACKED_MERGES)
     settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     token_class = str(settings.get("tokenizer_class", ""))
     encode, token_id = _backend(folder, files, settings)
@@ -134,7 +141,11 @@ def from_folder(folder: Path, family: str, *, context: int, eos_id: int, pad_id:
     eos = eos_id if named_eos is None else named_eos
     clean: Callable[[str], str] | None = None
     if siglip:
-        clean = partial(canonicalise, lower=bool(settings.get("do_lower_case", True)))
+        clean = partial(
+            canonicalise,
+            lower=bool(settings.get("do_lower_case", True)),
+            underscore_to_space=bool(settings.get("underscore_to_space", True)),
+        )
     elif family != "clip" and ("Gemma" in token_class or token_class.startswith("Siglip2")):
         clean = lower_case  # SigLIP 2 was trained on lower-cased text; plain Gemma files do not say so
     # Siglip2Tokenizer pads left by class default; a file that says something wins
@@ -164,7 +175,7 @@ def _backend(folder: Path, files: dict[str, bytes], settings: dict[str, Any]):
         except Exception as error:  # the Rust parser raises plain Exception
             raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
     elif {"vocab.json", "merges.txt"} <= files.keys():
-        fast = clip_tokenizer(folder)
+        fast = clip_tokenizer(folder, files)
     elif "spiece.model" in files:
         return _sentencepiece(folder)
     else:
@@ -188,13 +199,45 @@ class FastEncoder:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
 
-def clip_tokenizer(folder: Path) -> Tokenizer:
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def unpacked_merges(path: Path) -> dict[str, bytes]:
+    """`vocab.json` and `merges.txt` from CLIP's one compressed list of merges.
+
+    Ids follow from it: every byte as a letter, the same at a word's end, the merges, start and end.
+    Source: open_clip `tokenizer.py`, `bytes_to_unicode` and `SimpleTokenizer.__init__`.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not CLIP's list of merges: {error}") from error
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    merges = lines[1 : 49408 - 2 * len(letters) - 1]  # of its 262,000 lines; the first names a version
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), START, END]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+    }
+
+
+def clip_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
     """CLIP's byte-level BPE from `vocab.json` and `merges.txt`, the layout without `tokenizer.json`.
 
     Lower-cased, pieces end in `</w>`, start and end tokens added (open_clip `tokenizer.py`; Hugging Face `tokenization_clip.py`).
     """
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    start, end = START, END
+    try:
+        vocab = json.loads(files["vocab.json"])
+        lines = files["merges.txt"].decode().split("\n")
+        merges = [(left, right) for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt are not a tokenizer: {error}") from error
     missing = [token for token in (start, end) if token not in vocab]
     if missing:
         raise CheckpointError(f"{folder / 'vocab.json'} lacks CLIP's special tokens {missing}")

@@ -214,7 +214,7 @@ def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]
     text = config.text
     tokenizer = texts.from_folder(folder, family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
     if tokenizer is not None and "model_cfg" in raw:
-        tokenizer.clean = open_clip.text_clean_up(raw) or tokenizer.clean
+        tokenizer.clean = open_clip.text_clean_up(raw)
     return PairProcessor(pictures, tokenizer, family)
 
 

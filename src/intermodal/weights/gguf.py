@@ -16,11 +16,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.decoder import DecoderConfig
 from ..nn.rope import RopeConfig
+from .rules import Rename, Rule
 
 _LAYER = {
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -31,8 +30,30 @@ _LAYER = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], dict[str, Tensor], Any]:
-    """(family, config, the same as a Hugging Face config, weights by our keys, chat processor).
+class Unpermute(Rule):
+    """Rows of a projection in neighbouring rotary pairs -> in halves. Read only."""
+
+    def __init__(self, theirs: str, ours: str, *, heads: int):
+        super().__init__((theirs,), (ours,))
+        object.__setattr__(self, "heads", heads)
+
+    def load(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [unpermute(tensors[0], self.heads)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def rules(config: DecoderConfig) -> list[Rule]:
+    """llama.cpp's names of the llama architecture."""
+    layer, ours = "blk.{n}", "model.layers.{n}"
+    return [
+        *(Rename(f"{theirs}.{{rest}}", f"{name}.{{rest}}") for theirs, name in _TOP.items()),
+        *(Rename(f"{layer}.{theirs}.{{rest}}", f"{ours}.{name}.{{rest}}") for theirs, name in _LAYER.items()),
+        Unpermute(f"{layer}.attn_q.{{rest}}", f"{ours}.self_attn.q_proj.{{rest}}", heads=config.heads),
+        Unpermute(f"{layer}.attn_k.{{rest}}", f"{ours}.self_attn.k_proj.{{rest}}", heads=config.kv_heads),
+    ]
+
+
+def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], list[Rule], dict[str, Tensor], Any]:
+    """(family, config, the same as a Hugging Face config, key table, weights by the file's keys, chat processor).
 
     Raises:
         CheckpointError: the package is missing, the file is damaged, or the architecture is another one.
@@ -76,12 +97,7 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], dict[str, Tens
             raise CheckpointError(
                 f"{path}: {tensor.name} of type {tensor.tensor_type.name} cannot be de-quantised: {error}"
             ) from error
-        key = _ours(tensor.name)
-        if key is None:
-            raise CheckpointError(f"{path}: a tensor that the llama architecture does not have: {tensor.name}")
-        if key.endswith(("q_proj.weight", "k_proj.weight")):
-            values = unpermute(values, config.heads if "q_proj" in key else config.kv_heads)
-        state[key] = values
+        state[tensor.name] = values
     from ..inputs.chat import ChatProcessor
     from .decoder import text_to_hf
     from .gguf_tokenizer import files_from_gguf
@@ -91,20 +107,10 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], dict[str, Tens
         token = fields.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
             raw[f"{name}_token_id"] = int(token)
-    return "llama", config, raw, state, ChatProcessor.from_files(files_from_gguf(fields, path), raw)
+    return "llama", config, raw, rules(config), state, ChatProcessor.from_files(files_from_gguf(fields, path), raw)
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
     """(H * K, D) rows in neighbouring pairs -> in halves."""
     half = rows.shape[0] // heads // 2
     return rows.unflatten(0, (heads, half, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _ours(name: str) -> str | None:
-    stem, _, leaf = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{leaf}"
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{leaf}"
-    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +70,8 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     """A model with its processor from a directory, a GGUF file or a Hugging Face hub id. Its class follows from config.json.
 
     Args:
-        source: a directory in Hugging Face's layout, or open_clip's; a `.gguf` file of the llama architecture; or a hub id to download.
+        source: a directory in Hugging Face's layout, or open_clip's; a `.gguf` file of the llama architecture; a `.pt` file that open_clip
+            has trained (`epoch_N.pt`), with the model's `open_clip_config.json` beside it; or a hub id to download.
         dtype: of the weights, by name or as a torch dtype.
         image_size: resample a dual encoder's vision positions for square pictures of this side (bicubic; not for NaFlex).
 
@@ -80,26 +82,20 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None:
         raise IntermodalError(f"weights have no type {dtype!r}{nearest(str(dtype), DTYPES)}; known are {', '.join(DTYPES)}")
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        from . import gguf
-
-        family, config, raw, native, processor = gguf.read(path)
-        where, handler = path, codec(family)
-    else:
-        where = _folder(source)
-        family, config, raw, native = _read(where)
-        handler = codec(family)
-        processor = None
+    found = _read(source)
+    family, handler = found.family, codec(found.family)
+    try:
+        native = convert(found.state, found.rules)
+    except CheckpointError as error:
+        raise CheckpointError(f"{found.where}: {error}") from error
     try:
         with torch.device("meta"):
-            model = handler.build(family, config)
+            model = handler.build(family, found.config)
     except IntermodalError as error:
-        raise CheckpointError(f"{where}: its config cannot be built: {error}") from error
-    check_against(native, model, str(where))
-    model.source = {"config": raw, "folder": str(where)}
-    if processor is None:
-        processor = handler.processor(where, family, config, raw)
+        raise CheckpointError(f"{found.where}: its config cannot be built: {error}") from error
+    check_against(native, model, str(found.where), found.rules, found.state.keys())
+    model.source = {"config": found.raw, "folder": str(found.where)}
+    processor = found.processor or handler.processor(found.folder, family, found.config, found.raw)
     if image_size is not None:
         from .clip import resized
 
@@ -167,26 +163,47 @@ def codec_of(model: Any) -> Codec:
     return codec(model.family)
 
 
-def _read(folder: Path) -> tuple[str, Any, dict[str, Any], dict[str, Tensor]]:
-    """(family, config, config.json as it is, weights by our keys) of a directory."""
-    if (folder / "open_clip_config.json").exists() and not (folder / "config.json").exists():
-        family, config, rules, state, raw = open_clip.read(folder)
-    else:
-        raw = read_json(folder / "config.json")
-        family = str(raw.get("model_type"))
-        if family not in FAMILIES:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: model_type {family!r} is not one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
-            )
-        try:
-            config = codec(family).from_hf(raw)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-        rules, state = codec(family).rules(family, config), read_weights(folder)
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint as it lies on disk."""
+
+    where: Path
+    """The directory or file, for messages."""
+    folder: Path
+    """Where its tokenizer and processor files are."""
+    family: str
+    config: Any
+    raw: dict[str, Any]
+    """Its config file as it is."""
+    rules: list[Rule]
+    state: dict[str, Tensor]
+    """Weights by the checkpoint's own keys."""
+    processor: Any = None
+    """Where the weights file holds the tokenizer too (GGUF)."""
+
+
+def _read(source: str | Path) -> _Found:
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from . import gguf
+
+        return _Found(path, path.parent, *gguf.read(path))
+    if path.suffix in open_clip.TRAINED and path.is_file():
+        return _Found(path, path.parent, *open_clip.read_trained(path))
+    folder = _folder(source)
+    if (folder / open_clip.CONFIG).exists() and not (folder / "config.json").exists():
+        return _Found(folder, folder, *open_clip.read(folder))
+    raw = read_json(folder / "config.json")
+    family = str(raw.get("model_type"))
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {family!r} is not one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
+        )
     try:
-        return family, config, raw, convert(state, rules)
+        config = codec(family).from_hf(raw)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    return _Found(folder, folder, family, config, raw, codec(family).rules(family, config), read_weights(folder))
 
 
 def _folder(source: str | Path) -> Path:
@@ -195,7 +212,7 @@ def _folder(source: str | Path) -> Path:
         return folder
     text = str(source)
     if folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the directory that holds config.json")
+        raise CheckpointError(f"{folder} is a file; give the directory that holds config.json, a .gguf file or open_clip's .pt")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text} is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download

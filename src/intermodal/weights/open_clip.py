@@ -10,6 +10,7 @@ import copy
 import html
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,21 @@ from ..files import read_json
 from ..inputs.image import CLIP_MEAN, CLIP_STD, ImageProcessor
 from ..inputs.text import canonicalise, lower_case
 from ..models.clip import DualConfig, DualEncoder
-from ..models.text import TextConfig
+from ..models.text import LEGACY_EOS, TextConfig
 from ..models.vit import VisionConfig
 from .clip import family_of
-from .files import read_weights, write_weights
-from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose
+from .files import read_pickle, read_weights, write_weights
+from .rules import Ignore, Rename, Reshape, Rule, Split, Transpose, convert
 
+CONFIG = "open_clip_config.json"
+OWN_VOCABULARY = 49408
+"""Tokens of CLIP's tokenizer, which open_clip brings along."""
 STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+TRAINED = (".pt", ".pth")
+"""How the files end that open_clip's training writes (`checkpoints/epoch_N.pt`)."""
+
+Described = tuple[str, DualConfig, dict[str, Any], list[Rule], dict[str, Tensor]]
+"""Family, config, their config, key table and their tensors."""
 
 
 def _blocks(theirs: str, ours: str) -> list[Rule]:
@@ -104,27 +113,45 @@ def siglip_rules(config: DualConfig) -> list[Rule]:
     ]
 
 
-def read(folder: Path) -> tuple[str, DualConfig, list[Rule], dict[str, Tensor], dict[str, Any]]:
-    """(family, config, rules, their tensors, their config) of an open_clip directory."""
-    raw = read_json(folder / "open_clip_config.json")
-    state = read_weights(folder, STEMS)
-    try:
-        return _described(folder, raw, state)
-    except KeyError as error:
-        ours = {"positional_embedding": "position_embedding"}.get(str(error.args[0]), error.args[0])
-        raise CheckpointError(f"{folder} lacks the tensor {error.args[0]} (our {ours})") from None
+def read(folder: Path) -> Described:
+    """A directory with `open_clip_config.json` and its weights."""
+    return _described(str(folder), _config_file(folder / CONFIG), read_weights(folder, STEMS))
 
 
-def _described(folder: Path, raw: dict[str, Any], state: dict[str, Tensor]):
-    if "visual.trunk.pos_embed" in state:
-        config = _siglip_config(raw, state)
-        return "siglip", config, siglip_rules(config), _scalars(state), raw
-    if "visual.class_embedding" not in state:
+def read_trained(path: Path) -> Described:
+    """A file that open_clip's training has written. Such a file does not say which model it is of: the model's config stands beside it.
+
+    Raises:
+        CheckpointError: no config beside it; what it holds is another kind of model.
+    """
+    config = path.parent / CONFIG
+    if not config.exists():
         raise CheckpointError(
-            f"{folder}: only open_clip's ViT towers are read (no visual.class_embedding or visual.trunk.pos_embed)"
+            f"{path} does not say which model it is of: copy open_clip's model_configs/NAME.json of that model to {config} "
+            "(and its tokenizer's files, for texts)"
         )
-    config = _clip_config(raw, state)
-    return "clip", config, clip_rules(config, "text.token_embedding.weight" in state), _scalars(state), raw
+    return _described(str(path), _config_file(config), read_pickle(path))
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    """`open_clip_config.json`: as published, or one of open_clip's own `model_configs`, which is the inner part alone."""
+    raw = read_json(path)
+    return raw if "model_cfg" in raw else {"model_cfg": raw}
+
+
+def _described(where: str, raw: dict[str, Any], state: dict[str, Tensor]) -> Described:
+    try:
+        if "visual.trunk.pos_embed" in state:
+            config = _siglip_config(raw, state)
+            return "siglip", config, raw, siglip_rules(config), _scalars(state)
+        if "visual.class_embedding" not in state:
+            raise CheckpointError(
+                f"{where}: only open_clip's ViT towers are read (no visual.class_embedding or visual.trunk.pos_embed)"
+            )
+        config = _clip_config(raw, state)
+        return "clip", config, raw, clip_rules(config, "text.token_embedding.weight" in state), _scalars(state)
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks the tensor {error.args[0]}") from None
 
 
 def _scalars(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,8 +167,14 @@ def _refuse(cfg: dict[str, Any], section: str, allowed: dict[str, tuple]) -> Non
 
 def _text_config(raw: dict[str, Any], state: dict[str, Tensor], prefix: str, **defaults: Any) -> TextConfig:
     cfg = raw.get("model_cfg", {}).get("text_cfg", {})
-    width = state[f"{prefix}token_embedding.weight"].shape[1]
-    vocab = state[f"{prefix}token_embedding.weight"].shape[0]
+    vocab, width = state[f"{prefix}token_embedding.weight"].shape
+    eos = vocab - 1  # pooling at the largest id, CLIP's end token
+    if cfg.get("pool_type") == "eos":
+        eos = cfg.get("eos_id", 2)
+        if eos == LEGACY_EOS:
+            raise CheckpointError(
+                f"open_clip text_cfg.eos_id={eos} with pool_type 'eos' is not built here: {eos} stands for 'argmax'"
+            )
     return TextConfig(
         width=width,
         depth=_depth(state, f"{prefix}transformer.resblocks."),
@@ -149,7 +182,7 @@ def _text_config(raw: dict[str, Any], state: dict[str, Tensor], prefix: str, **d
         mlp_width=state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         vocab_size=vocab,
         context=state[f"{prefix}positional_embedding"].shape[0],
-        eos_id=cfg.get("eos_id", vocab - 1),
+        eos_id=eos,
         pad_id=cfg.get("pad_id", 0),
         bos_id=vocab - 2,
         **defaults,
@@ -172,7 +205,9 @@ def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
         "vision_cfg",
         {"pool_type": ("tok",), "act_kwargs": (), "attentional_pool": (), "no_ln_pre": (), "ls_init_value": ()},
     )
-    _refuse(text, "text_cfg", {"pool_type": ("argmax",), "act_kwargs": (), "no_causal_mask": (), "proj_bias": (), "embed_cls": ()})
+    _refuse(
+        text, "text_cfg", {"pool_type": ("argmax", "eos"), "act_kwargs": (), "no_causal_mask": (), "proj_bias": (), "embed_cls": ()}
+    )
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     width = state["visual.conv1.weight"].shape[0]
     prefix = "text." if "text.token_embedding.weight" in state else ""
@@ -192,31 +227,41 @@ def _clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
     )
 
 
-# timm's SigLIP towers by name: width, depth, heads, MLP width (timm `vision_transformer.py`). open_clip's configs give only the name.
+# timm's SigLIP towers by name: width, depth, heads, MLP width, and (patch, picture) sizes; open_clip's configs give only the name.
+# Source: timm 1.0 `vision_transformer.py`, vit_*_siglip_*.
 TRUNKS = {
-    "vit_base": (768, 12, 12, 3072),
-    "vit_large": (1024, 24, 16, 4096),
-    "vit_so400m": (1152, 27, 16, 4304),
-    "vit_giantopt": (1536, 40, 16, 6144),
+    "vit_base": ((768, 12, 12, 3072), {(16, 224), (16, 256), (16, 384), (16, 512), (32, 256)}),
+    "vit_large": ((1024, 24, 16, 4096), {(16, 256), (16, 384), (16, 512)}),
+    "vit_so400m": ((1152, 27, 16, 4304), {(14, 224), (14, 378), (14, 384), (16, 256), (16, 384), (16, 512)}),
+    "vit_giantopt": ((1536, 40, 16, 6144), {(16, 256), (16, 384)}),
 }
 TIMM_EPS = 1e-6
 
 
 def _trunk_heads(raw: dict[str, Any]) -> int:
-    """Heads of a timm trunk: from its name, or from our own section where no timm model has the tower's shape."""
+    """Heads of a timm trunk, from its name."""
     name = raw.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
-    found = next((shape for known, shape in TRUNKS.items() if name.startswith(known + "_")), None)
-    heads = found[2] if found else raw.get("intermodal", {}).get("vision_heads")
-    if heads is None:
-        raise CheckpointError(f"open_clip vision_cfg.timm_model_name={name!r}: heads unknown; known trunks: {', '.join(TRUNKS)}")
-    return heads
+    for known, (shape, _) in TRUNKS.items():
+        if name.startswith(f"{known}_"):
+            return shape[2]
+    raise CheckpointError(f"open_clip vision_cfg.timm_model_name={name!r}: heads unknown; known trunks: {', '.join(TRUNKS)}")
 
 
 def _trunk_name(vision: VisionConfig) -> str:
-    """The timm name of a tower's shape. A shape that timm does not have gets a name that open_clip refuses by itself."""
+    """The timm name of a tower's shape.
+
+    Raises:
+        CheckpointError: timm has no such tower, and open_clip makes SigLIP towers by timm's names only.
+    """
     shape = (vision.width, vision.depth, vision.heads, vision.mlp_width)
-    size = next((known for known, known_shape in TRUNKS.items() if known_shape == shape), f"vit_{vision.width}x{vision.depth}")
-    return f"{size}_patch{vision.patch_size}_siglip_{vision.image_size}"
+    for known, (known_shape, sizes) in TRUNKS.items():
+        if known_shape == shape and (vision.patch_size, vision.image_size) in sizes:
+            return f"{known}_patch{vision.patch_size}_siglip_{vision.image_size}"
+    raise CheckpointError(
+        f"open_clip makes SigLIP towers by timm's names, and timm has none of width {vision.width}, depth {vision.depth}, "
+        f"{vision.heads} heads, patch {vision.patch_size} and {vision.image_size} px ({', '.join(TRUNKS)}, each with its own sizes): "
+        "save it with layout='hf'"
+    )
 
 
 def _siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
@@ -265,18 +310,19 @@ def pictures(raw: dict[str, Any], side: int) -> ImageProcessor:
     )
 
 
-def text_clean_up(raw: dict[str, Any]) -> Callable[[str], str] | None:
-    """What `text_cfg.tokenizer_kwargs.clean` asks to do to a text before it becomes tokens; None where the files say nothing.
+def text_clean_up(raw: dict[str, Any]) -> Callable[[str], str]:
+    """What `text_cfg.tokenizer_kwargs.clean` asks to do to a text before it becomes tokens.
 
-    open_clip also repairs broken encodings (the `ftfy` package) before; texts here are taken to be sound.
-    Source: open_clip `tokenizer.py`, `get_clean_fn`.
+    Where it says nothing, open_clip lowers the case for its own tokenizer and not for others (`hf_tokenizer_name`). open_clip also
+    repairs broken encodings (the `ftfy` package) before; texts here are taken to be sound.
+    Source: open_clip `tokenizer.py`, `get_clean_fn`; `factory.py`, `get_tokenizer`.
 
     Raises:
         CheckpointError: a clean-up that open_clip does not have.
     """
-    name = (raw.get("model_cfg", {}).get("text_cfg", {}).get("tokenizer_kwargs") or {}).get("clean")
-    if name is None:
-        return None
+    text_cfg = raw.get("model_cfg", {}).get("text_cfg", {})
+    default = "whitespace" if text_cfg.get("hf_tokenizer_name") else "lower"
+    name = (text_cfg.get("tokenizer_kwargs") or {}).get("clean", default)
     if name not in CLEAN_UPS:
         raise CheckpointError(f"open_clip_config.json: the text clean-up {name!r} is not one of {', '.join(CLEAN_UPS)}")
     return CLEAN_UPS[name]
@@ -294,28 +340,37 @@ def _canonical(text: str) -> str:
     return canonicalise(html.unescape(html.unescape(text)))
 
 
+def _clean_up_name(clean: Callable[[str], str] | None) -> str:
+    """open_clip's word for a tokenizer's clean-up; it has none for "as it is", and single spaces are nearest to that."""
+    if isinstance(clean, partial) and clean.func is canonicalise:
+        return "canonicalize"
+    known = {function: name for name, function in CLEAN_UPS.items()}
+    return "lower" if clean is lower_case else known.get(clean, "whitespace")  # pyright: ignore[reportArgumentType]
+
+
 RESIZE_MODES = ("shortest", "longest", "squash")
 CLEAN_UPS = {"whitespace": _single_spaces, "lower": _lower, "canonicalize": _canonical}
 
 
 def write(model: DualEncoder, folder: Path) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`, a directory for open_clip's `local-dir:` and hub models.
 
     Raises:
-        CheckpointError: a NaFlex model, which open_clip keeps in another tower class.
+        CheckpointError: a NaFlex model, which open_clip keeps in another tower class; a setting or size that its config cannot say.
     """
-    from .rules import convert
-
     family = family_of(model)
     if family == "siglip2":
         raise CheckpointError("open_clip's ViT layout does not hold NaFlex models; use layout='hf'")
     loaded = model.source.get("config", {})
     raw = copy.deepcopy(loaded) if "model_cfg" in loaded else _config(model, family)
-    raw["model_cfg"]["vision_cfg"]["image_size"] = model.config.vision.image_size
+    vision_cfg, side = raw["model_cfg"]["vision_cfg"], model.config.vision.image_size
+    if family == "siglip" and vision_cfg["image_size"] != side:  # resampled since it was loaded
+        vision_cfg["timm_model_name"] = _trunk_name(model.config.vision)
+    vision_cfg["image_size"] = side
     custom = family == "siglip" or bool(raw["model_cfg"].get("custom_text"))
     rules = siglip_rules(model.config) if family == "siglip" else clip_rules(model.config, custom)
     write_weights(convert(model.state_dict(), rules, saving=True), folder, stem="open_clip_model")
-    (folder / "open_clip_config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _config(model: DualEncoder, family: str) -> dict[str, Any]:
@@ -336,7 +391,8 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
     model_cfg: dict[str, Any] = {"embed_dim": config.embed_width, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     if family == "clip":
         model_cfg["quick_gelu"] = vision.activation == "quick_gelu"
-        text_cfg["eos_id"] = text.eos_id
+        if text.eos_id not in (LEGACY_EOS, text.vocab_size - 1):  # open_clip pools at the largest id if it is not told
+            text_cfg.update(pool_type="eos", eos_id=text.eos_id)
         vision_cfg.update(layers=vision.depth, width=vision.width, head_width=vision.width // vision.heads)
         vision_cfg["mlp_ratio"] = _ratio(vision.mlp_width, vision.width)
         for cfg, tower in ((vision_cfg, vision), (text_cfg, text)):
@@ -350,6 +406,10 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
         if text.activation == "gelu_pytorch_tanh":
             text_cfg["act_kwargs"] = {"approximate": "tanh"}
         model_cfg.update(custom_text=True, init_logit_bias=-10)
+    if model.processor is not None and model.processor.tokenizer is not None and text.vocab_size != OWN_VOCABULARY:
+        # else open_clip would take its own tokenizer; from a `local-dir:` it reads the files beside the config, whatever the name
+        text_cfg["hf_tokenizer_name"] = "local-dir"
+        text_cfg["tokenizer_kwargs"] = {"clean": _clean_up_name(model.processor.tokenizer.clean)}
     preprocess: dict[str, Any] = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD), "interpolation": "bicubic"}
     if model.processor is not None and isinstance(model.processor.images, ImageProcessor):
         images = model.processor.images
@@ -360,10 +420,7 @@ def _config(model: DualEncoder, family: str) -> dict[str, Any]:
             "resize_mode": "longest" if images.letterbox else "shortest" if isinstance(images.size, int) else "squash",
             **({"fill_color": images.fill} if images.fill else {}),
         }
-    written: dict[str, Any] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-    if family == "siglip":
-        written["intermodal"] = {"vision_heads": vision.heads}
-    return written
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
 def _ratio(hidden: int, width: int) -> float:

@@ -38,7 +38,7 @@ class SplitHeads(Rule):
     def load(self, tensors: list[Tensor]) -> list[Tensor]:
         heads: int = self.heads  # pyright: ignore[reportAttributeAccessIssue]
         if tensors[0].shape[0] % (3 * heads):
-            raise CheckpointError(f"{self.theirs[0]} of shape {tuple(tensors[0].shape)} does not divide into 3 x {heads} heads")
+            raise CheckpointError(f"file {tuple(tensors[0].shape)}, which does not divide into 3 x {heads} heads")
         return [part.flatten(0, 1) for part in tensors[0].unflatten(0, (heads, 3, -1)).unbind(1)]
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:

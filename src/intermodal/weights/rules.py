@@ -6,7 +6,7 @@ A pattern holds `{n}` for a layer number and `{rest}` for any tail: `Rename("a.{
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,7 +59,7 @@ class Split(Rule):
 
     def load(self, tensors: list[Tensor]) -> list[Tensor]:
         if tensors[0].shape[0] % len(self.ours):
-            raise CheckpointError(f"{self.theirs[0]} of shape {tuple(tensors[0].shape)} does not divide into {len(self.ours)}")
+            raise CheckpointError(f"file {tuple(tensors[0].shape)}, which does not divide into {len(self.ours)}")
         return list(tensors[0].chunk(len(self.ours)))
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -78,7 +78,7 @@ class Reshape(Rule):
         shape, wanted = tuple(tensors[0].shape), self.their_shape  # pyright: ignore[reportAttributeAccessIssue]
         fits = len(shape) == len(wanted) and all(w in (-1, s) for s, w in zip(shape, wanted, strict=True))
         if not fits and tensors[0].numel() > 1:  # a scalar may be stored as () or (1,)
-            raise CheckpointError(f"misshapen {self.theirs[0]}: file {shape}, model {wanted}")
+            raise CheckpointError(f"file {shape}, model {wanted}")
         return [self._view(tensors[0], self.our_shape)]  # pyright: ignore[reportAttributeAccessIssue]
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -88,7 +88,7 @@ class Reshape(Rule):
         try:
             return tensor.reshape(shape)
         except RuntimeError as error:
-            raise CheckpointError(f"{self.theirs[0]}: shape {tuple(tensor.shape)} does not reshape to {shape}") from error
+            raise CheckpointError(f"file {tuple(tensor.shape)}, which does not reshape to {shape}") from error
 
 
 class Transpose(Rule):
@@ -99,7 +99,7 @@ class Transpose(Rule):
 
     def load(self, tensors: list[Tensor]) -> list[Tensor]:
         if tensors[0].ndim != 2:
-            raise CheckpointError(f"{self.theirs[0]} should be a matrix, its shape is {tuple(tensors[0].shape)}")
+            raise CheckpointError(f"file {tuple(tensors[0].shape)}, which should be a matrix")
         return [tensors[0].T]
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -137,7 +137,11 @@ def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], *, saving: bool 
             raise CheckpointError(f"{key} needs its partners {absent}, which are missing")
         used.update(names)
         tensors = [state[name] for name in names]
-        for pattern, tensor in zip(targets, rule.save(tensors) if saving else rule.load(tensors), strict=True):
+        try:
+            made = rule.save(tensors) if saving else rule.load(tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"misshapen {' + '.join(names)}: {error}") from error
+        for pattern, tensor in zip(targets, made, strict=True):
             out[_fill(pattern, found)] = tensor
     if unknown:
         raise CheckpointError(f"{len(unknown)} keys that this model family does not have: {_some(unknown)}")
@@ -169,23 +173,46 @@ def _some(keys: Sequence[str], count: int = 8) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def check_against(state: Mapping[str, Tensor], model: torch.nn.Module, where: str) -> None:
+def theirs_of(key: str, rules: Sequence[Rule], present: Container[str] = ()) -> str:
+    """How a checkpoint spells one of our keys; of several spellings the one among `present`, else the one that is written."""
+    spellings = []
+    for rule in rules:
+        for pattern in rule.ours:
+            match = _pattern(pattern).fullmatch(key)
+            if match:
+                spellings.append(" + ".join(_fill(theirs, match.groupdict()) for theirs in rule.theirs))
+    return next((name for name in spellings if name in present), spellings[0] if spellings else key)
+
+
+def check_against(
+    state: Mapping[str, Tensor], model: torch.nn.Module, where: str, rules: Sequence[Rule], present: Container[str] = ()
+) -> None:
     """Compare converted tensors with a model's own.
 
+    Args:
+        state: tensors by our keys.
+        rules: what converted them: a message names a tensor as the file does, and says our name too where it is another.
+        present: the file's own keys.
+
     Raises:
-        CheckpointError: names every missing, surplus or misshapen key and every tensor with NaN or infinity.
+        CheckpointError: names the missing, surplus and misshapen keys and the tensors with NaN or infinity, all in one line.
     """
     wanted = model.state_dict()
-    lines = []
+
+    def named(key: str) -> str:
+        theirs = theirs_of(key, rules, present)
+        return key if theirs == key else f"{theirs} (here {key})"
+
+    found = []
     for key in wanted.keys() - state.keys():
-        lines.append(f"missing   {key} {tuple(wanted[key].shape)}{nearest(key, state.keys() - wanted.keys())}")
+        found.append(f"missing {named(key)} {tuple(wanted[key].shape)}{nearest(key, state.keys() - wanted.keys())}")
     for key in state.keys() - wanted.keys():
-        lines.append(f"surplus   {key} {tuple(state[key].shape)}")
+        found.append(f"surplus {named(key)} {tuple(state[key].shape)}")
     for key in wanted.keys() & state.keys():
         if wanted[key].shape != state[key].shape:
-            lines.append(f"misshapen {key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}")
+            found.append(f"misshapen {named(key)}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}")
         elif state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all()):
-            lines.append(f"not finite {key}: NaN or infinity among its values")
-    if lines:
-        shown = "\n  ".join(sorted(lines)[:20]) + ("" if len(lines) <= 20 else f"\n  and {len(lines) - 20} more")
-        raise CheckpointError(f"{where} does not fit its config:\n  {shown}")
+            found.append(f"not finite {named(key)}: NaN or infinity among its values")
+    if found:
+        shown = "; ".join(sorted(found)[:12]) + ("" if len(found) <= 12 else f"; and {len(found) - 12} more")
+        raise CheckpointError(f"{where} does not fit its config: {shown}")

@@ -133,10 +133,11 @@ def read_authors(folder: str | Path) -> VQVAE:
 
 def _filled(config: VQConfig, state: dict[str, Tensor], where: str) -> VQVAE:
     try:
-        native = convert(state, rules("vqgan", config))
+        table = rules("vqgan", config)
+        native = convert(state, table)
         with torch.device("meta"):
             model = VQVAE(config)
-        check_against(native, model, where)
+        check_against(native, model, where, table, state.keys())
     except IntermodalError as error:
         raise CheckpointError(f"{where}: {error}") from error
     model.load_state_dict({key: value.float() for key, value in native.items()}, assign=True)
