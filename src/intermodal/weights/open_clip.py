@@ -344,8 +344,9 @@ def _clean_up_name(clean: Callable[[str], str] | None) -> str:
     """open_clip's word for a tokenizer's clean-up; it has none for "as it is", and single spaces are nearest to that."""
     if isinstance(clean, partial) and clean.func is canonicalise:
         return "canonicalize"
-    known = {function: name for name, function in CLEAN_UPS.items()}
-    return "lower" if clean is lower_case else known.get(clean, "whitespace")  # pyright: ignore[reportArgumentType]
+    if clean is lower_case:
+        return "lower"
+    return next((name for name, function in CLEAN_UPS.items() if function is clean), "whitespace")
 
 
 RESIZE_MODES = ("shortest", "longest", "squash")
