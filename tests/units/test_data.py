@@ -10,6 +10,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -22,6 +23,7 @@ from intermodal.data.readers import SourceError, open_source
 from intermodal.data.source import Reject, Sample
 from intermodal.data.stream import StreamSource, first_samples
 from intermodal.errors import IntermodalError, SampleError
+from intermodal.evaluate.baselines import caption_baselines
 from intermodal.inputs.image import ImageProcessor, open_image
 from intermodal.inputs.processor import PairProcessor
 from intermodal.inputs.text import fresh, train_tokenizer
@@ -512,9 +514,36 @@ def test_stats_of_any_source_say_what_guessing_gives(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in rows))
     found = describe(str(tmp_path / "t.jsonl"), 100, 8)
     assert (found["samples"], found["looked at"], found["unusable"], found["captions on several pictures"]) == (5, 5, 1, 1)
-    assert found["baselines"] == {"caption, chance": pytest.approx(1 / 3), "caption, most common": 0.5}
+    guessing = next(value for name, value in found.items() if name.startswith("baselines"))
+    assert guessing["chance"] == pytest.approx(1 / 3)
+    assert guessing.keys() == {"chance", "most common", "text only", "nearest raw pixels", "bag of words"}
     assert found["words in a caption, mean"] == pytest.approx(9 / 4)
     assert any("gone.png" in reason for reason in found["reasons"])
+
+
+def test_guessing_captions_from_pixels_and_from_words():
+    """Two kinds of pictures that pixels tell apart, under captions whose words are the same: pixels know all, words half."""
+
+    def sample(number: int) -> Sample:
+        dark = number % 2 == 0
+        ramp = np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2)
+        return Sample(str(number), ramp if dark else ramp[:, ::-1].copy(), ["a cat on a dog" if dark else "a dog on a cat"])
+
+    found = caption_baselines([sample(number) for number in range(40)])
+    assert (found["chance"], found["nearest raw pixels"], found["bag of words"]) == (0.5, 1.0, 0.5)
+    assert 0.3 < found["most common"] < 0.7
+    assert found["text only"] in (found["most common"], 1 - found["most common"])  # one of the two is said always
+    rare = caption_baselines([Sample(str(n), sample(n).image, ["a cat", "x"] if n % 10 else ["a bus"]) for n in range(40)])
+    assert rare["most common"] == rare["text only"] > 0.8
+    assert rare["bag of words"] == 1.0
+
+
+@pytest.mark.parametrize("spec", ["sprites:core", "signs?words=4"])
+def test_stats_of_built_in_pictures_have_their_baselines(spec):
+    found = describe(spec, 40, 24)
+    guessing = next(value for name, value in found.items() if name.startswith("baselines: "))
+    assert {"chance", "nearest raw pixels"} <= guessing.keys()
+    assert ("baselines on single sprites of the held-out style" in found) == spec.startswith("sprites")
 
 
 def test_stats_of_scenes_hold_every_baseline():

@@ -1,12 +1,77 @@
-"""The demos from end to end, a few steps each: that they run, and that the pages have everything."""
+"""The demos from end to end, a few steps each: that they run, that the pages have everything, and that a stopped one goes on."""
 
 import json
+import os
+import signal
+from functools import partial
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from intermodal.train.loop import Stopped, Trainer
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(run, step): Ctrl-C comes while a run, by its recipe's name, makes that step; once."""
+    wanted, update = [], Trainer._update
+
+    def watched(self):
+        if (self.recipe.name, self.step) in wanted:
+            wanted.remove((self.recipe.name, self.step))
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    return lambda run, step: wanted.append((run, step))
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_demo_that_was_stopped_goes_on_with_the_same_steps(tmp_path, interrupted, monkeypatch):
+    """Stopped in each of its three runs; what it ends with is what one that was not stopped ends with, bit for bit."""
+    from intermodal.evaluate import demo, demo_llava
+
+    monkeypatch.setattr(demo, "score", partial(demo.score, count=24, among=12))
+    monkeypatch.setattr(demo, "scene_baselines", partial(demo.scene_baselines, train_count=20))
+    monkeypatch.setattr(demo_llava, "held_out_questions", partial(demo_llava.held_out_questions, each=2))
+
+    def first(out, steps, resume):
+        return demo.run_demo(out, 0, steps, resume=resume)
+
+    def second(out, steps, resume):
+        return demo_llava.run_llava_demo(out, out / "model", 0, steps, resume=resume)
+
+    once, often = tmp_path / "once", tmp_path / "often"
+    first(once, 6, False)
+    second(once, 6, False)
+    for part, run, step in ((first, "siglip", 2), (second, "llava/instruct", 1), (second, "blind/blind", 1)):
+        interrupted(run, step)
+        with pytest.raises(Stopped):
+            part(often, 6, True)
+        if part is first:
+            page = first(often, 99, True)  # the steps were settled on at the beginning
+    second(often, 99, True)
+    for part in ("model", "llava/model", "llava/blind/model"):
+        assert weights(often / part) == weights(once / part)
+    assert page.read_text().count("LLaVA on the same tower") == 1
+    spent = json.loads((often / "report.json").read_text())["training"]["seconds"]
+    assert spent == pytest.approx(json.loads((often / "plan.json").read_text())["seconds"]["siglip"], abs=0.06)
+
+
+def test_a_native_demo_that_was_stopped_goes_on(tmp_path, interrupted):
+    from intermodal.evaluate.demo_native import run_native_demo
+
+    for run, step in (("vqvae", 1), ("siglip", 1), ("native/fuse", 1)):
+        interrupted(run, step)
+        with pytest.raises(Stopped):
+            run_native_demo(tmp_path, 0, 3, resume=True)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["steps"] == {"vqvae": [3], "siglip": [3], "native": [3]}
+
+
+@pytest.mark.slow
 def test_demo(tmp_path):
     from intermodal.evaluate.demo import run_demo
     from intermodal.evaluate.demo_llava import run_llava_demo
@@ -21,6 +86,7 @@ def test_demo(tmp_path):
     assert text.count("data:image/png") > 20
 
 
+@pytest.mark.slow
 def test_native_demo(tmp_path):
     from intermodal.evaluate.demo_native import COLUMNS, run_native_demo
 

@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Train, evaluate, run and exchange multimodal models: CLIP, SigLIP, LLaVA, Qwen-VL.",
 )
 app.add_typer(data, name="data")
+_STOPPED = "the demo was stopped and is kept in {out}; go on with: intermodal {verb} --out {out} --resume"
 for verb in (chat.chat, chat.generate, chat.inspect):
     app.command()(verb)
 
@@ -294,7 +295,8 @@ def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
     llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 205.0,
-    steps: Annotated[int | None, typer.Option(help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where a demo in --out was stopped.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train SigLIP on composed scenes for three minutes, then a LLaVA and its blind twin on its tower for four, and draw `report.html`.
@@ -310,14 +312,14 @@ def demo(
 
     console = Console(stderr=as_json)
     try:
-        report = run_demo(out, seconds, steps, console)
-    except Stopped:
-        raise Stopped(f"the demo was stopped; what there is of it is in {out}, and the same command begins again") from None
-    results = json.loads((out / "report.json").read_text())
-    if llava_seconds > 0:
-        from ..evaluate.demo_llava import run_llava_demo
+        report = run_demo(out, seconds, steps, console, resume=resume)
+        results = json.loads((out / "report.json").read_text())
+        if llava_seconds > 0:
+            from ..evaluate.demo_llava import run_llava_demo
 
-        results["llava"] = run_llava_demo(out, out / "model", llava_seconds, steps, console)
+            results["llava"] = run_llava_demo(out, out / "model", llava_seconds, steps, console, resume=resume)
+    except Stopped:
+        raise Stopped(_STOPPED.format(verb="demo", out=out)) from None
     say({"report": str(report), **results}, as_json, f"report: {report}")
 
 
@@ -325,9 +327,10 @@ def demo(
 def demo_native(
     out: Out = Path("runs/demo-native"),
     seconds: Annotated[float, typer.Option(help="How long the VQ-VAE and the model train; the steps are set to fit.")] = 720.0,
-    steps: Annotated[int | None, typer.Option(help="Train both exactly this many steps instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train both exactly this many steps instead.")] = None,
     count: Annotated[int, typer.Option(help="How many held-out captions it draws.")] = 120,
     guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 1.5,
+    resume: Annotated[bool, typer.Option(help="Go on where a demo in --out was stopped.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a VQ-VAE and a small Chameleon on scenes, let it draw captions it has never seen, and draw `report.html`.
@@ -337,8 +340,13 @@ def demo_native(
     from rich.console import Console
 
     from ..evaluate.demo_native import run_native_demo
+    from ..train.loop import Stopped
 
-    page = run_native_demo(out, seconds, steps, count=count, guidance=guidance, console=Console(stderr=as_json))
+    console = Console(stderr=as_json)
+    try:
+        page = run_native_demo(out, seconds, steps, count=count, guidance=guidance, console=console, resume=resume)
+    except Stopped:
+        raise Stopped(_STOPPED.format(verb="demo-native", out=out)) from None
     say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, f"report: {page}")
 
 
@@ -399,10 +407,11 @@ def _number(value: Any) -> str:
 
 
 def run(arguments: list[str]) -> NoReturn:
-    """Run a verb; an error of the user's making is one line on stderr and exit code 1, with --debug a traceback."""
+    """Run a verb; an error of the user's making is one line on stderr and exit code 1 (2 for a wrong command), with --debug a traceback."""
     debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app([a for a in arguments if a != "--debug"], standalone_mode=True)
+        code = app(arguments or ["--help"], standalone_mode=False, prog_name="intermodal")
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
@@ -411,9 +420,23 @@ def run(arguments: list[str]) -> NoReturn:
 
         if debug:
             raise
-        if isinstance(error, IntermodalError | ValueError | OSError):
-            typer.echo(f"error: {error}", err=True)
+        code = 1
+        if hasattr(error, "format_message"):  # typer's own: an option or verb that does not exist, a value that does not fit
+            code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+            line = _usage(error)
+        elif isinstance(error, IntermodalError | ValueError | OSError):
+            line = f"error: {error}"
         else:
-            typer.echo(f"internal error: {type(error).__name__}: {error} (--debug shows where)", err=True)
-        sys.exit(130 if type(error).__name__ == "Stopped" else 1)
-    sys.exit(0)
+            line = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+        if line:
+            typer.echo(" ".join(line.split("\n")), err=True)
+        sys.exit(130 if type(error).__name__ == "Stopped" else code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """A wrong command line, and which help to read; nothing where the help has been shown instead (`intermodal data`)."""
+    if not error.format_message():
+        return ""
+    where = f" ({error.ctx.command_path} --help shows what it takes)" if getattr(error, "ctx", None) else ""
+    return f"error: {error.format_message().rstrip('.')}{where}"

@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 from rich.progress import track
 
 from .compose import font_files
+from .drawn import SpriteSource
 from .readers import open_source
 from .scenes import Scenes
+from .signs import Signs
 from .source import Reject
 from .stream import StreamSource, first_samples
 
@@ -59,8 +61,8 @@ def sheet(cells: list[tuple[Image.Image, str]], side: int, columns: int = 6) -> 
 
 
 def describe(spec: str, count: int, side: int, progress: bool = False, allow_urls: bool = False) -> dict[str, Any]:
-    """Counts and caption lengths of any source, and what guessing its captions gives; for scenes the share of every fact and all
-    baselines."""
+    """Counts and caption lengths of any source, and every baseline beside which a result on it must be shown; for scenes the share of
+    every fact too."""
     source = open_source(spec, side=side, allow_urls=allow_urls)
     samples, rejects = [], []
     for one in track(first_samples(source, count), "looking", count, transient=True, disable=not progress):
@@ -70,18 +72,17 @@ def describe(spec: str, count: int, side: int, progress: bool = False, allow_url
     reasons = Counter(reject.reason for reject in rejects)
     out: dict[str, Any] = {
         "source": source.name,
-        "samples": "endless" if isinstance(source, Scenes | StreamSource) else len(source),
+        "samples": "endless" if isinstance(source, Scenes | Signs | StreamSource) else len(source),
         "looked at": len(samples) + len(rejects),
         "unusable": len(rejects),
         "words in a caption, mean": sum(words) / max(1, len(words)),
         "words in a caption, most": max(words, default=0),
         "captions on several pictures": sum(1 for n in texts.values() if n > 1),
     }
-    if samples:
-        out["baselines"] = {
-            "caption, chance": 1 / len(texts),
-            "caption, most common": texts.most_common(1)[0][1] / len(samples),
-        }
+    if not isinstance(source, Scenes):
+        from ..evaluate.baselines import caption_baselines
+
+        out["baselines: the caption out of all different ones, from half of them"] = caption_baselines(samples)
     if reasons:
         out["reasons"] = dict(reasons.most_common(10))
     problems = getattr(source, "problems", [])
@@ -89,11 +90,18 @@ def describe(spec: str, count: int, side: int, progress: bool = False, allow_url
         out["problems"] = dict(problems[:10])
     if isinstance(source, Scenes):
         out |= _scene_stats(samples, source, count, side, progress)
+    if isinstance(source, Scenes | SpriteSource):
+        from ..evaluate.scenes import sprite_pixels
+
+        out["baselines on single sprites of the held-out style"] = {
+            "chance": 1 / len(source.pool),
+            "nearest raw pixels, top-1": sprite_pixels(side, source.config.concepts)["top-1"],
+        }
     return out
 
 
 def _scene_stats(samples, source: Scenes, count: int, side: int, progress: bool) -> dict[str, Any]:
-    from ..evaluate.scenes import SceneTask, scene_baselines, sprite_pixels
+    from ..evaluate.scenes import SceneTask, scene_baselines
 
     truths = [sample.meta for sample in samples]
     relations = Counter(t["relation"] or "single group" for t in truths)
@@ -109,8 +117,4 @@ def _scene_stats(samples, source: Scenes, count: int, side: int, progress: bool)
             "majority count": f"{majority[0]} ({majority[1] / sum(counts.values()):.0%} of groups)",
         },
         "baselines on held-out combinations": asdict(baselines),
-        "baselines on single sprites of the held-out style": {
-            "chance": 1 / len(source.pool),
-            "nearest raw pixels, top-1": sprite_pixels(side, which)["top-1"],
-        },
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import sprites
+from ..data.readers import open_source
+from ..data.scenes import Scenes
 from ..errors import IntermodalError
 from ..models.clip import DualEncoder
+from ..parallel import checkpoint
 from ..train.contrastive import train
 from ..train.fit import fit, with_steps
 from ..train.recipe import Recipe, load_recipe
 from . import report
+from .plan import Plan
 from .scenes import BASELINES, SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
 from .zeroshot import confusions
 
@@ -28,26 +31,34 @@ FORMS = 1
 """The recipe trains on the first phrasing only."""
 
 
-def run_demo(out: Path, seconds: float, steps: int | None, console: Console | None = None) -> Path:
-    """Train, score and draw; returns the report's path. An earlier demo in `out` is replaced.
+def run_demo(out: Path, seconds: float, steps: int | None, console: Console | None = None, *, resume: bool = False) -> Path:
+    """Train, score and draw; returns the report's path.
+
+    Args:
+        seconds: time for training; the steps are set to fit by a short trial.
+        steps: so many, instead.
+        resume: go on where an earlier demo in `out` was stopped; else it is replaced.
 
     Raises:
-        IntermodalError: the recipe is not there (the package was installed without its source tree).
+        IntermodalError: the recipe is not there (the package was installed without its source tree), or the run was interrupted
+            (after saving).
     """
     console = console or Console()
     if not RECIPE.exists():
         raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
-    recipe = load_recipe(RECIPE)
-    shutil.rmtree(out, ignore_errors=True)
-    recipe = fit(recipe, out / "trial", seconds) if steps is None else with_steps(recipe, steps)
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    plan = Plan(out)
+    recipe = plan.settled(
+        "siglip", load_recipe(RECIPE), lambda made: with_steps(made, steps) if steps else fit(made, out / "trial", seconds)
+    )
     console.print(f"{recipe.train.steps} steps of {recipe.data.batch} pictures")
-    began = time.perf_counter()
-    model = train(recipe, out, console=console)
-    took = time.perf_counter() - began
+    with plan.clock("siglip"):
+        model = train(recipe, out, resume=checkpoint.latest(out) is not None, console=console)
     console.print("scoring: held-out combinations, the unseen style, baselines ...")
     results = score(model, recipe)
     results["training"] = {
-        "seconds": round(took, 1),
+        "seconds": round(plan.seconds["siglip"], 1),
         "steps": recipe.train.steps,
         "images seen": recipe.train.steps * recipe.data.batch,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -68,10 +79,11 @@ def score(model: DualEncoder, recipe: Recipe, count: int = 2000, among: int = 50
     """
     side = recipe.model.vision.image_size
     out: dict[str, Any] = {"scenes": {}, "sprites": {}}
+    trained_on = next(source.config for spec in recipe.data.train if isinstance(source := open_source(spec), Scenes))
     for name, style in (("training styles", None), (f"unseen style ({sprites.HELD_OUT_STYLE})", sprites.HELD_OUT_STYLE)):
         task = SceneTask.make(count, side, style=style, forms=FORMS, among=min(count, among))
         image = model.embed_images([scene.pixels for scene in task.scenes])
-        baselines = scene_baselines(task)
+        baselines = scene_baselines(task, training=trained_on)
         rows = {key: {"model": value} for key, value in task.score(image, model.embed_texts).items() if "text_to_image" not in key}
         for key, row in rows.items():
             row |= {baseline: getattr(baselines, baseline)[key] for baseline in BASELINES}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..train.fit import fit_stages, with_stage_steps
 from ..train.recipe import StagedRecipe, load_recipe
 from ..train.stages import train_stages
 from .demo import RECIPE as SIGLIP_RECIPE
+from .plan import Plan
 from .report import inline
 from .vqa import Asked, accuracy, ask, asked_of, held_out_questions, majority
 
@@ -33,7 +33,7 @@ SHOWN_EACH = 6
 
 
 def run_llava_demo(
-    out: Path, tower: Path, seconds: float, steps: int | None = None, console: Console | None = None
+    out: Path, tower: Path, seconds: float, steps: int | None = None, console: Console | None = None, *, resume: bool = False
 ) -> dict[str, Any]:
     """Train LLaVA in two stages and a blind twin, ask both, and add the result to `out`/report.html.
 
@@ -41,6 +41,7 @@ def run_llava_demo(
         out: the demo's folder; what is trained goes under `out`/llava.
         seconds: time for all training; the steps are set to fit by a short trial.
         steps: of both stages together, instead.
+        resume: go on where an earlier call was stopped.
     """
     console = console or Console()
     if not RECIPE.exists():
@@ -48,19 +49,24 @@ def run_llava_demo(
     recipe = load_recipe(RECIPE)
     recipe = replace(recipe, model=replace(recipe.model, vision=str(tower)))
     folder = out / "llava"
-    shutil.rmtree(folder, ignore_errors=True)
-    began = time.perf_counter()
-    if steps is None:
-        recipe = fit_stages(recipe, folder / "trial", seconds, more=1 + BLIND_COST * (1 - ALIGN_SHARE))
-    else:
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    plan = Plan(folder)
+
+    def settle(made: StagedRecipe) -> StagedRecipe:
+        if steps is None:
+            return fit_stages(made, folder / "trial", seconds, more=1 + BLIND_COST * (1 - ALIGN_SHARE))
         align = max(2, round(steps * ALIGN_SHARE))
-        recipe = with_stage_steps(recipe, (align, max(2, steps - align)))
+        return with_stage_steps(made, (align, max(2, steps - align)))
+
+    recipe = plan.settled("llava", recipe, settle)
     counts = ", ".join(f"{stage.name} {stage.train.steps}" for stage in recipe.stages)
     console.print(f"steps of {recipe.stages[-1].data.batch} conversations: {counts}")
-    model = train_stages(recipe, folder, console=console)
+    with plan.clock("llava"):
+        model = train_stages(recipe, folder, resume=resume, console=console)
     console.print("the same decoder without pictures, for comparison:")
-    blind = train_stages(blind_twin(recipe, folder / "1-align" / "model"), folder / "blind", console=console)
-    took = time.perf_counter() - began
+    with plan.clock("blind"):
+        blind = train_stages(blind_twin(recipe, folder / "1-align" / "model"), folder / "blind", resume=resume, console=console)
     side = model.picture_side
     scenes, signs = asked_of(recipe, SceneTalks, side), asked_of(recipe, SignTalks, side)
     assert isinstance(scenes, SceneTalks)
@@ -70,7 +76,7 @@ def run_llava_demo(
     answers = ask(model, asked)
     results = {
         "training": {
-            "seconds": round(took, 1),
+            "seconds": round(sum(plan.seconds.values()), 1),
             "steps": [stage.train.steps for stage in recipe.stages],
             "conversations a step": recipe.stages[-1].data.batch,
             "parameters": sum(p.numel() for p in model.parameters()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..models.chameleon import Chameleon
 from ..models.clip import SigLIP
 from ..models.vit import SiglipVisionTower
 from ..models.vqvae import VQVAE
+from ..parallel import checkpoint
 from ..train.contrastive import train
 from ..train.fit import fit, fit_stages, with_stage_steps, with_steps
 from ..train.recipe import StagedRecipe, load_recipe
@@ -37,6 +37,7 @@ from ..train.vqvae import psnr, train_vqvae
 from .curves import curves, logged
 from .demo import RECIPE as SIGLIP_RECIPE
 from .judge import Judge, Verdict, pixels_of, ranked, shares, train_judge, verdicts
+from .plan import Plan
 from .report import STYLE, inline
 from .vqa import accuracy, ask, captions, held_out_questions, majority
 
@@ -62,43 +63,52 @@ def run_native_demo(
     guidance: float = 1.5,
     judge_steps: int = 700,
     console: Console | None = None,
+    resume: bool = False,
 ) -> Path:
-    """Train, draw, judge and report; returns the page's path. What an earlier call trained into `out` is replaced.
+    """Train, draw, judge and report; returns the page's path.
 
     Args:
         seconds: time for training both models; the steps are set to fit by short trials.
         steps: of each, instead.
         count: held-out captions to draw.
+        resume: go on where an earlier demo in `out` was stopped; else it is replaced.
     """
     console = console or Console()
     if not (RECIPES / "native.py").exists():
         raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
-    shutil.rmtree(out, ignore_errors=True)
-    began = time.perf_counter()
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    plan = Plan(out)
     vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("native_vqvae.py", "native.py", "siglip.py"))
     # the judge sees what is drawn: one thing or two on white
-    pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe))))
-    if steps is None:
-        vq_recipe, pairs = (
-            fit(made, out / "trial", seconds * share) for made, share in ((vq_recipe, VQ_SHARE), (pairs, SIGLIP_SHARE))
-        )
-    else:
-        vq_recipe, pairs = with_steps(vq_recipe, steps), with_steps(pairs, steps)
-    train_vqvae(vq_recipe, out / "vqvae", console=console)
-    siglip = train(pairs, out / "siglip", console=console)
+    pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe)), weights=(0.3, 0.7)))
+
+    def settle(share: float):
+        return lambda made: with_steps(made, steps) if steps else fit(made, out / "trial", seconds * share)
+
+    vq_recipe = plan.settled("vqvae", vq_recipe, settle(VQ_SHARE))
+    pairs = plan.settled("siglip", pairs, settle(SIGLIP_SHARE))
+    with plan.clock("vqvae"):
+        train_vqvae(vq_recipe, out / "vqvae", resume=checkpoint.latest(out / "vqvae") is not None, console=console)
+    with plan.clock("siglip"):
+        siglip = train(pairs, out / "siglip", resume=checkpoint.latest(out / "siglip") is not None, console=console)
     assert isinstance(siglip, SigLIP)
     recipe = replace(recipe, model=replace(recipe.model, vq=str(out / "vqvae" / "model")))
-    left = seconds - (time.perf_counter() - began)
-    recipe = fit_stages(recipe, out / "trial", left) if steps is None else with_stage_steps(recipe, [steps])
-    model = train_stages(recipe, out / "native", console=console)
+    left = seconds - sum(plan.seconds.values())
+    recipe = plan.settled(
+        "native",
+        recipe,
+        lambda made: with_stage_steps(made, [steps]) if steps else fit_stages(made, out / "trial", left),
+    )
+    with plan.clock("native"):
+        model = train_stages(recipe, out / "native", resume=resume, console=console)
     assert isinstance(model, Chameleon)
-    took = time.perf_counter() - began
     return report(
         model,
         recipe,
         out / "native",
         out,
-        {"seconds": round(took, 1)},
+        {"seconds": round(sum(plan.seconds.values()), 1)},
         siglip,
         count=count,
         guidance=guidance,

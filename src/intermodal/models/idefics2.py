@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Images, States, Visual
@@ -64,7 +65,7 @@ class Idefics2VisionTower(SiglipVisionTower):
     def tokens(self, images: Images) -> tuple[Tensor, Segments]:
         check_fixed_size(images, self.config)
         x_BPD = self.patch_embedding(patchify(images.pixels, self.config.patch_size)).unflatten(0, (len(images), -1))
-        x_BPD = x_BPD + self.position_embedding[places(self.config.grid).to(x_BPD.device)].to(x_BPD.dtype)
+        x_BPD = x_BPD + F.embedding(places(self.config.grid).to(x_BPD.device), self.position_embedding).to(x_BPD.dtype)
         return x_BPD.flatten(0, 1), Segments([x_BPD.shape[1]] * len(images))
 
     def forward(self, images: Images) -> Tensor:

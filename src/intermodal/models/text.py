@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Texts
@@ -54,7 +55,8 @@ class TextTower(nn.Module):
         ordered, tokens = segments.by_length, segments.tokens_of(segments.order)
         ids = texts.ids[tokens.to(texts.ids.device)]
         positions = ordered.positions.to(ids.device)
-        x_TD = self.token_embedding(ids) + self.position_embedding[positions]
+        # not `table[positions]`, whose backward adds rows in whatever order threads come: no run would be the same twice
+        x_TD = self.token_embedding(ids) + F.embedding(positions, self.position_embedding)
         x_TD = self.encoder(x_TD, ordered)
         pooled_ND = self.final_layer_norm(x_TD[self.pooled(ids, ordered.offsets.to(ids.device))])
         return pooled_ND[torch.argsort(segments.order).to(ids.device)]

@@ -24,6 +24,7 @@ R = TypeVar("R", Recipe, VQRecipe)
 def fit(recipe: R, folder: Path, seconds: float) -> R:
     """The recipe with as many steps as fit into what a trial in `folder` leaves of `seconds`; never more than it had."""
     began = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)  # of a trial that was stopped
     run = train_vqvae if isinstance(recipe, VQRecipe) else train
     run(_short(recipe), folder, quiet=True)  # pyright: ignore[reportArgumentType]
     per_step = recipe.data.batch / _speed(folder / "metrics.jsonl")
@@ -39,6 +40,7 @@ def fit_stages(recipe: StagedRecipe, folder: Path, seconds: float, *, more: floa
         more: what a step costs beside its own time, as a multiple (a twin trained as long).
     """
     began, last = time.perf_counter(), recipe.stages[-1]
+    shutil.rmtree(folder, ignore_errors=True)
     train_stages(replace(recipe, stages=(_short(last),)), folder, quiet=True)
     per_step = last.data.batch / _speed(folder / f"1-{last.name}" / "metrics.jsonl") * more
     shutil.rmtree(folder)

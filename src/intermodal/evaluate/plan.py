@@ -1,0 +1,51 @@
+"""What a demo has settled on and how long it has trained, kept in its folder, so that one that was stopped goes on as it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from ..train.fit import with_stage_steps, with_steps
+from ..train.recipe import Recipe, StagedRecipe, VQRecipe
+
+R = TypeVar("R", Recipe, VQRecipe, StagedRecipe)
+
+
+class Plan:
+    """`plan.json` of a demo's folder: the steps of each of its runs, and the seconds spent on them."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / "plan.json"
+        kept = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.steps: dict[str, list[int]] = kept.get("steps", {})
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+
+    def settled(self, name: str, recipe: R, settle: Callable[[R], R]) -> R:
+        """The recipe with the steps that were settled on before; the first time with those of `settle`, which are kept."""
+        if name not in self.steps:
+            with self.clock(name):
+                recipe = settle(recipe)
+            runs = recipe.stages if isinstance(recipe, StagedRecipe) else (recipe,)
+            self.steps[name] = [run.train.steps for run in runs]
+            self._write()
+        if isinstance(recipe, StagedRecipe):
+            return with_stage_steps(recipe, self.steps[name])
+        return with_steps(recipe, self.steps[name][0])
+
+    @contextmanager
+    def clock(self, name: str):
+        """Add the time within to what `name` has taken, also where it is stopped."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self._write()
+
+    def _write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps({"steps": self.steps, "seconds": self.seconds}, indent=2) + "\n")
