@@ -135,8 +135,12 @@ def test_what_is_not_built_is_refused(made, tmp_path, change, message):
         intermodal.load(tmp_path)
 
 
-def write_gguf(path, model, *, tied=False):
-    """A llama model as llama.cpp's converter writes it: q and k rows permuted to neighbouring pairs."""
+def write_gguf(path, model, *, without=""):
+    """A llama model as llama.cpp's converter writes it: q and k rows permuted to neighbouring pairs.
+
+    Args:
+        without: a tensor that is left out.
+    """
     import gguf
 
     config = model.config
@@ -172,7 +176,8 @@ def write_gguf(path, model, *, tied=False):
         if parts[-2] in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if parts[-2] == "q_proj" else config.num_key_value_heads
             value = value.reshape(heads, 2, value.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(name, value.numpy().astype(np.float32))
+        if name != without:
+            writer.add_tensor(name, value.numpy().astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -195,6 +200,9 @@ def test_gguf(made, tmp_path):
     assert tokenizer("hey 42")["input_ids"] == ours.processor.encode("hey 42")
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(CheckpointError, match="readable GGUF"):
+        intermodal.load(file)
+    write_gguf(file, theirs, without="blk.1.attn_q.weight")
+    with pytest.raises(CheckpointError, match=r"missing blk\.1\.attn_q\.weight \(here model\.layers\.1\.self_attn\.q_proj"):
         intermodal.load(file)
 
 

@@ -217,7 +217,13 @@ def test_siglip_underscore_is_a_space_as_the_authors_have_it(whole, tmp_path):
     mine = intermodal.load(folder).processor.texts.ids(texts)
     call = {"padding": "max_length", "truncation": True, "max_length": CONTEXT}
     assert mine == [theirs(text.replace("_", " "), **call).input_ids for text in texts]
-    assert mine != [theirs(text, **call).input_ids for text in texts]
+    deleted = [theirs(text, **call).input_ids for text in texts]
+    assert mine != deleted
+    hf.edit_json(folder / "tokenizer_config.json", underscore_to_space=False)  # a checkpoint's own setting, kept when it is saved
+    model = intermodal.load(folder)
+    assert model.processor.texts.ids(texts) == deleted
+    again = intermodal.load(intermodal.save(model, tmp_path / "saved"))
+    assert again.processor.texts.ids(texts) == deleted
 
 
 # -- SigLIP 2 -------------------------------------------------------------------------------------------------------------------
