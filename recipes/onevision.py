@@ -5,8 +5,8 @@ at a fifth of the rate, on single pictures and last on any mix, clips among it. 
         'stages.align.data.train=["captions:photos/"]' 'stages.single.data.train=["single.jsonl"]' \\
         'stages.onevision.data.train=["single.jsonl","several.jsonl","clips.jsonl"]' --out runs/onevision
 
-With `model.vision` and `model.language` instead a LLaVA-NeXT is made of them, which reads pictures in tiles (AnyRes) and no clips.
-Without data of one's own it reads composed scenes, which shows that it runs.
+With `model.vision` and `model.language` instead one is made of them (a fresh small decoder where the second is left out). Without data of
+one's own it reads composed scenes, which shows that it runs.
 """
 
 from dataclasses import replace
@@ -35,5 +35,5 @@ def recipe(tiny: bool = False) -> StagedRecipe:
             for name in ("single", "onevision")
         ),
     )
-    full = StagedRecipe("onevision", StitchConfig(anyres=GRIDS), stages)
+    full = StagedRecipe("onevision", StitchConfig(anyres=GRIDS, onevision=True), stages)
     return tiny_stages(full) if tiny else full

@@ -1,6 +1,7 @@
 """Conversations as data, stitched models made, trained in stages and read back."""
 
 import json
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -452,6 +453,89 @@ def test_a_stitched_anyres_folder_is_transformers_llava_next(tower, tmp_path):
                 torch.testing.assert_close(model(batch), theirs.eval()(**wanted).logits[0], rtol=0, atol=1e-4)
 
 
+def clip_of(frames: int, right: bool = True) -> np.ndarray:
+    """A bright bar that moves over a grey ground, (F, 40, 64, 3)."""
+    pixels = np.full((frames, 40, 64, 3), 90, np.uint8)
+    for number, frame in enumerate(pixels):
+        at = 6 + 44 * (number if right else frames - 1 - number) // max(1, frames - 1)
+        frame[:, at : at + 8] = (250, 200, 40)
+    return pixels
+
+
+@pytest.mark.parametrize("anyres", [(), ((1, 2), (2, 1), (2, 2))])
+def test_a_stitched_onevision_folder_is_transformers_llava_onevision(anyres, tower, tmp_path):
+    """Tiles of one picture, several pictures, and a clip; ids and pixels of pictures too (transformers' clips need torchvision)."""
+    import transformers
+
+    from intermodal.weights.load import load_encoder
+
+    shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=4000)
+    language = fresh_decoder(shape, ["how many dogs are there ?", "one"], 64)
+    made = stitch(load_encoder(tower), language, anyres=anyres, onevision=True)
+    intermodal.save(made, tmp_path)
+    theirs, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert len(theirs.config.image_grid_pinpoints) == (len(anyres) or 36)
+    pictures = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    ours = intermodal.load(tmp_path)
+    assert ours.family == "llava_onevision"
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in ((40, 90), (97, 31))]
+    for media in ([noise[0]], [noise[1]], noise, [clip_of(5)]):
+        kinds = ["video" if isinstance(item, np.ndarray) else "image" for item in media]
+        content = [{"type": kind, kind: item} for kind, item in zip(kinds, media, strict=True)]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": "how many dogs are there ?"}]}]
+        messages.append({"role": "assistant", "content": "one"})
+        for model in (made, ours):
+            batch = model.processor(messages)
+            given = {"input_ids": batch.ids[None]}
+            if kinds == ["video"]:
+                given["pixel_values_videos"] = batch.visual.pixels[None]
+                assert (batch.ids == theirs.config.video_token_id).sum() == 5 * 4 + 1  # 4 x 4 features pooled to 2 x 2, a newline
+            else:
+                wanted = pictures(media, return_tensors="pt")
+                given |= {key: wanted[key] for key in ("pixel_values", "image_sizes")}
+                given["batch_num_images"] = torch.tensor([len(media)])
+                if len(media) == 1:
+                    torch.testing.assert_close(batch.visual.pixels, wanted["pixel_values"][0], rtol=0, atol=1e-6)
+                else:
+                    given["pixel_values"] = batch.visual.pixels[:, None]
+            with torch.no_grad():
+                torch.testing.assert_close(model(batch), theirs.eval()(**given).logits[0], rtol=0, atol=1e-4)
+
+
+def test_onevision_learns_from_clips_in_its_three_stages(tower, tmp_path):
+    """`recipes/onevision.py` from parts, on clips, pictures and words: which way a bar moves, which no single frame tells."""
+    rng, lines = random.Random(0), []
+    for number in range(24):
+        right = rng.random() < 0.5
+        frames = [Image.fromarray(frame) for frame in clip_of(4, right)]
+        for at, frame in enumerate(frames):
+            frame.save(tmp_path / f"{number}-{at}.png")
+        video = {"type": "video", "video": [f"{number}-{at}.png" for at in range(4)], "fps": 2.0}
+        asked = [{"role": "user", "content": [video, {"type": "text", "text": "which way ?"}]}]
+        lines.append({"messages": [*asked, {"role": "assistant", "content": "right" if right else "left"}]})
+    lines.append({"messages": [{"role": "user", "content": "which way ?"}, {"role": "assistant", "content": "left"}]})
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clips = f'["{tmp_path / "clips.jsonl"}"]'
+    settings = [
+        f"model.vision={tower}",
+        "model.onevision=true",
+        f"stages.onevision.data.train={clips}",
+        "stages.onevision.data.batch=8",
+    ]
+    settings += ["stages.onevision.train.steps=40", "stages.onevision.optim.lr=3e-3", "stages.onevision.optim.warmup=0"]
+    recipe = override(load_recipe(RECIPES / "onevision.py", tiny=True), settings)
+    model = train_stages(recipe, tmp_path / "run", quiet=True)
+    assert model.family == "llava_onevision"
+    logged = [json.loads(line) for line in (tmp_path / "run" / "3-onevision" / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
+    for right, word in ((True, "right"), (False, "left")):
+        question = {"type": "text", "text": "which way ?"}
+        content = [{"type": "video", "video": clip_of(4, right)}, question]
+        assert model.generate([{"role": "user", "content": content}], max_new_tokens=2).text.strip() == word
+
+
 def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
     shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=128, tied=True)
     decoder = fresh_decoder(shape, ["how many dogs are there ?", "one"], 64)
@@ -472,6 +556,11 @@ def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--anyres", "1x2,2x2"])
     assert done.exit_code == 0, done.output
     assert intermodal.load(tmp_path / "tiles").config.pinpoints == ((32, 64), (64, 64))
+    done = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "clips"), "--onevision", "--anyres", "1x2"])
+    assert done.exit_code == 0, done.output
+    made = intermodal.load(tmp_path / "clips")
+    assert (made.family, made.config.pinpoints, made.config.max_tiles) == ("llava_onevision", ((32, 64),), 9)
+    assert torch.equal(made.logits(question)[:, :rows], decoder.logits(question))
     assert "--anyres takes grids" in str(CliRunner().invoke(app, [*arguments, "--anyres", "2by2"]).exception)
     with pytest.raises(IntermodalError, match="without a tokenizer or chat template"):
         stitch(parent, LanguageModel(replace(shape, vocab_size=9)))

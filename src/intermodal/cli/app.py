@@ -221,6 +221,12 @@ def stitch(
     anyres: Annotated[
         str | None, typer.Option(help="mlp: grids of tiles that pictures may be cut into, down x across: 1x2,2x1,2x2 (LLaVA-NeXT).")
     ] = None,
+    onevision: Annotated[
+        bool,
+        typer.Option(
+            "--onevision", help="mlp: LLaVA-OneVision, which reads clips too; with its own grids where --anyres has none."
+        ),
+    ] = False,
     latents: Annotated[int | None, typer.Option(min=1, help="resampler: tokens of a picture, 64 by default.")] = None,
     deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -234,6 +240,8 @@ def stitch(
     `intermodal stitch --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --out fresh-llava`
 
     `intermodal stitch --vision google/siglip2-base-patch16-384 --language Qwen/Qwen3-0.6B --anyres 1x2,2x1,2x2,1x3,3x1`
+
+    `intermodal stitch --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen2-0.5B-Instruct --onevision`
 
     `intermodal stitch --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen3-0.6B --connector resampler --latents 64`
 
@@ -254,6 +262,7 @@ def stitch(
     options = {
         "layer": (layer, "mlp"),
         "anyres": (anyres, "mlp"),
+        "onevision": (onevision or None, "mlp"),
         "latents": (latents, "resampler"),
         "deepstack": (deepstack, "merger"),
     }
@@ -271,7 +280,8 @@ def stitch(
     if not isinstance(decoder, LanguageModel):
         raise IntermodalError(f"{language} is a {type(decoder).__name__}; --language wants a text-only decoder")
     if connector == "mlp":
-        model = join(load_encoder(vision, dtype=dtype), decoder, layer=layer, anyres=tiles, seed=seed)  # pyright: ignore[reportArgumentType]
+        encoder = load_encoder(vision, dtype=dtype)
+        model = join(encoder, decoder, layer=layer, anyres=tiles, onevision=onevision, seed=seed)  # pyright: ignore[reportArgumentType]
     elif connector == "resampler":
         model = stitch_resampler(load_encoder(vision, dtype=dtype), decoder, latents=latents or 64, seed=seed)
     else:

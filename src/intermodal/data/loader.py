@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -216,6 +217,13 @@ def random_crop(picture, scale: tuple[float, float], rng: random.Random):
     return picture
 
 
+def _outlive_a_signal(worker: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM often reach all processes of a run at once (a terminal, torchrun, a job scheduler). The first is for
+    the one that trains, which saves and then ends its workers; the next one counts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 class Loader:
     """Endless steps of data for one rank. `state()` is that of the last one handed out, whatever the workers have read ahead.
 
@@ -254,6 +262,7 @@ class Loader:
             num_workers=self.workers,
             generator=torch.Generator(),  # its own: the default one would draw from the random state that dropout resumes from
             prefetch_factor=self.prefetch if self.workers else None,
+            worker_init_fn=_outlive_a_signal,
         )
         for fetched in loader:
             state, skipped, others = self._drawn.popleft()

@@ -150,6 +150,8 @@ class StitchConfig:
     """Which hidden state of the tower is read; None takes LLaVA's choice for the tower's kind."""
     anyres: tuple[tuple[int, int], ...] = ()
     """Grids of tiles, (down, across), that a picture may be cut into (LLaVA-NeXT); none gives LLaVA 1.5's one square."""
+    onevision: bool = False
+    """Make a LLaVA-OneVision, which reads clips too; its grids are the published ones where `anyres` names none."""
     decoder: DecoderConfig = field(
         default_factory=lambda: DecoderConfig(
             width=128, depth=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, vocab_size=0, context=512

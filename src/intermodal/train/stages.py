@@ -91,7 +91,7 @@ def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSourc
         language = fresh_decoder(config.decoder, spoken(sources, config.tokenizer_samples), config.vocabulary, seed)
     else:
         language = load(config.language)
-    return stitch(vision, language, layer=config.layer, anyres=config.anyres, seed=seed)
+    return stitch(vision, language, layer=config.layer, anyres=config.anyres, onevision=config.onevision, seed=seed)
 
 
 def spoken(sources: Sequence[TalkSource | StreamSource], count: int) -> list[str]:

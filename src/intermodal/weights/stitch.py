@@ -1,4 +1,5 @@
-"""A new model from a vision tower and a decoder: LLaVA's shape, saved as a `llava` or `llava_next` directory that transformers loads."""
+"""A new model from a vision tower and a decoder: LLaVA's shape, saved as `llava`, `llava_next` or `llava_onevision`, which transformers
+loads."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..errors import IntermodalError
 from ..inputs.chat import ChatProcessor
 from ..inputs.image import ImageProcessor
 from ..inputs.text import train_tokenizer
-from ..inputs.tiles import LlavaPlanner
+from ..inputs.tiles import LlavaPlanner, without_crop
 from ..models.clip import CLIP, DualEncoder
 from ..models.decoder import DecoderConfig
 from ..models.generative import Generative, LanguageModel
@@ -23,7 +24,9 @@ from ..models.llava import Llava, LlavaConfig
 from ..models.vit import ClipVisionTower, SiglipVisionTower
 from .decoder import text_to_hf
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+ONEVISION_SIDE, ONEVISION_TILES = 6, 9
+"""LLaVA-OneVision's grids go from 1 x 1 to 6 x 6 tiles; the features of a picture beyond 9 of them are scaled down (`anyres_max_9`)."""
 _FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
@@ -44,6 +47,7 @@ def stitch(
     *,
     layer: int | None = None,
     anyres: Sequence[tuple[int, int]] = (),
+    onevision: bool = False,
     seed: int = 0,
 ) -> Llava:
     """A vision tower and a decoder with a fresh two-layer projector between them.
@@ -58,6 +62,8 @@ def stitch(
             last for SigLIP (OneVision).
         anyres: grids of tiles, (down, across), that a picture may be cut into beside its view as a whole (LLaVA-NeXT); with none, a
             picture is one padded square (LLaVA 1.5).
+        onevision: a LLaVA-OneVision, which also reads clips, and whose pictures leave the tiles when there are several; its grids are
+            the published ones where `anyres` names none.
         seed: of the projector's weights.
 
     Raises:
@@ -73,18 +79,24 @@ def stitch(
             "the decoder came without a tokenizer or chat template, which a model that is asked about pictures needs"
         )
     clip = isinstance(vision, CLIP)
-    files, (image_id,) = chat_files(language.processor, {"image": f"{IMAGE_TOKEN}\n"}, (IMAGE_TOKEN,))
-    rows = max(language.config.vocab_size, image_id + 1)
+    tokens = (IMAGE_TOKEN, VIDEO_TOKEN) if onevision else (IMAGE_TOKEN,)
+    media = {token.strip("<>"): f"{token}\n" for token in tokens}
+    files, ids = chat_files(language.processor, media, tokens)
+    rows = max(language.config.vocab_size, *(index + 1 for index in ids))
     side = vision.config.vision.image_size
+    if onevision and not anyres:
+        anyres = [(down, across) for down in range(1, ONEVISION_SIDE + 1) for across in range(1, ONEVISION_SIDE + 1)]
     config = LlavaConfig(
-        "llava_next" if anyres else "llava",
+        "llava_onevision" if onevision else "llava_next" if anyres else "llava",
         vision.config.vision,
         replace(language.config, vocab_size=rows),
         tower="clip" if clip else "siglip",
         layer=layer if layer is not None else -2 if clip else -1,
         drop_first=clip,
-        image_id=image_id,
+        image_id=ids[0],
+        video_id=ids[1] if onevision else None,
         pinpoints=tuple((down * side, across * side) for down, across in anyres),
+        max_tiles=ONEVISION_TILES if onevision else None,
     )
     with torch.device("meta"):
         model = Llava(config)
@@ -202,32 +214,49 @@ def flatten(media: dict[str, str]) -> str:
 
 
 def _processor(files: dict[str, bytes], raw: dict[str, Any], config: LlavaConfig, pictures: ImageProcessor) -> ChatProcessor:
-    side, name = config.vision.image_size, "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
-    settings = {**pictures.to_hf(config.tower), "processor_class": name}
-    if config.pinpoints:
-        settings |= {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "crop_size": {"height": side, "width": side},  # the class cuts tiles of this size, whether it crops or not
-            "image_grid_pinpoints": [list(size) for size in config.pinpoints],
-        }
+    side = config.vision.image_size
+    kind = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[config.family]
+    square = {"height": side, "width": side}
+    settings = {**pictures.to_hf(config.tower), "processor_class": f"{kind}Processor"}
     joint = {
-        "processor_class": name,
-        "patch_size": config.vision.patch_size,
+        "processor_class": f"{kind}Processor",
         "vision_feature_select_strategy": "default" if config.drop_first else "full",
-        "num_additional_image_tokens": 1 if config.tower == "clip" else 0,
         "image_token": IMAGE_TOKEN,
     }
+    if config.pinpoints:
+        settings["image_processor_type"] = f"{kind}ImageProcessor"
+        settings["image_grid_pinpoints"] = [list(size) for size in config.pinpoints]
+    if config.family == "llava_onevision":
+        settings |= {"size": square, "do_center_crop": False, "do_pad": True}
+        settings.pop("crop_size", None)
+        joint |= {
+            "num_image_tokens": config.vision.grid**2 + (0 if config.drop_first or config.tower == "siglip" else 1),
+            "vision_aspect_ratio": f"anyres_max_{config.max_tiles}",
+            "video_token": VIDEO_TOKEN,
+        }
+        clips = {key: settings[key] for key in ("size", "resample", "image_mean", "image_std", "rescale_factor") if key in settings}
+        clips = {"video_processor_type": "LlavaOnevisionVideoProcessor", **clips, "do_sample_frames": False}
+        files = {**files, "video_preprocessor_config.json": json.dumps(clips, indent=2).encode()}
+    else:
+        if config.pinpoints:
+            settings["crop_size"] = square  # the class cuts tiles of this size, whether it crops or not
+        joint |= {
+            "patch_size": config.vision.patch_size,
+            "num_additional_image_tokens": 1 if config.tower == "clip" else 0,
+        }
     files = {
         **files,
         "preprocessor_config.json": json.dumps(settings, indent=2).encode(),
         "processor_config.json": json.dumps(joint, indent=2).encode(),
     }
+    placeholders = {"image": config.image_id, **({} if config.video_id is None else {"video": config.video_id})}
     planner = LlavaPlanner(
         config.family,
-        {"image": config.image_id},
+        placeholders,
         side=side,
         grid=config.vision.grid,
-        processor=pictures,
+        processor=without_crop(pictures, side) if config.family == "llava_onevision" else pictures,
         pinpoints=config.pinpoints,
+        max_tiles=config.max_tiles,
     )
     return ChatProcessor.from_files(files, raw, lambda tokenizer: planner)
