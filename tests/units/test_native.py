@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from rich.console import Console
 
 import intermodal
 from intermodal.batch import TokenBatch
+from intermodal.config import override
 from intermodal.data.loader import Loader, Mixture, Rejects
 from intermodal.data.packing import TalkFetcher, picture_alone
-from intermodal.data.talks import ALONE, open_talks
-from intermodal.errors import IntermodalError
+from intermodal.data.readers import open_source
+from intermodal.data.talks import ALONE, messages_of, open_talks
+from intermodal.errors import IntermodalError, SampleError
 from intermodal.losses_tokens import ScoreStatistics, by_modality, next_token_loss, next_token_losses, targets
 from intermodal.models.decoder import Decoder, DecoderAttention, DecoderConfig, DecoderLayer
 from intermodal.nn.attention import Segments
@@ -28,6 +31,9 @@ from intermodal.train.attention_scores import attention_scores
 from intermodal.train.recipe import load_recipe
 from intermodal.train.stages import train_stages
 from intermodal.train.vqvae import train_vqvae
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
+from packed import check_packed_equals_separate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -96,6 +102,80 @@ def test_packs_of_words_and_pictures_in_any_order_are_exact(trained):
     torch.testing.assert_close(packed[0], sum(one[0] for one in alone))
     assert packed[1] == sum(one[1] for one in alone)
     torch.testing.assert_close(packed[2], sum(one[2] for one in alone), rtol=1e-9, atol=1e-11)
+
+
+DOCUMENTS = {
+    "text, picture, text": {"images": [None, "0.png", None], "texts": ["two dogs", None, "a cat"]},
+    "picture first": {"images": ["0.png", None], "texts": [None, "an apple"]},
+    "picture last": {"images": [None, "1.png"], "texts": ["a red car", None]},
+    "pictures alone": {"images": ["0.png", "1.png"], "texts": [None, None]},
+    "words alone": {"images": [None], "texts": ["three apples"]},
+    "MMC4": {
+        "text_list": ["two dogs", "left of", "a cat"],
+        "image_info": [{"image_name": "1.png", "matched_text_index": 2}, {"image_name": "0.png", "matched_text_index": 0}],
+    },
+}
+SAID = {"MMC4": ["0.png", "two dogs left of", "1.png", "a cat"]}
+
+
+def write_documents(folder, records) -> str:
+    for number in range(2):
+        Image.fromarray(open_source("scenes:core", side=16)[number].image).save(folder / f"{number}.png")
+    file = folder / "documents.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_are_learned_whole_and_in_their_order(name, trained, tmp_path):
+    """OBELICS' and MMC4's forms: from the first token to the end of turn, with pictures anywhere."""
+    processor = intermodal.load(trained[1] / "model").processor
+    talk = open_talks(write_documents(tmp_path, [DOCUMENTS[name]]))[0]
+    record, planner = DOCUMENTS[name], processor.planner
+    said = SAID.get(name) or [picture or text for picture, text in zip(record["images"], record["texts"], strict=True)]
+    want = []
+    for part in said:
+        if part.endswith(".png"):
+            picture = Image.open(tmp_path / part)
+            codes = planner.codes([picture], [planner.plan(picture, 1)]).tolist()
+            want += [planner.image_tokens.begin, *codes, planner.image_tokens.end]
+        else:
+            want += processor.encode(part)
+    conversation = processor.conversation(talk.messages)
+    processor.audit(conversation)
+    batch = processor.batch(conversation)
+    learned = batch.ids[batch.supervised].tolist()
+    assert learned[: len(want)] == want
+    assert len(learned) == len(want) + 1  # the end of turn
+    assert not batch.supervised[: -len(learned) - 1].any()  # before it the assistant's header, after it the template's last space
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"images": [None], "texts": ["a", "b"]}, "two lists of one length"),
+        ({"images": ["0.png"], "texts": ["a"]}, "place 0 of the document holds a picture and a text"),
+        ({"images": [None], "texts": [None]}, "holds nothing"),
+        ({"text_list": "a", "image_info": []}, "list of texts"),
+        ({"text_list": ["a"], "image_info": [{"url": "x"}]}, "image_name"),
+        ({"texts": ["a"]}, "two lists"),
+    ],
+)
+def test_documents_that_are_none_are_rejects(record, said):
+    with pytest.raises(SampleError, match=said):
+        messages_of(record)
+
+
+def test_packs_of_documents_are_exact_and_train(trained, tmp_path):
+    recipe, run = trained
+    file = write_documents(tmp_path, [*DOCUMENTS.values()] * 2)
+    model = intermodal.load(run / "model", dtype="float64")
+    check_packed_equals_separate(model, [talk.messages for talk in map(open_talks(file).__getitem__, range(len(DOCUMENTS)))])
+    settings = [f'stages.fuse.data.train=["{file}"]', "stages.fuse.data.weights=null", "stages.fuse.train.steps=3"]
+    train_stages(override(recipe, settings), tmp_path / "run", quiet=True)
+    row = json.loads((tmp_path / "run" / "1-fuse" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["loss_text"] > 0
+    assert row["loss_image"] > 0
 
 
 def test_z_loss_and_statistics_are_the_plain_formulas(trained):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -67,6 +68,7 @@ def train(
         say(settings, as_json, "\n".join(f"{name}={json.dumps(value)}" for name, value in settings.items()))
         return
     console = Console(stderr=as_json)  # with --json a program reads the output: what a run has to tell goes beside it
+    began = time.perf_counter()
     if isinstance(made, StagedRecipe):
         from ..train.stages import train_stages
 
@@ -85,9 +87,11 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         lines = (last_folder / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
+        took = time.perf_counter() - began
         pictures = [str(path) for path in draw_curves(out)]
-        text = f"saved {out / 'model'} (loss {last.get('loss', float('nan')):.4f}); curves: {', '.join(pictures)}"
-        say({"model": str(out / "model"), "curves": pictures, **last}, as_json, text)
+        loss = f"loss {last.get('loss', float('nan')):.4f}" + (f", PSNR {last['psnr']:.1f} dB" if "psnr" in last else "")
+        text = f"saved {out / 'model'} ({loss}, {took:.0f} s); curves: {', '.join(pictures)}"
+        say({"model": str(out / "model"), "curves": pictures, "seconds": round(took, 1), **last}, as_json, text)
 
 
 @app.command("eval")

@@ -55,7 +55,8 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = F
             `draws:SOURCE` asks for a caption's picture, which the assistant draws (native models);
             `questions:scenes:core?...` asks about scenes, `questions:signs?...` what a sign says (`blind:...` the same without the
             picture); `steps:scenes:core?...` draws scenes of two groups in two steps, words and pictures in turn;
-            or a .jsonl or .json file of `messages`, or of LLaVA's `conversations`, or `hf:OWNER/NAME[:SPLIT]` with such records.
+            or a .jsonl or .json file of `messages`, of LLaVA's `conversations` or of documents (`FileTalks`), or `hf:OWNER/NAME[:SPLIT]`
+            with such records.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table of captions names by http(s) address.
 
@@ -264,7 +265,8 @@ class SignTalks:
 
 
 class FileTalks:
-    """A .jsonl or .json file. A record is `{"messages": [...]}`, or LLaVA's `{"image": path, "conversations": [{"from", "value"}]}`.
+    """A .jsonl or .json file. A record is `{"messages": [...]}`, LLaVA's `{"image": path, "conversations": [{"from", "value"}]}`, or a
+    document of texts and pictures in turn, as OBELICS has them (`images` and `texts`) or MMC4 (`text_list` and `image_info`).
 
     Picture and video paths are relative to the file's folder.
     """
@@ -308,17 +310,20 @@ def user(picture: Any = None, text: str | None = None) -> dict[str, Any]:
 
 
 def messages_of(record: Any) -> list[dict[str, Any]]:
-    """A record's messages; LLaVA's `conversations` become messages, each `<image>` and `<video>` a part.
+    """A record's messages; LLaVA's `conversations` become messages, each `<image>` and `<video>` a part; a document becomes what the
+    assistant says, all of it learned.
 
     Raises:
-        SampleError: neither form, an unknown speaker, or other counts of `<image>` and of pictures.
+        SampleError: none of the forms, an unknown speaker, or other counts of `<image>` and of pictures.
     """
     if isinstance(record, list):
         return record
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         return record["messages"]
+    if isinstance(record, dict) and ("texts" in record or "text_list" in record):
+        return [{"role": "assistant", "content": _document(record)}]
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise SampleError("a record needs `messages`, or LLaVA's `conversations`")
+        raise SampleError("a record needs `messages`, LLaVA's `conversations`, or a document's `images` and `texts`")
     media = {kind: record[kind] if record.get(kind) is not None else record.get(f"{kind}s") for kind in ("image", "video")}
     left = {kind: [] if value is None else list(value) if isinstance(value, list) else [value] for kind, value in media.items()}
     out = []
@@ -332,6 +337,34 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
     if unused:
         raise SampleError(f"the record names more {unused[0]}s than its text has <{unused[0]}>")
     return out
+
+
+def _document(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a document in order. OBELICS: two lists of one length, at each place a picture or a text and in the other null. MMC4: a
+    list of texts, and for each picture the text that it stands before."""
+    if "text_list" in record:
+        texts, info = record["text_list"], record.get("image_info") or []
+        if not isinstance(texts, list) or not all(isinstance(one, dict) and "image_name" in one for one in info):
+            raise SampleError("a document's `text_list` is a list of texts, and each of its `image_info` has an `image_name`")
+        before: list[tuple[float, Any, Any]] = [(at, None, text) for at, text in enumerate(texts)]
+        before += [(one.get("matched_text_index", 0) - 0.5, one["image_name"], None) for one in info]
+        places = [(picture, text) for _, picture, text in sorted(before, key=lambda entry: entry[0])]
+    else:
+        pictures, texts = record.get("images"), record["texts"]
+        if not isinstance(pictures, list) or not isinstance(texts, list) or len(pictures) != len(texts):
+            raise SampleError("a document's `images` and `texts` are two lists of one length")
+        places = list(zip(pictures, texts, strict=True))
+    parts: list[dict[str, Any]] = []
+    for at, (picture, text) in enumerate(places):
+        if (picture is None) == (text is None):
+            raise SampleError(f"place {at} of the document holds {'a picture and a text' if text is not None else 'nothing'}")
+        if picture is not None:
+            parts.append({"type": "image", "image": picture})
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += f" {text}"
+        else:
+            parts.append({"type": "text", "text": str(text)})
+    return parts
 
 
 def _parts(text: str, left: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
