@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.multiprocessing as mp
 def _main(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # of one exchange: a dead-lock fails
     try:
         torch.save(function(rank, size, *arguments), Path(folder) / f"{rank}.pt")
         dist.barrier()  # no rank takes its connections down while another still finishes an exchange

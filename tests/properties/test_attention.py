@@ -75,6 +75,37 @@ def test_no_cross_talk(lengths, causal, data):
     assert not torch.equal(before[~others], after[~others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (True, (3, -1)), (False, (-1, 2)), (False, (150, 40))]
+)
+def test_neither_values_nor_gradients_cross_from_one_sequence_to_another(causal, window, kv_heads, dtype):
+    """Move one sequence, or make it NaN: outputs and gradients of all others stay the same to the bit."""
+    lengths = (5, 1, 300, 5, 3, 5)
+    weight = torch.randn(sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(rows=slice(0), by=0.0):
+        """The outputs, and the gradients of queries, keys and values."""
+        inputs = [x.detach().to(dtype) for x in qkv(sum(lengths), kv_heads=kv_heads)]
+        for x in inputs:
+            x[rows] += by
+            x.requires_grad_()
+        out = attention(*inputs, Segments(lengths), causal=causal, window=window)
+        return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+
+    before, start = results(), 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        others = torch.ones(sum(lengths), dtype=torch.bool)
+        others[rows] = False
+        for by in (1.0, torch.nan):
+            after = results(rows, by)
+            assert all(torch.equal(a[others], b[others]) for a, b in zip(before, after, strict=True))
+            assert not torch.equal(before[0][rows], after[0][rows])
+        start += length
+
+
 def test_pooling_ignores_other_sequences():
     torch.manual_seed(0)
     pool = AttentionPool(TransformerConfig(16, 1, 2, 32)).double()
@@ -147,3 +178,56 @@ def test_the_cuda_kernel_is_called_for_the_same_result(monkeypatch, causal, wind
     asked = (window[0], 0) if causal and window else window  # as `attention` hands it on
     got = _varlen_cuda(*packed, segments, segments, causal, asked, None)
     torch.testing.assert_close(got, attention(*packed, segments, causal=causal, window=window))
+
+
+def watched(monkeypatch, function):
+    """What the kernel is called with, by the names of torch's own signature; `function` answers in its place."""
+    from torch.nn.attention import varlen
+
+    real, seen = varlen.varlen_attn, {}
+
+    def watch(*arguments, **settings):
+        bound = inspect.signature(real).bind(*arguments, **settings)
+        bound.apply_defaults()
+        seen.update(bound.arguments)
+        return function(real, *arguments, **settings)
+
+    monkeypatch.setattr(varlen, "varlen_attn", watch)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "wanted"),
+    [(False, None, (-1, -1)), (True, None, (-1, 0)), (False, (2, 1), (2, 1)), (True, (3, -1), (3, 0)), (True, (-1, 5), (-1, 0))],
+)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_half_precision_on_cuda_goes_to_torchs_own_kernel(monkeypatch, causal, window, wanted, kv_heads):
+    """No GPU here: torch's real function, on tensors that have no numbers but say that they are on one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(Segments, "total", property(lambda self: sum(self.lengths)))  # such a tensor cannot be read
+    seen = watched(monkeypatch, lambda real, *arguments, **settings: real(*arguments, **settings))
+    with FakeTensorMode():
+        q, k, v = (torch.empty(14, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, kv_heads, kv_heads))
+        out = attention(q, k, v, Segments((2, 9, 2, 1)), causal=causal, window=window)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+    assert all(seen[name] is given for name, given in (("query", q), ("key", k), ("value", v)))
+    assert all((seen[name].dtype, seen[name].device.type) == (torch.int32, "cuda") for name in ("cu_seq_q", "cu_seq_k"))
+    assert seen["window_size"] == wanted  # a list would not be torch's (-1, 0), by which it knows causal attention
+    assert seen["enable_gqa"] == (kv_heads == 2)
+    assert (seen["seqused_k"], seen["block_table"]) == (None, None)  # the kernel has no gradient with them
+
+
+def test_the_cuda_kernel_is_told_lengths_of_queries_and_keys_apart(monkeypatch):
+    """Pooling by a probe: few queries, many keys. Gradients come back in the shapes of what went in, by torch's own backward."""
+    queries, keys = Segments((1, 3, 2)), Segments((2, 9, 4))
+    q, k, v = (torch.randn(total, heads, 8) for total, heads in ((6, 4), (15, 2), (15, 2)))
+    seen = watched(monkeypatch, lambda real, q, *arguments, **settings: torch.zeros_like(q))
+    _varlen_cuda(q, k, v, queries, keys, False, None, 0.3)
+    assert (seen["cu_seq_q"].tolist(), seen["cu_seq_k"].tolist()) == ([0, 1, 4, 6], [0, 2, 11, 15])
+    assert (seen["max_q"], seen["max_k"], seen["scale"]) == (3, 9, 0.3)
+    assert {type(seen["max_q"]), type(seen["max_k"])} == {int}
+    monkeypatch.undo()
+    inputs = [x.to("meta").bfloat16().requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(_varlen_cuda(*inputs, queries, keys, False, None, None).sum(), inputs)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]

@@ -18,7 +18,8 @@ from rich.console import Console
 
 import intermodal
 from intermodal.errors import IntermodalError
-from intermodal.train.contrastive import train
+from intermodal.parallel.setup import World
+from intermodal.train.contrastive import PairTrainer, train
 from intermodal.train.loop import NotFinite, Stopped
 from intermodal.train.recipe import load_recipe
 
@@ -129,6 +130,76 @@ def test_muon_on_two_ranks_equals_one_and_resumes_across(tmp_path):
     forget_after(tmp_path / "one", 2)
     for rank in on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 3, "muon"):
         assert_near(rank, alone, "from one rank to two")
+
+
+def softmax_on_rank(rank, size, folder):
+    """A CLIP's weights after four steps: whole weights and the batch at once, then sharded weights and gradient caching."""
+    found = {}
+    for mode, part in (("ddp", None), ("fsdp", 2)):
+        recipe = load_recipe(RECIPES / "clip.py", tiny=True)
+        loop = replace(recipe.train, steps=4, parallel=mode, micro_batch=part, precision="fp64", threads=1)
+        model = train(replace(recipe, train=loop), folder / mode, quiet=True)
+        found[mode] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return found
+
+
+# so small that a gradient is about Adam's eps: elsewhere its update does not depend on the gradient's length, and clipping would not show
+CLIP = 1e-3
+
+
+def clipped_recipe(mode, limit):
+    return tiny(3, train={"parallel": mode, "precision": "fp64"}, optim={"name": "adamw", "clip_norm": limit})
+
+
+def clipped_on_rank(rank, size, folder):
+    models = {mode: train(clipped_recipe(mode, CLIP), folder / mode, quiet=True) for mode in ("ddp", "fsdp")}
+    return {mode: {name: p.detach().clone() for name, p in model.named_parameters()} for mode, model in models.items()}
+
+
+def both_on_rank(rank, size, folder):
+    return {"softmax": softmax_on_rank(rank, size, folder / "softmax"), "clipped": clipped_on_rank(rank, size, folder / "clipped")}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder and what each of two ranks returned; started once, which takes longer than the training."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, on_ranks(2, both_on_rank, folder)
+
+
+def logged(folder, name):
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_softmax_loss_on_two_ranks_trains_as_on_one(tmp_path, two):
+    """Every picture competes with the texts of all ranks: the same losses and the same weights."""
+    alone = softmax_on_rank(0, 1, tmp_path / "one")
+    folder, ranks = two
+    for mode in ("ddp", "fsdp"):
+        for rank in ranks:
+            assert_near(rank["softmax"][mode], alone["ddp"], mode)
+        losses = logged(tmp_path / "one" / "ddp", "loss")
+        assert logged(folder / "softmax" / mode, "loss") == pytest.approx(losses, abs=1e-9)
+    assert_near(alone["fsdp"], alone["ddp"], "in parts")
+
+
+def test_gradients_are_clipped_by_the_norm_of_the_whole_model(tmp_path, two):
+    """As by torch's own `clip_grad_norm_` on the whole model in one process, on one rank, on two, and on shards."""
+    plain = PairTrainer(clipped_recipe("ddp", None), tmp_path / "torch", World(), False, Console(quiet=True), True)
+    norms = []
+    plain.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.nn.utils.clip_grad_norm_(plain.model.parameters(), CLIP).item())
+    )
+    wanted = {name: p.detach() for name, p in plain.run().named_parameters()}
+    alone = clipped_on_rank(0, 1, tmp_path / "one")
+    folder, ranks = two
+    for mode in ("ddp", "fsdp"):
+        for found in (alone, *(rank["clipped"] for rank in ranks)):
+            assert_near(found[mode], wanted, mode)
+        for run in (tmp_path / "one", folder / "clipped"):
+            assert logged(run / mode, "gradient_norm") == pytest.approx(norms, rel=1e-9)
+    unclipped = dict(train(clipped_recipe("ddp", None), tmp_path / "unclipped", quiet=True).named_parameters())
+    assert max((unclipped[name] - p).abs().max() for name, p in wanted.items()) > 1e-4, "clipping makes a difference here"
 
 
 def stream_on_rank(rank, size, folder, source, resume, split=True):
