@@ -308,7 +308,7 @@ def stitch(
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
-    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 205.0,
+    llava_seconds: Annotated[float, typer.Option(help="How long LLaVA and its blind twin train; 0 leaves them out.")] = 220.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Train SigLIP, and LLaVA, exactly this many steps instead.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on where a demo in --out was stopped.")] = False,
     as_json: Json = False,

@@ -47,9 +47,9 @@ def pack(
             if isinstance(sample, Reject):
                 rejects.append(asdict(sample))
                 continue
-            sample.image.thumbnail((side, side), Image.Resampling.BICUBIC)
-            buffer = io.BytesIO()
-            sample.image.save(buffer, "PNG")
+            small, buffer = sample.image.copy(), io.BytesIO()
+            small.thumbnail((side, side), Image.Resampling.BICUBIC)
+            small.save(buffer, "PNG")
             _add(archive, f"{index:08d}.png", buffer.getvalue())
             captions = json.dumps({"captions": sample.texts, "key": sample.key}, ensure_ascii=False)
             _add(archive, f"{index:08d}.json", captions.encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
@@ -29,7 +29,8 @@ def open_image(source: Any) -> Image.Image:
     """A PIL image, a path, bytes or an (H, W[, C]) uint8 array -> an upright RGB image.
 
     EXIF rotation is applied as Hugging Face's `load_image` does, and transparency is laid on white as its processors do. (`load_image`
-    itself drops the alpha channel of a file, so that transformers treats one picture in two ways; here it is always white.)
+    itself drops the alpha channel of a file, so that transformers treats one picture in two ways; here it is always white.) A PIL image
+    that is upright RGB already is returned as it is: whoever draws on it copies it first.
 
     Raises:
         SampleError: the bytes are not a picture, are cut short, or the path does not exist.
@@ -43,12 +44,14 @@ def open_image(source: Any) -> Image.Image:
             source = Image.fromarray(source)
         if not isinstance(source, Image.Image):
             raise TypeError(f"expected a PIL image, a path, bytes or an array, got {type(source).__name__}")
-        source = ImageOps.exif_transpose(source)
+        if source.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies what it leaves as it is, too
+            source = ImageOps.exif_transpose(source)
         if "A" in source.getbands() or source.info.get("transparency") is not None:
             source = source.convert("RGBA")
             white = Image.new("RGBA", source.size, (255, 255, 255, 255))
             source = Image.alpha_composite(white, source)
-        return source.convert("RGB")
+        source.load()
+        return source if source.mode == "RGB" else source.convert("RGB")
     except TypeError:
         raise
     except FileNotFoundError as error:
