@@ -162,26 +162,38 @@ def _place(
     """Draw one object into its square; returns the box of what is visible."""
     x, y, size = cell
     side = max(6, round(size))
-    drawing = _tinted(group.concept, style, group.colour).resize((side, side), Image.Resampling.BOX)
     angle = jitter * rng.uniform(-12, 12)
-    if side >= 12:
-        drawing = drawing.rotate(angle, Image.Resampling.BILINEAR)
-    premultiplied = np.asarray(drawing)
+    if side < 12 or not angle:
+        stamp = _upright(group.concept, style, group.colour, side)
+    else:
+        stamp = np.asarray(_sized(group.concept, style, group.colour, side).rotate(angle, Image.Resampling.BILINEAR))
     if paint is not None:
-        colours = (premultiplied.astype(np.float32) @ paint).clip(0, premultiplied[..., 3:])
-        premultiplied = np.concatenate([colours.astype(np.uint8), premultiplied[..., 3:]], axis=-1)
+        colours = (stamp.astype(np.float32) @ paint).clip(0, stamp[..., 3:])
+        stamp = np.concatenate([colours.astype(np.uint8), stamp[..., 3:]], axis=-1)
     limit = pixels.shape[0] - side
     at_x, at_y = min(max(round(x), 0), limit), min(max(round(y), 0), limit)
     under = pixels[at_y : at_y + side, at_x : at_x + side]
-    keep = 255 - premultiplied[..., 3:].astype(np.uint16)
-    under[:] = premultiplied[..., :3] + ((under * keep + 127) // 255).astype(np.uint8)
-    rows, columns = np.flatnonzero(premultiplied[..., 3].any(1)), np.flatnonzero(premultiplied[..., 3].any(0))
+    keep = 255 - stamp[..., 3:].astype(np.uint16)
+    under[:] = stamp[..., :3] + ((under * keep + 127) // 255).astype(np.uint8)
+    shown = stamp[..., 3] > 0
+    rows, columns = shown.any(1).nonzero()[0], shown.any(0).nonzero()[0]
     if not len(rows):
         return at_x, at_y, at_x + side, at_y + side
     return at_x + int(columns[0]), at_y + int(rows[0]), at_x + int(columns[-1]) + 1, at_y + int(rows[-1]) + 1
 
 
-@lru_cache(maxsize=20_000)
+@lru_cache(maxsize=16_384)
+def _upright(concept: int, style: str, colour: str | None, side: int) -> np.ndarray:
+    """(side, side, 4) uint8, premultiplied: a sprite as it is drawn most often, kept because drawing is what keeps a data worker busy."""
+    return np.asarray(_sized(concept, style, colour, side))
+
+
+@lru_cache(maxsize=16_384)
+def _sized(concept: int, style: str, colour: str | None, side: int) -> Image.Image:
+    return _tinted(concept, style, colour).resize((side, side), Image.Resampling.BOX)
+
+
+@lru_cache(maxsize=4_096)
 def _tinted(concept: int, style: str, colour: str | None) -> Image.Image:
     """A sprite with premultiplied alpha ("RGBa"), painted in shades of one colour where asked."""
     drawing = sprites.sprite(concept, style)
