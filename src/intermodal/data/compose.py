@@ -176,7 +176,7 @@ def _place(
     keep = 255 - stamp[..., 3:].astype(np.uint16)
     under[:] = stamp[..., :3] + ((under * keep + 127) // 255).astype(np.uint8)
     shown = stamp[..., 3] > 0
-    rows, columns = shown.any(1).nonzero()[0], shown.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
     if not len(rows):
         return at_x, at_y, at_x + side, at_y + side
     return at_x + int(columns[0]), at_y + int(rows[0]), at_x + int(columns[-1]) + 1, at_y + int(rows[-1]) + 1

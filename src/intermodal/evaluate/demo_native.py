@@ -230,9 +230,13 @@ def steps_score(judge: Judge, replies: Sequence[Reply], facts: Sequence[Facts]) 
 
 
 def asked_kinds(recipe: StagedRecipe) -> tuple[str, ...]:
-    """Kinds of questions that the recipe's scenes can ask: no signs where no words are printed."""
-    words = any("word_share" in spec for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
-    return KINDS if words else tuple(kind for kind in KINDS if kind != "sign")
+    """Kinds of questions that the recipe's scenes can ask and one answer does not always fit: no signs where no words are printed, no
+    counts where there is one of everything."""
+    specs = [spec.removeprefix("questions:") for spec in recipe.stages[-1].data.train if spec.startswith("questions:scenes")]
+    configs = [source.config for spec in specs if isinstance(source := open_source(spec), Scenes)]
+    pointless = {"sign"} if not any(config.word_share for config in configs) else set()
+    pointless |= {"count"} if all(config.most == 1 for config in configs) else set()
+    return tuple(kind for kind in KINDS if kind not in pointless)
 
 
 @torch.no_grad()
@@ -254,7 +258,8 @@ def summary(results: dict[str, Any]) -> Table:
     for name, row in results["judged"].items():
         table.add_row(name, *_cells(row))
     steps = ", ".join(f"{name} {value:.0%}" for name, value in results["steps"].items() if name != "asked")
-    answered = ", ".join(f"{kind} {value:.0%}" for kind, value in results["questions"]["model"].items())
+    guess = results["questions"]["most common answer"]
+    answered = ", ".join(f"{kind} {value:.0%} (a guess {guess[kind]:.0%})" for kind, value in results["questions"]["model"].items())
     said = f"captions of held-out scenes exactly right {results['captions']['exact']:.0%}, their things {results['captions']['things']:.0%}"
     table.caption = f"in two steps: {steps}\n{said}\nquestions: {answered}; reconstruction {results['psnr']:.1f} dB"
     return table
