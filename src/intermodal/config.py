@@ -151,6 +151,14 @@ def _words(hint: Any) -> str:
     return getattr(hint, "__name__", None) or str(hint)
 
 
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """What `to_dict` gave, by dotted path; lists as they are."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return out
+
+
 def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     """Rebuild a dataclass tree from `to_dict`.
 

@@ -1,5 +1,6 @@
 """The commands as a shell and torchrun start them: ranks, signals, exit codes. Every wait has an end: a dead-lock fails."""
 
+import io
 import json
 import os
 import re
@@ -7,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -204,6 +207,25 @@ def test_an_error_of_the_users_is_one_line_and_code_1(start, tmp_path, words):
     assert said.startswith("error:")
     assert said.endswith("\n")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_data_worker_is_one_line_and_ends_the_run(start, tmp_path, workers):
+    """And is not waited for: workers outlive the first signal, also that by which Python ends them."""
+    with tarfile.open(tmp_path / "bare.tar", "w") as shard:
+        for number in range(60):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(picture, "PNG")
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(picture.getvalue())
+            shard.addfile(member, io.BytesIO(picture.getvalue()))
+    data = (f'data.train=["{tmp_path / "bare.tar"}","scenes:core"]', "data.weights=[0.5,0.5]", f"data.workers={workers}")
+    code, said = end_of(start_training(start, tmp_path / "run", *data))
+    assert code == 1
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "were unusable" in lines[0]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

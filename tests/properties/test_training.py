@@ -8,6 +8,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from rich.console import Console
 import intermodal
 from intermodal.errors import IntermodalError
 from intermodal.parallel.setup import World
-from intermodal.train.contrastive import PairTrainer, train
+from intermodal.train.contrastive import PairTrainer, batch_accuracy, train
 from intermodal.train.loop import NotFinite, Stopped
 from intermodal.train.recipe import load_recipe
 
@@ -302,6 +303,51 @@ def test_the_scale_stays_in_its_range(tmp_path):
     assert 0 <= model.logit_scale.item() <= 4.6053
 
 
+def bias_on_rank(rank, size, folder):
+    recipe = tiny(2, train={"loss": "softmax", "precision": "fp64"})
+    return dict(train(recipe, folder, quiet=True).named_parameters())
+
+
+def test_a_siglip_trains_by_softmax_on_two_ranks_too(tmp_path):
+    """Its bias has no gradient then, on any rank."""
+    alone = bias_on_rank(0, 1, tmp_path / "one")
+    for rank in on_ranks(2, bias_on_rank, tmp_path / "two"):
+        assert_near(rank, alone, "softmax with a bias")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are(tmp_path, monkeypatch):
+    backward = PairTrainer._forward
+    monkeypatch.setattr(PairTrainer, "_forward", lambda self, batch: broken_gradient(self, backward(self, batch)))
+    with pytest.raises(NotFinite, match=r"norm of the gradients is (nan|inf) at step 3.*Nothing was saved"):
+        train(tiny(4, train={"save_every": None}), tmp_path, quiet=True)
+
+
+def broken_gradient(trainer, embeddings):
+    if trainer.step == 2:
+        embeddings.image.register_hook(lambda gradient: gradient * float("inf"))
+    return embeddings
+
+
+def test_other_data_are_refused_on_resume_and_other_settings_told(tmp_path):
+    recipe = tiny(4, train={"save_every": 2})
+    train(recipe, tmp_path, quiet=True)
+    forget_after(tmp_path, 2)
+    shorter = replace(recipe, data=replace(recipe.data, train=("sprites:all", *recipe.data.train[1:])))
+    with pytest.raises(IntermodalError, match=r"sprites-core.*now they are.*sprites-all"):
+        train(shorter, tmp_path, resume=True, quiet=True)
+    said = io.StringIO()
+    changed = replace(recipe, optim=replace(recipe.optim, lr=0.5))
+    train(changed, tmp_path, resume=True, console=Console(file=said, width=200))
+    assert f"optim.lr {recipe.optim.lr} -> 0.5" in said.getvalue()
+
+
+def test_chance_counts_captions_that_come_several_times(tmp_path):
+    e = SimpleNamespace(image=torch.eye(4), text=torch.eye(4))
+    right, chance = batch_accuracy(e, SimpleNamespace(groups=torch.tensor([1, 1, 2, 3])))
+    assert (float(right), float(chance)) == (1.0, (2 + 2 + 1 + 1) / 16)
+    assert float(batch_accuracy(e, SimpleNamespace(groups=None))[1]) == 0.25
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     recipe = tiny(10_000)
     threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -324,7 +370,7 @@ def test_tensorboard_and_a_terminal_see_what_the_metrics_hold(tmp_path):
 
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=160)
-    train(tiny(4), tmp_path / "run", console=console)
+    train(tiny(4, train={"save_every": None}), tmp_path / "run", console=console)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

@@ -12,7 +12,7 @@ import json
 import random
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..batch import PairBatch
 from ..errors import IntermodalError, SampleError
-from ..inputs.image import open_image
+from ..inputs.image import ImageProcessor, open_image
 from ..inputs.processor import PairProcessor
 from .source import Reject, Sample, Source
 from .stream import StreamSource
@@ -109,13 +109,21 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         streams = [s.state() if isinstance(s, StreamSource) else None for s in self.sources]
-        return {"seed": self.seed, "position": self.position, "counters": list(self.counters), "streams": streams}
+        place = {"seed": self.seed, "position": self.position, "counters": list(self.counters), "streams": streams}
+        return {**place, "sources": self._described()}
+
+    def _described(self) -> list[str]:
+        """Each source by name and size: in others the same numbers would be other samples."""
+        return [s.name if isinstance(s, StreamSource) else f"{s.name} ({len(s)} samples)" for s in self.sources]
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises DataError when the state belongs to other sources or another seed."""
-        if state["seed"] != self.seed or len(state["counters"]) != len(self.sources):
+        before, now = state.get("sources", self._described()), self._described()
+        if state["seed"] != self.seed or before != now:
+            what = f"seed {state['seed']} and {', '.join(before)}; now they are {self.seed} and {', '.join(now)}"
             raise DataError(
-                "the checkpoint's data state is of another seed or another list of sources; resume with the same data settings"
+                f"the checkpoint's place in the data is of {what}. Resume with the same data, or begin a new run from the trained "
+                "weights (model.start=DIR)"
             )
         self.position, self.counters = state["position"], list(state["counters"])
         for source, kept in zip(self.sources, state["streams"], strict=True):
@@ -198,14 +206,17 @@ class Fetcher(Dataset):
         )
 
     def _picture(self, sample: Sample, rng: random.Random):
+        """The picture at the size that the model sees, where that is one size: a batch of photos does not fit into memory as they are."""
         picture = open_image(sample.image)
-        if self.crop_scale is None:
-            return picture
-        return random_crop(picture, self.crop_scale, rng)
+        if self.crop_scale is not None:
+            picture = random_crop(picture, self.crop_scale, rng)
+        images = self.processor.images
+        return images.resized(picture) if isinstance(images, ImageProcessor) else picture
 
 
 def random_crop(picture, scale: tuple[float, float], rng: random.Random):
-    """A random part of the picture: a share of its area within `scale`, aspect changed by at most 4:3 (torchvision's rule)."""
+    """A random part of the picture: a share of its area within `scale`, aspect changed by at most 4:3, as torchvision draws it; the whole
+    where ten draws do not fit. What comes after is the model's own resize, which keeps the aspect where it cuts the middle out."""
     width, height = picture.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -222,6 +233,26 @@ def _outlive_a_signal(worker: int) -> None:
     the one that trains, which saves and then ends its workers; the next one counts."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+@dataclass
+class _Refused:
+    """What a worker could not do. Raised there, it would come as the text of a traceback."""
+
+    error: IntermodalError
+
+
+class _Telling(Dataset):
+    """A fetcher whose errors come back as they are."""
+
+    def __init__(self, fetcher: Dataset):
+        self.fetcher = fetcher
+
+    def __getitem__(self, references: Any) -> Any:
+        try:
+            return self.fetcher[references]
+        except IntermodalError as error:
+            return _Refused(error)
 
 
 class Loader:
@@ -253,10 +284,10 @@ class Loader:
         every rank reads whole went to other ranks, where this rank counts for all."""
         self._state = mixture.state()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         self._drawn.clear()
         loader = DataLoader(
-            self.fetcher,
+            _Telling(self.fetcher),
             batch_size=None,
             sampler=self._references(),  # pyright: ignore[reportArgumentType]
             num_workers=self.workers,
@@ -264,11 +295,18 @@ class Loader:
             prefetch_factor=self.prefetch if self.workers else None,
             worker_init_fn=_outlive_a_signal,
         )
-        for fetched in loader:
-            state, skipped, others = self._drawn.popleft()
-            self.rejects.add(fetched.read + others, fetched.rejects + skipped)
-            self._state = state
-            yield fetched
+        steps = iter(loader)
+        try:
+            for fetched in steps:
+                if isinstance(fetched, _Refused):
+                    raise fetched.error
+                state, skipped, others = self._drawn.popleft()
+                self.rejects.add(fetched.read + others, fetched.rejects + skipped)
+                self._state = state
+                yield fetched
+        finally:  # workers outlive the signal by which Python ends them at its own end, and would be waited for
+            if self.workers:
+                steps._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
     def state(self) -> dict[str, Any]:
         return {**self._state, "rejects": [self.rejects.read, self.rejects.rejected]}

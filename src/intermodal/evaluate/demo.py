@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,16 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
     Args:
         seconds: time for training; the steps are set to fit by a short trial.
         steps: so many, instead.
-        resume: go on where an earlier demo in `out` was stopped; else it is replaced.
+        resume: go on where an earlier demo in `out` was stopped; else that is replaced.
 
     Raises:
-        IntermodalError: the recipe is not there (the package was installed without its source tree), or the run was interrupted
-            (after saving).
+        IntermodalError: the recipe is not there (the package was installed without its source tree), `out` holds other things than a
+            demo, or the run was interrupted (after saving).
     """
     console = console or Console()
     if not RECIPE.exists():
         raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-    plan = Plan(out)
+    plan = Plan.begin(out, resume)
     recipe = plan.settled(
         "siglip", load_recipe(RECIPE), lambda made: with_steps(made, steps) if steps else fit(made, out / "trial", seconds)
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +48,7 @@ def run_llava_demo(
     recipe = load_recipe(RECIPE)
     recipe = replace(recipe, model=replace(recipe.model, vision=str(tower)))
     folder = out / "llava"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    plan = Plan(folder)
+    plan = Plan.begin(folder, resume)
 
     def settle(made: StagedRecipe) -> StagedRecipe:
         if steps is None:

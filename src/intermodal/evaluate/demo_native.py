@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,9 +75,7 @@ def run_native_demo(
     console = console or Console()
     if not (RECIPES / "native.py").exists():
         raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-    plan = Plan(out)
+    plan = Plan.begin(out, resume)
     vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("native_vqvae.py", "native.py", "siglip.py"))
     # the judge sees what is drawn: one thing or two on white
     pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe)), weights=(0.3, 0.7)))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import IntermodalError
 from ..train.fit import with_stage_steps, with_steps
 from ..train.recipe import Recipe, StagedRecipe, VQRecipe
 
+PLAN = "plan.json"
 R = TypeVar("R", Recipe, VQRecipe, StagedRecipe)
 
 
@@ -19,10 +22,25 @@ class Plan:
     """`plan.json` of a demo's folder: the steps of each of its runs, and the seconds spent on them."""
 
     def __init__(self, folder: Path):
-        self.file = folder / "plan.json"
+        self.file = folder / PLAN
         kept = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.steps: dict[str, list[int]] = kept.get("steps", {})
         self.seconds: dict[str, float] = kept.get("seconds", {})
+
+    @classmethod
+    def begin(cls, folder: Path, resume: bool) -> Plan:
+        """That of a demo's folder; without `resume` the demo that was there is gone.
+
+        Raises:
+            IntermodalError: the folder holds something else, which is not deleted.
+        """
+        if not resume and folder.exists():
+            if any(folder.iterdir()) and not (folder / PLAN).exists():
+                raise IntermodalError(
+                    f"{folder} holds other things than a demo (it has no {PLAN}): give another --out, or empty it"
+                )
+            shutil.rmtree(folder)
+        return cls(folder)
 
     def settled(self, name: str, recipe: R, settle: Callable[[R], R]) -> R:
         """The recipe with the steps that were settled on before; the first time with those of `settle`, which are kept."""

@@ -117,12 +117,12 @@ def scalars(model: DualEncoder) -> list[nn.Parameter]:
 
 
 def sync_scalars(model: DualEncoder, world: World) -> None:
-    """Average the scale's and bias's gradients over the ranks, as FSDP does for all other parameters."""
+    """Average the scale's and bias's gradients over the ranks, as FSDP does for all other parameters. (A softmax does not use the bias.)"""
     if world.size > 1:
         for parameter in scalars(model):
-            assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world.size
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world.size
 
 
 def reduce_gradients(model: nn.Module, wanted: bool) -> None:

@@ -160,13 +160,13 @@ class PairTrainer(Trainer):
     def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:
         """Forward, backward, update. The loss of a step is the sum over all ranks divided by the pairs of all ranks."""
         recipe, batch = self.recipe, fetched.batch.to(self.world.device)
-        accuracy = torch.zeros(())
+        accuracy = chance = torch.zeros(())
 
         def loss(embeddings: Embeddings, whole: PairBatch) -> tuple[Tensor, Tensor]:
-            nonlocal accuracy
+            nonlocal accuracy, chance
             total = self._loss(embeddings, whole)
             if logging:
-                accuracy = batch_accuracy(embeddings, whole)
+                accuracy, chance = batch_accuracy(embeddings, whole)
             # gradients are averaged over ranks, so a rank's share is multiplied by their number
             return total.detach(), total / recipe.data.batch * self.world.size
 
@@ -188,6 +188,7 @@ class PairTrainer(Trainer):
         values = {
             "loss": (self.world.sum(at_least_float32(value)) / recipe.data.batch).item(),
             "accuracy": (self.world.sum(accuracy.to(self.world.device)) / self.world.size).item(),
+            "chance": (self.world.sum(chance.to(self.world.device)) / self.world.size).item(),
             "lr": rate,
             "gradient_norm": norm.item(),
             "scale": self.model.logit_scale.exp().item(),
@@ -209,11 +210,10 @@ class PairTrainer(Trainer):
         return sigmoid_loss(e.image, e.text, e.log_scale, e.bias, **options)[0]
 
     def _note(self, values: dict[str, Any]) -> str:
-        batch = self.recipe.data.batch
         note = f"{values['samples_per_second']:.0f} img/s  loss {values['loss']:.3f}"
         if self.recipe.train.loss == "softmax":
-            return f"{note} (chance {math.log(batch):.2f})"
-        return f"{note}  right {values['accuracy']:.0%} (chance {1 / batch:.1%})"
+            return f"{note} (chance {math.log(self.recipe.data.batch):.2f})"
+        return f"{note}  right {values['accuracy']:.0%} (chance {values['chance']:.1%})"
 
     def _finish(self) -> DualEncoder:
         """The whole trained model on every rank, saved by the first."""
@@ -235,9 +235,10 @@ def _rebuilt(model: DualEncoder) -> DualEncoder:
 
 
 @torch.no_grad()
-def batch_accuracy(e: Embeddings, batch: PairBatch, most: int = 512) -> Tensor:
-    """Share of (up to `most`) pictures whose nearest text of the rank's batch says what its own says."""
+def batch_accuracy(e: Embeddings, batch: PairBatch, most: int = 512) -> tuple[Tensor, Tensor]:
+    """Share of (up to `most`) pictures whose nearest text of the rank's batch says what its own says, and what a guess gets: captions
+    that come several times are guessed sooner."""
     best = (e.image[:most] @ e.text.T).argmax(1)
-    if batch.groups is None:
-        return (best == torch.arange(len(best), device=best.device)).float().mean()
-    return (batch.groups[best] == batch.groups[:most]).float().mean()
+    own = torch.arange(len(e.text), device=best.device) if batch.groups is None else batch.groups
+    right = own[None] == own[: len(best), None]
+    return right.gather(1, best[:, None]).float().mean(), right.float().mean()

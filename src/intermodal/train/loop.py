@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import statistics
 import time
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..config import to_dict
+from ..config import flat, to_dict
 from ..data.loader import Loader, Mixture, Rejects
 from ..data.stream import StreamSource
 from ..errors import IntermodalError
@@ -74,6 +73,7 @@ class Trainer(ABC):
             self.step = meta["step"]
             self.recent, self.rollbacks, self.went_back_to = meta["recent"], meta["rollbacks"], meta["went_back_to"]
             self.loader.restore(meta["data"])
+            self._tell_of_changes(meta["recipe"])
         self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
 
@@ -97,12 +97,12 @@ class Trainer(ABC):
         recipe, steps = self.recipe, self.recipe.train.steps
         metrics = self.metrics = Metrics(self.folder, resumed_at=self.step) if self.world.main else None
         display = Display(self.console, recipe.name, self.step, steps, recipe.data.batch, quiet=self.quiet)
+        batches = iter(self.loader) if self.step < steps else None
         with self._stop_signals():
             try:
                 clock, since = time.perf_counter(), self.step
-                batches = iter(self.loader) if self.step < steps else iter(())
                 every = recipe.train.save_every
-                for fetched in batches:
+                for fetched in batches or ():
                     saving = self.step + 1 == steps or bool(every and (self.step + 1) % every == 0)
                     # a run that can roll back saves nothing before it has looked at the loss
                     judged = saving and recipe.train.rollback is not None
@@ -143,16 +143,16 @@ class Trainer(ABC):
                     if self.step == steps:
                         break
             finally:
+                if batches is not None:
+                    batches.close()  # ends its workers
                 display.close()
                 if metrics is not None:
                     metrics.close()
         return self._finish()
 
     def _diverged(self, values: dict[str, Any]) -> str | None:
-        """What is wrong with a logged step: a loss far from the usual, or an update that is not finite."""
-        limit, loss, norm = self.recipe.train.rollback or ALARM, values["loss"], values["gradient_norm"]
-        if not math.isfinite(norm):
-            return f"the norm of the gradients is {norm} at step {self.step}"
+        """What is wrong with a logged step: a loss far from the usual."""
+        limit, loss = self.recipe.train.rollback or ALARM, values["loss"]
         if len(self.recent) >= STEADY and loss > limit * statistics.median(self.recent):
             return f"the loss is {loss:.3f} at step {self.step}, and was about {statistics.median(self.recent):.3f}"
         self.recent = [*self.recent[1 - RECENT :], loss]
@@ -216,6 +216,11 @@ class Trainer(ABC):
             group["lr"] = rate * group["factor"]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
+        if not bool(torch.isfinite(norm)):  # the loss was finite, its slope is not: one step by it and every weight is NaN
+            raise NotFinite(
+                f"the norm of the gradients is {norm.item()} at step {self.step + 1}, with a finite loss; {self._before_it()} Lower "
+                "optim.lr, or set train.precision=fp32"
+            )
         if config.clip_norm is not None:
             shrink = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for parameter in parameters:
@@ -232,9 +237,18 @@ class Trainer(ABC):
             file.write_text(json.dumps({"step": self.step + 1, "loss": str(value.item()), "samples": batch.keys}) + "\n")
             more = f" and {len(batch.keys) - 8} more, all in {file}" if len(batch.keys) > 8 else ""
             raise NotFinite(
-                f"the loss is {value.item()} at step {self.step + 1}; this rank's samples: {', '.join(batch.keys[:8])}{more}. The "
-                f"weights before it are in the newest checkpoint; look at the samples, lower optim.lr, or set train.precision=fp32"
+                f"the loss is {value.item()} at step {self.step + 1}; this rank's samples: {', '.join(batch.keys[:8])}{more}. "
+                f"{self._before_it()} Look at the samples, lower optim.lr, or set train.precision=fp32"
             )
+
+    def _before_it(self) -> str:
+        """Where the weights before a step that went wrong are."""
+        newest = checkpoint.latest(self.folder)
+        return (
+            f"The weights before it are in {newest}."
+            if newest
+            else "Nothing was saved before it (train.save_every saves on the way)."
+        )
 
     def _claim_folder(self, resume: bool) -> None:
         """Refuse to overwrite a run by accident; write the recipe."""
@@ -251,6 +265,13 @@ class Trainer(ABC):
                     old.unlink()
         if self.world.size > 1:
             torch.distributed.barrier()
+
+    def _tell_of_changes(self, before: dict[str, Any]) -> None:
+        """A resumed run may have other settings than it began with, and is then not what it would have been: they are named."""
+        then, now = flat(before), flat(json.loads(json.dumps(to_dict(self.recipe))))
+        changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+        if changed and self.world.main and not self.quiet:
+            self.console.print(f"[yellow]resumed with other settings: {'; '.join(changed)}[/yellow]")
 
     def _save(self) -> None:
         rolls = {"recent": self.recent, "rollbacks": self.rollbacks, "went_back_to": self.went_back_to}
