@@ -4,6 +4,9 @@ from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
 from intermodal.train.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, tiny_version
 
+TANH = {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6}
+"""What SigLIP was trained with; a CLIP has the defaults."""
+
 
 def recipe(tiny: bool = False) -> Recipe:
     full = Recipe(
@@ -11,8 +14,9 @@ def recipe(tiny: bool = False) -> Recipe:
         # Which model. From a checkpoint instead: ModelConfig(start="a directory or hub id"), the towers are then read from it.
         model=ModelConfig(
             family="siglip",  # clip, siglip, siglip2 (NaFlex)
-            vision=VisionConfig(width=192, depth=6, heads=3, mlp_width=768, image_size=64, patch_size=8),
-            text=TextConfig(width=192, depth=3, heads=3, mlp_width=768, context=24),
+            vision=VisionConfig(width=192, depth=6, heads=3, mlp_width=768, image_size=64, patch_size=8, **TANH),
+            text=TextConfig(width=192, depth=3, heads=3, mlp_width=768, context=24, **TANH),
+            init_bias=-5.5,  # about -log(batch): how seldom a pair is right; the paper's -10 is for batches of thousands
             # tokenizer="a directory with tokenizer.json",   # None counts a small one from the captions
         ),
         # Which data. Anything `intermodal data stats` can read; several sources need weights when one of them is endless.
