@@ -106,7 +106,10 @@ def checked(value: Any, hint: Any, path: str) -> Any:
         return TypeAdapter(hint).validate_json(to_json(value, inf_nan_mode="constants"), strict=True, extra="forbid")
     except (ValidationError, PydanticSerializationError) as error:
         why = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
-        raise SettingError(f"{path} wants {_words(hint)}, got {value!r}{why}") from None
+        wanted = _words(hint)
+        if isinstance(value, str) and wanted.startswith("a list of str"):  # what a shell's user writes first
+            why = f"; write '{path}={json.dumps([value])}'"
+        raise SettingError(f"{path} wants {wanted}, got {value!r}{why}") from None
 
 
 def validated(config: T, path: str = "") -> T:

@@ -403,3 +403,11 @@ def test_pairs_slice_both_sides_keys_and_groups():
     part = pairs.slice(1, 3)
     assert (len(part), part.keys, part.groups.tolist(), part.texts.ids.tolist()) == (2, ["b", "c"], [8, 7], [2, 3, 4])
     assert part.images.pixels.tolist() == [1, 2]
+
+
+def test_ideographs_are_words_and_what_cannot_be_spelled_is_told():
+    """A sentence without spaces is not one word; a letter never counted is `<unk>`, and the share of such texts is known."""
+    tokenizer = fresh(train_tokenizer(["一只狗在树下", "two dogs"], 200), "siglip", context=8)
+    pieces = tokenizer.encode.tokenizer.encode("一只猫在树 dogs").tokens
+    assert pieces == ["一", "只", "<unk>", "在", "树", "dogs", "</s>"]
+    assert tokenizer.unknown(["一只狗", "一只猫", "two dogs", "two cats"]) == 0.5

@@ -167,6 +167,7 @@ def test_errors_are_one_line_and_debug_shows_more():
         (["trian", "recipes/siglip.py"], "Did you mean 'train'?"),
         (["train"], "Missing argument 'recipe'"),
         (["data", "stats", "--count", "many"], "--count"),
+        (["train", "recipes/clip.py", "data.train=a.tar"], "write 'data.train=[\"a.tar\"]'"),
         (["demo", "--step", "3"], "--steps"),
         (["train", "recipes/siglp.py"], "no recipe at recipes/siglp.py"),
         (["data", "stats", "nothing.tar"], "no such file"),

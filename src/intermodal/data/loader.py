@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..batch import PairBatch
 from ..errors import IntermodalError, SampleError
-from ..inputs.image import ImageProcessor, open_image
+from ..inputs.image import ImageProcessor, NaflexProcessor, open_image
 from ..inputs.processor import PairProcessor
 from .source import Reject, Sample, Source
 from .stream import StreamSource
@@ -169,23 +169,13 @@ class Fetched:
         return len(self.batch)
 
 
-class Fetcher(Dataset):
-    """References to a packed batch; runs in the workers."""
+class PictureFetcher(Dataset):
+    """Usable pictures of references, cropped at random and resized; runs in the workers."""
 
-    def __init__(self, sources, processor: PairProcessor, seed: int, crop_scale: tuple[float, float] | None = None):
-        self.sources, self.processor, self.seed, self.crop_scale = sources, processor, seed, crop_scale
-
-    def __getitem__(self, references: tuple[int, list[tuple[int, int | Sample]]]) -> Fetched:
-        start, wanted = references
-        images, texts, keys, rejects = [], [], [], []
-        for offset, (which, at) in enumerate(wanted):
-            rng = random.Random(f"{self.seed}/pick/{start + offset}")
-            sample, image = self._usable(which, at, rng, rejects)
-            images.append(image)
-            texts.append(rng.choice(sample.texts))
-            keys.append(sample.key)
-        groups = torch.tensor([number_of(text) for text in texts])
-        return Fetched(PairBatch(self.processor.images(images), self.processor.texts(texts), keys, groups), rejects)
+    def __init__(
+        self, sources, pictures: ImageProcessor | NaflexProcessor, seed: int, crop_scale: tuple[float, float] | None = None
+    ):
+        self.sources, self.pictures, self.seed, self.crop_scale = sources, pictures, seed, crop_scale
 
     def _usable(self, which: int, at: int | Sample, rng: random.Random, rejects: list[Reject]):
         """The sample asked for, or the first usable one of a sequence that its number determines."""
@@ -210,8 +200,27 @@ class Fetcher(Dataset):
         picture = open_image(sample.image)
         if self.crop_scale is not None:
             picture = random_crop(picture, self.crop_scale, rng)
-        images = self.processor.images
-        return images.resized(picture) if isinstance(images, ImageProcessor) else picture
+        return self.pictures.resized(picture) if isinstance(self.pictures, ImageProcessor) else picture
+
+
+class Fetcher(PictureFetcher):
+    """References to a packed batch of pairs."""
+
+    def __init__(self, sources, processor: PairProcessor, seed: int, crop_scale: tuple[float, float] | None = None):
+        super().__init__(sources, processor.images, seed, crop_scale)
+        self.processor = processor
+
+    def __getitem__(self, references: tuple[int, list[tuple[int, int | Sample]]]) -> Fetched:
+        start, wanted = references
+        images, texts, keys, rejects = [], [], [], []
+        for offset, (which, at) in enumerate(wanted):
+            rng = random.Random(f"{self.seed}/pick/{start + offset}")
+            sample, image = self._usable(which, at, rng, rejects)
+            images.append(image)
+            texts.append(rng.choice(sample.texts))
+            keys.append(sample.key)
+        groups = torch.tensor([number_of(text) for text in texts])
+        return Fetched(PairBatch(self.processor.images(images), self.processor.texts(texts), keys, groups), rejects)
 
 
 def random_crop(picture, scale: tuple[float, float], rng: random.Random):

@@ -58,6 +58,9 @@ class Encoder(Protocol):
     @property
     def vocabulary_size(self) -> int: ...
 
+    @property
+    def unknown_id(self) -> int | None: ...
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
@@ -97,6 +100,11 @@ class TextTokenizer:
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, before anything is cut or padded."""
         return [len(ids) for ids in self._whole(texts)]
+
+    def unknown(self, texts: Sequence[str]) -> float:
+        """The share of texts with a word that the vocabulary cannot spell."""
+        unknown = self.encode.unknown_id
+        return 0.0 if unknown is None or not texts else sum(unknown in ids for ids in self._whole(texts)) / len(texts)
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return self.encode([self.clean(text) for text in texts] if self.clean else list(texts))
@@ -195,6 +203,13 @@ class FastEncoder:
     def vocabulary_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    @property
+    def unknown_id(self) -> int | None:
+        token = getattr(self.tokenizer.model, "unk_token", None)
+        return (
+            None if token in (None, END) else self.tokenizer.token_to_id(token)
+        )  # CLIP names its end token, and spells everything
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
@@ -286,6 +301,10 @@ class SentencePieceEncoder:
     def vocabulary_size(self) -> int:
         return self.model.get_piece_size()
 
+    @property
+    def unknown_id(self) -> int | None:
+        return self.model.unk_id()
+
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*self.model.encode(text), self.model.eos_id()] for text in texts]
 
@@ -296,7 +315,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     WordPiece over every character seen and the most frequent words. It is counted, not trained: the `tokenizers` trainers give other
     ids at each call, and two ranks, or two runs of one recipe, must agree.
     """
-    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    # ideographs stand alone, as words do elsewhere: a sentence without spaces would be one word, and mostly an unknown one
+    alone = normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), alone])
     splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     letters = sorted({letter for word in counts for letter in word})

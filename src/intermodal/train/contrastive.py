@@ -146,8 +146,14 @@ class PairTrainer(Trainer):
         return self._loader(sources, Fetcher(sources, self.model.processor, data.seed, data.crop_scale))
 
     def _tell_of_cuts(self, captions: list[str]) -> None:
-        """Say so when captions do not fit the text tower's context: what is cut away cannot be learned."""
+        """Say so when captions do not fit the text tower's context, or the vocabulary: what is cut away or unknown cannot be learned."""
         tokenizer = self.model.processor.texts  # pyright: ignore[reportOptionalMemberAccess]
+        unknown = tokenizer.unknown(captions)
+        if unknown > CUT_SHARE and self.world.main:
+            self.console.print(
+                f"[yellow]{unknown:.0%} of the captions hold words that the tokenizer cannot spell"
+                f"{'' if self.recipe.model.tokenizer else '; raise model.tokenizer_samples, or name a model.tokenizer'}[/yellow]"
+            )
         cut = sum(length > tokenizer.context for length in tokenizer.lengths(captions)) / max(1, len(captions))
         if cut > CUT_SHARE and self.world.main:
             model = self.recipe.model

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data.loader import Fetcher
+from ..data.loader import PictureFetcher
 from ..data.readers import open_source
 from ..data.source import Reject
 from ..errors import IntermodalError
@@ -55,14 +55,12 @@ class Pictures:
         return len(self.pixels)
 
 
-class PictureFetcher(Fetcher):
-    """References to pictures alone; a sample that cannot be used is replaced as `Fetcher` does."""
+class PixelFetcher(PictureFetcher):
+    """References to pictures alone."""
 
-    def __init__(self, sources, pictures: ImageProcessor, seed: int, crop_scale: tuple[float, float] | None = None):
-        super().__init__(sources, None, seed, crop_scale)  # pyright: ignore[reportArgumentType]
-        self.pictures = pictures
+    pictures: ImageProcessor
 
-    def __getitem__(self, references):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, references):
         begin, wanted = references
         rejects: list[Reject] = []
         found = [
@@ -150,7 +148,7 @@ class VQTrainer(Trainer):
         side = recipe.model.resolution
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)
-        self.loader = self._loader(sources, PictureFetcher(sources, pictures, data.seed, data.crop_scale))
+        self.loader = self._loader(sources, PixelFetcher(sources, pictures, data.seed, data.crop_scale))
         self.used = torch.zeros(recipe.model.codes, device=self.world.device)
         """Counts since the last logged step."""
         self.revived = 0
