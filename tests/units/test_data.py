@@ -2,12 +2,16 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
+import os
+import pickle
 import tarfile
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +22,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
-from intermodal.data.preview import describe
+from intermodal.data.preview import contact_sheet, describe
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.source import Reject, Sample
 from intermodal.data.stream import StreamSource, first_samples
@@ -625,3 +629,140 @@ def test_a_streamed_tar_reads_its_json_and_lines_hold_base64(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
     sample = open_source(str(tmp_path / "b.jsonl"))[0]
     assert open_image(sample.image).size == open_image(png(1)).size
+
+
+def test_a_tar_source_of_many_shards_keeps_few_of_them_open(tmp_path):
+    """Also after it was pickled into a worker while files were open."""
+
+    def held():
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return sum(link.exists() and str(link.readlink()).startswith(str(tmp_path)) for link in links)
+
+    for shard in range(80):
+        write_tar(tmp_path / f"a-{shard:03d}.tar", {"0": {"png": png(shard % 12), "txt": b"words %d" % shard}})
+    source = open_source(str(tmp_path / "a-*.tar"))
+    for again in (source, pickle.loads(pickle.dumps(source))):
+        assert [again[n % 80].texts for n in range(100)] == [[f"words {n % 80}"] for n in range(100)]
+    assert 64 <= held() <= 2 * 64
+    del source, again
+    assert held() == 0
+
+
+@pytest.mark.parametrize("picture", [5, True, [1, 2], {"bytes": 5}, ""])
+def test_a_record_whose_picture_is_no_picture_is_a_reject(tmp_path, picture):
+    (tmp_path / "t.jsonl").write_text("\n" + json.dumps({"image": picture, "caption": "x"}) + "\n")
+    (reject,) = first_samples(open_source(str(tmp_path / "t.jsonl")), None)
+    assert isinstance(reject, Reject)
+    assert picture == "" or reject.reason.startswith("t.jsonl:2: the picture is ")
+
+
+def test_a_broken_picture_is_named_by_shard_and_member(tmp_path):
+    source = open_source(str(write_tar(tmp_path / "x.tar", {"g/3": {"png": b"not a picture", "txt": b"words"}})))
+    for image in (source[0].image, pickle.loads(pickle.dumps(source))[0].image, pickle.loads(pickle.dumps(source[0])).image):
+        with pytest.raises(SampleError, match=r"cannot read the picture x\.tar/g/3\.png: it is of no picture format") as caught:
+            open_image(image)
+        assert "BytesIO" not in str(caught.value)
+    row = {"image": base64.b64encode(b"no picture" * 20).decode(), "caption": "x"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    (reject,) = first_samples(open_source(str(tmp_path / "t.jsonl")), None)
+    assert reject.reason.startswith("cannot read the picture t.jsonl:1: ")
+
+
+def test_a_tar_that_is_none_says_why(tmp_path):
+    whole = good_tar(tmp_path / "a-0.tar").read_bytes()
+    (tmp_path / "a-1.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(SourceError, match=r"a-1\.tar: no plain tar but compressed with gzip: gunzip it first"):
+        open_source(str(tmp_path / "a-1.tar"))
+    both = open_source(str(tmp_path / "a-*.tar"))
+    assert len(both) == 6
+    assert "gunzip" in both.problems[0][1]
+    write_tar(tmp_path / "empty.tar", {})
+    with pytest.raises(SourceError, match="holds no samples"):
+        open_source(str(tmp_path / "empty.tar"))
+
+
+def test_tars_and_folders_have_no_columns_and_give_their_own_advice(tmp_path):
+    parts = {"a": {"png": png(1), "cls": b"3"}, "b": {"png": png(1), "json": b'{"words": "x"}'}}
+    path = write_tar(tmp_path / "x.tar", parts)
+    for spec, words in ((f"{path}?text=words", "a tar has no columns"), (f"{tmp_path}?txt=words", "a folder has no columns")):
+        with pytest.raises(SourceError, match=words):
+            open_source(spec)
+    reasons = [reject.reason for reject in first_samples(open_source(str(path)), None)]
+    assert reasons[0].startswith("x.tar/a: no caption in its members (.png, .cls); a caption is a .txt")
+    assert reasons[1].startswith("x.tar/b.json: no caption column among words; a caption is a .txt")
+    assert not any("COLUMN" in reason for reason in reasons)
+
+
+def test_captions_of_several_lines_members_and_languages(tmp_path):
+    """One caption a line in a tar as in a folder; `1.en.txt` beside `1.png` is a caption where there is no `1.txt`."""
+    by_language = {"caption": {"en": "a dog", "pt-BR": ["um cachorro", "um cão"], "de": None}}
+    parts = {
+        "lines": {"png": png(1), "txt": b"one\n\n two \nthree"},
+        "languages": {"png": png(1), "en.txt": b"a cat", "de.txt": b"eine Katze\n"},
+        "plain": {"png": png(1), "en.txt": b"a cat", "txt": b"a cow"},
+        "json": {"png": png(1), "json": json.dumps(by_language).encode()},
+    }
+    path = write_tar(tmp_path / "x.tar", parts)
+    source = open_source(str(path))
+    wanted = [["one", "two", "three"], ["eine Katze", "a cat"], ["a cow"], ["a dog", "um cachorro", "um cão"]]
+    assert [source[n].texts for n in range(4)] == wanted
+    write_tar(path, {"lines": parts["lines"]})
+    assert open_source(f"hf:{tmp_path}").next().texts == wanted[0]  # streamed
+
+
+def test_a_csv_field_may_hold_a_picture(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    assert len(text) > 131_072
+    (tmp_path / "t.csv").write_text(f"image,caption\n{text},noise\n")
+    assert np.array_equal(np.asarray(open_image(open_source(str(tmp_path / "t.csv"))[0].image)), noise)
+
+
+def test_a_shard_can_be_packed_in_place_and_survives_what_fails(tmp_path, monkeypatch):
+    from intermodal.data import pack as module
+
+    path = good_tar(tmp_path / "a.tar")
+    assert module.pack(str(path), path, 8, progress=False) == (6, 0)
+    source = open_source(str(path))
+    assert [source[n].texts for n in range(6)] == [[text] for text in CAPTIONS[:6]]
+    before = path.read_bytes()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.pack(str(path), path, 8, progress=False)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_preview_and_pack_tell_of_shards_that_are_cut_short(tmp_path, capsys):
+    from intermodal.data.pack import pack
+
+    data = good_tar(tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: 3 * 4 * 512])
+    assert pack(str(tmp_path / "a.tar"), tmp_path / "out.tar", 8, progress=False) == (3, 1)
+    named = json.loads((tmp_path / "out.rejects.jsonl").read_text())
+    assert named["key"].endswith("a.tar")
+    assert "cut short" in named["reason"]
+    assert contact_sheet(str(tmp_path / "a.tar"), tmp_path / "sheet.png", 10, 16) == (3, 1)
+    assert "a.tar: cut short" in capsys.readouterr().err
+
+
+def test_reasons_that_differ_in_names_alone_are_counted_together(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    rows = [{"image": "0.png", "caption": "x"}] + [{"image": "0.png", "caption": ""}] * 3
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert describe(str(tmp_path / "t.jsonl"), 10, 8)["reasons"] == {"t.jsonl:2: the caption is empty": 3}
+
+
+def test_scanning_that_takes_long_goes_through_every_shard(tmp_path, monkeypatch):
+    for shard in range(5):
+        good_tar(tmp_path / f"a-{shard}.tar", count=1)
+    clock = iter([0.0, 0.0, 1.0, 3.0])
+    monkeypatch.setattr("intermodal.data.readers.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    source = open_source(str(tmp_path / "a-*.tar"))
+    assert [source[n].key for n in range(5)] == [f"a-{shard}.tar/0000" for shard in range(5)]

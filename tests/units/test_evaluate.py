@@ -1,11 +1,15 @@
 """Zero-shot and retrieval against the definitions written out, embed with resume, search."""
 
+import io
 import json
+import os
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,7 +20,7 @@ from intermodal.errors import IntermodalError
 from intermodal.evaluate.embed import embed_source, search
 from intermodal.evaluate.retrieval import ranks, recall
 from intermodal.evaluate.run import evaluate_source
-from intermodal.evaluate.zeroshot import accuracy, class_embeddings, nearest_classes
+from intermodal.evaluate.zeroshot import ClassNames, accuracy, class_embeddings, nearest_classes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from loss_ranks import PeakBytes
@@ -159,11 +163,11 @@ def test_embed_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_search_ranks_by_the_sentence(tmp_path):
     folder = colour_folder(tmp_path)
     for word, name in (("red", "r.png"), ("blue", "b.png")):
-        assert search(Stub(), str(folder), word, 2)[0][0].endswith(name)
+        assert search(Stub(), str(folder), word, 2)[0][0][0].endswith(name)
     embed_source(Stub(), str(folder), tmp_path / "e.parquet")
     embed_source(Stub(), str(folder), tmp_path / "e.npy")
     for ending in ("parquet", "npy"):
-        assert search(Stub(), str(tmp_path / f"e.{ending}"), "green", 1)[0][0].endswith("g.png")
+        assert search(Stub(), str(tmp_path / f"e.{ending}"), "green", 1)[0][0][0].endswith("g.png")
     (tmp_path / "e.npy.keys.json").unlink()
     with pytest.raises(IntermodalError, match=r"no e\.npy\.keys\.json beside"):
         search(Stub(), str(tmp_path / "e.npy"), "green", 1)
@@ -261,3 +265,162 @@ def test_a_file_that_begins_like_scenes_is_a_file(tmp_path, monkeypatch):
     scenes = _held_out("scenes:core?forms=1", 32)
     assert isinstance(scenes, Scenes)
     assert (scenes.config.forms, scenes.config.split, scenes.config.side, len(scenes.pool)) == (1, "test", 32, 60)
+
+
+class Colours(Stub):
+    """Knows the colours by the words of any prompt, and how many pictures it was given at once."""
+
+    most = 0
+
+    def embed_images(self, images):
+        self.most = max(self.most, len(images))
+        return super().embed_images(images)
+
+    def embed_texts(self, texts):
+        return super().embed_texts([text.strip(".").split()[-1] for text in texts])
+
+
+def class_folders(tmp_path, each=20, names=("blue", "green", "red")):
+    """`each` pictures in a folder a colour, as ImageNet is laid out."""
+    for name, colour in zip(names, ((5, 5, 250), (5, 250, 5), (250, 5, 5)), strict=True):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(each):
+            Image.new("RGB", (9, 9), colour).save(tmp_path / "val" / name / f"{number:02d}.png")
+    return str(tmp_path / "val")
+
+
+def test_eval_takes_all_or_random_samples_and_all_classes(tmp_path):
+    """The first 12 of a sorted folder are of one class: a cut takes others, and its classes are still those of the whole folder."""
+    spec, model = class_folders(tmp_path), Colours()
+    whole = evaluate_source(model, spec, "zeroshot", templates=["a {}"], progress=False)
+    assert (whole["samples"], whole["of"], whole["classes"], whole["top-1"]) == (60, 60, 3, 1.0)
+    assert model.most <= 16  # pictures at full size
+    cut = [evaluate_source(Colours(), spec, "zeroshot", count=12, by_class=True, progress=False) for _ in range(2)]
+    assert cut[0] == cut[1]
+    assert (cut[0]["samples"], cut[0]["of"], cut[0]["classes"]) == (12, 60, 3)
+    assert len(cut[0]["per class"]) == 3
+    assert evaluate_source(Colours(), spec, "zeroshot", count=1, progress=False)["classes"] == 3
+
+
+def test_eval_of_an_endless_source_is_bounded(monkeypatch):
+    from intermodal.evaluate import run as module
+
+    monkeypatch.setattr(module, "OF_ENDLESS", 5)
+    words = {}
+    model = Named({}, {})
+    model.embed_images = lambda images: torch.ones(len(images), 2)
+    model.embed_texts = lambda texts: torch.stack([unit(2, seed=words.setdefault(text, len(words))) for text in texts])
+    found = evaluate_source(model, "signs", "zeroshot", progress=False)
+    assert (found["samples"], found["of"]) == (5, None)
+
+
+def shard(file, members):
+    with tarfile.open(file, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(file)
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (10, 10), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PAINTS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
+
+
+def sources_of(tmp_path, captioned):
+    """The same three pictures as shard, table and parquet, with their colours as captions or bare."""
+    pictures = {name: png(colour) for name, colour in PAINTS.items()}
+    members = {}
+    for name, data in pictures.items():
+        members |= {f"{name}.png": data, **({f"{name}.txt": name.encode()} if captioned else {})}
+    for name, data in pictures.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+    rows = [{"image": f"{name}.png", **({"text": name} if captioned else {})} for name in pictures]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"image": [{"bytes": data, "path": None} for data in pictures.values()]}
+    pq.write_table(pa.table(columns | ({"text": list(pictures)} if captioned else {})), tmp_path / "t.parquet")
+    return [shard(tmp_path / "t.tar", members), str(tmp_path / "t.jsonl"), str(tmp_path / "t.parquet")]
+
+
+def test_classes_are_read_without_the_pictures(tmp_path):
+    """Also of a shard, a table and parquet: one picture scored, three classes."""
+    for spec in sources_of(tmp_path, captioned=True):
+        found = evaluate_source(Colours(), spec, "zeroshot", count=1, progress=False)
+        assert (found["samples"], found["of"], found["classes"], found["top-1"]) == (1, 3, 3, 1.0)
+
+
+def test_classes_file_says_what_folders_are_called(tmp_path):
+    spec, file = class_folders(tmp_path, each=2, names=("n01", "sea_green", "red")), tmp_path / "names.tsv"
+    file.write_text("n01\tblue\nsea_green\tgreen\nred\n")
+    found = evaluate_source(Colours(), spec, "zeroshot", classes=file, templates=["a {}"], by_class=True, progress=False)
+    assert (found["classes"], found["top-1"], set(found["per class"])) == (3, 1.0, {"red", "green", "blue"})
+    file.write_text("n01\tblue\nred\n")
+    model = Colours()
+    with pytest.raises(IntermodalError, match="1 of the source's captions are not among the classes, the first: 'sea green'"):
+        evaluate_source(model, spec, "zeroshot", classes=file, progress=False)
+    assert model.calls == 0  # told before the pictures are embedded
+
+
+def test_classes_file_is_checked_line_by_line(tmp_path):
+    file = tmp_path / "names.tsv"
+    file.write_text("crane\ncrane\n\nn1\tcrane\nn2\tdog\n")
+    known = ClassNames.read(file)
+    assert known.names == ["crane", "dog"]
+    assert known.numbers(["crane", "n1", "n2"]) == [0, 0, 1]
+    for text, said in (("n1\t\n", ":1: .* only one side"), ("n1\ta\nn1\tb\n", ":2: 'n1' has another name"), ("\n", "no class")):
+        file.write_text(text)
+        with pytest.raises(IntermodalError, match=said):
+            ClassNames.read(file)
+
+
+def test_embed_needs_no_captions(tmp_path):
+    for spec in sources_of(tmp_path, captioned=False):
+        assert embed_source(Stub(), spec, tmp_path / "e.parquet") == (3, 0, 0)
+        hits, rejects = search(Stub(), spec, "green", 1)
+        assert hits[0][1] > 0.99
+        assert not rejects
+
+
+def test_embed_of_nothing_readable_is_an_error(tmp_path):
+    """Also the second time, and nothing is left behind that a later call would take for its own."""
+    spec = shard(tmp_path / "t.tar", {"a.txt": b"no picture", "b.png": b"neither"})
+    for _ in range(2):
+        with pytest.raises(
+            IntermodalError, match=r"none of its 2 items can be embedded; the first reasons: .*no picture.*cannot read"
+        ):
+            embed_source(Stub(), spec, tmp_path / "e.parquet")
+    assert [file.name for file in tmp_path.iterdir()] == ["t.tar"]
+
+
+def test_a_shard_that_is_cut_short_is_told(tmp_path):
+    """By eval, embed and search: counted among the rejects, and named."""
+    file = Path(sources_of(tmp_path, captioned=True)[0])
+    file.write_bytes(file.read_bytes()[: 512 * 8])  # two whole samples of a header and a block for each member
+    scores = evaluate_source(Colours(), str(file), "retrieval", progress=False)
+    assert (scores["samples"], scores["rejected"], scores["rejects"][0]["key"]) == (2, 1, str(file))
+    assert embed_source(Stub(), str(file), tmp_path / "e.parquet") == (2, 0, 1)
+    assert "cut short" in (tmp_path / "e.parquet.rejects.jsonl").read_text()
+    _, rejects = search(Stub(), str(file), "red", 1)
+    assert [reject.key for reject in rejects] == [str(file)]
+
+
+def test_embed_refuses_parts_of_files_that_were_swapped(tmp_path, monkeypatch):
+    from intermodal.evaluate import embed as module
+
+    folder, out = colour_folder(tmp_path), tmp_path / "out.parquet"
+    monkeypatch.setattr(module, "_join", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(Stub(), str(folder), out)
+    os.utime(folder / "r.png", (1, 1))
+    with pytest.raises(IntermodalError, match="another job: its files were others"):
+        embed_source(Stub(), str(folder), out)
+
+
+def test_a_device_that_is_not_there_is_told():
+    with pytest.raises(IntermodalError, match="--device nonsense cannot be used here"):
+        search("no model", "nowhere", "a cat", 1, device="nonsense")

@@ -22,14 +22,15 @@ def pack(
 ) -> tuple[int, int]:
     """Write a source to a WebDataset shard: a PNG whose longer side is at most `side`, and a JSON with its captions, a sample.
 
-    What cannot be used is named in a file beside `out` that ends in `.rejects.jsonl`.
+    What cannot be used is named in a file beside `out` that ends in `.rejects.jsonl`, shards that are cut short among it. The shard is
+    written under another name and moved to `out` once it is whole: `out` may be what is read, and an interrupted call leaves it as it is.
 
     Args:
         count: of how many samples; None takes all, of a stream one pass.
         allow_urls: fetch pictures that a table names by http(s) address.
 
     Returns:
-        How many samples were written, and how many could not be used.
+        How many samples were written, and how many samples or shards could not be used.
 
     Raises:
         SourceError: the source is endless and `count` is not given, or nothing in it could be used.
@@ -39,21 +40,27 @@ def pack(
     if count is None and not stream and len(source) >= ENDLESS:
         raise SourceError(f"{spec} has no end: say how many samples with --count")
     total = count if stream else min(count or len(source), len(source))
-    written, rejects = 0, []
+    written, rejects = 0, [asdict(Reject(file, reason)) for file, reason in getattr(source, "problems", [])]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(out, "w") as archive:
-        samples = track(first_samples(source, count), "packing", total, transient=True, disable=not progress)
-        for index, sample in enumerate(samples):
-            if isinstance(sample, Reject):
-                rejects.append(asdict(sample))
-                continue
-            small, buffer = sample.image.copy(), io.BytesIO()
-            small.thumbnail((side, side), Image.Resampling.BICUBIC)
-            small.save(buffer, "PNG")
-            _add(archive, f"{index:08d}.png", buffer.getvalue())
-            captions = json.dumps({"captions": sample.texts, "key": sample.key}, ensure_ascii=False)
-            _add(archive, f"{index:08d}.json", captions.encode())
-            written += 1
+    part = out.with_name(f"{out.name}.part")
+    try:
+        with tarfile.open(part, "w") as archive:
+            samples = track(first_samples(source, count), "packing", total, transient=True, disable=not progress)
+            for index, sample in enumerate(samples):
+                if isinstance(sample, Reject):
+                    rejects.append(asdict(sample))
+                    continue
+                small, buffer = sample.image.copy(), io.BytesIO()
+                small.thumbnail((side, side), Image.Resampling.BICUBIC)
+                small.save(buffer, "PNG")
+                _add(archive, f"{index:08d}.png", buffer.getvalue())
+                captions = json.dumps({"captions": sample.texts, "key": sample.key}, ensure_ascii=False)
+                _add(archive, f"{index:08d}.json", captions.encode())
+                written += 1
+        if written:
+            part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
     if rejects:
         out.with_suffix(".rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
     if not written:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import textwrap
 from collections import Counter
 from dataclasses import asdict
@@ -21,10 +23,20 @@ from .stream import StreamSource, first_samples
 
 
 def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool = False) -> tuple[int, int]:
-    """Draw the first `count` usable samples with their captions; returns (shown, unusable)."""
+    """Draw the first `count` usable samples with their captions, of `side` pixels each.
+
+    Returns:
+        How many are shown, and how many samples or shards could not be used; shards that are cut short are named on stderr.
+
+    Raises:
+        SourceError: the source does not open.
+    """
     source = open_source(spec, side=side, allow_urls=allow_urls)
+    problems = getattr(source, "problems", [])
+    for name, reason in problems:
+        print(f"{name}: {reason}", file=sys.stderr)  # stdout may be JSON
     cells: list[tuple[Image.Image, str]] = []
-    rejected = 0
+    rejected = len(problems)
     for index, sample in enumerate(first_samples(source, None)):
         if isinstance(sample, Reject):
             rejected += 1
@@ -69,7 +81,11 @@ def describe(spec: str, count: int, side: int, progress: bool = False, allow_url
         (rejects if isinstance(one, Reject) else samples).append(one)
     words = [len(text.split()) for sample in samples for text in sample.texts]
     texts = Counter(sample.texts[0] for sample in samples)
-    reasons = Counter(reject.reason for reject in rejects)
+    reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for reject in rejects:  # reasons that differ in nothing but the names of files and records are one, told by its first
+        kind = re.sub(r"\S*[/\d]\S*", "", reject.reason)
+        reasons[first.setdefault(kind, reject.reason)] += 1
     out: dict[str, Any] = {
         "source": source.name,
         "samples": "endless" if isinstance(source, Scenes | Signs | StreamSource) else len(source),

@@ -11,17 +11,24 @@ import json
 import os
 import re
 import tarfile
+import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
 from ..config import override
 from ..errors import IntermodalError, SampleError, nearest
 from ..inputs.image import open_image
-from .source import Sample, Source
+from .source import NamedBytes, Sample, Source
 from .stream import StreamSource
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -29,6 +36,14 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img", "filepath", "file
 TEXT_COLUMNS = ("caption", "captions", "text", "txt", "title", "texts", "label")
 URL_TIMEOUT = 20
 LONGEST_NAME = 100
+LONGEST_FIELD = 1 << 30
+"""Characters of a CSV field: a picture in base64 is far past the 131,072 that Python allows."""
+OPEN_SHARDS = 64
+"""Files that one tar source keeps open: a process may often have no more than 1,024, and a data set has thousands of shards."""
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]+)*", re.IGNORECASE)
+COMPRESSED = {b"\x1f\x8b": "gzip: gunzip", b"\x28\xb5\x2f\xfd": "zstd: unzstd", b"\xfd7zXZ": "xz: unxz", b"BZh": "bzip2: bunzip2"}
+NAME_A_COLUMN = "name it with ?text=COLUMN"
+TAR_CAPTIONS = f"a caption is a .txt (one a line) or a .json with one of {', '.join(TEXT_COLUMNS)}"
 
 
 class SourceError(IntermodalError):
@@ -43,12 +58,13 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
             `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>` (with settings of
             `TuxPaintConfig`),
             `hf:<owner/name>[:split]`, or a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv, with
-            `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path or a hub data set names its columns.
+            `{000..009}` and `*` expanded. `?image=COLUMN&text=COLUMN` after a table's path or a hub data set names its columns;
+            folders and tars have none.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table names by http(s) address.
 
     Raises:
-        SourceError: nothing there, or nothing readable.
+        SourceError: nothing there, nothing readable, or a setting that the source does not have.
     """
     from .drawn import SpriteConfig, SpriteSource
     from .scenes import SceneConfig, Scenes
@@ -74,16 +90,23 @@ def open_source(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = 
     if kind == "hf":
         return open_pairs(rest, seed=seed, allow_urls=allow_urls)
     path, _, query = spec.partition("?")
-    columns = columns_of(query)
     files = expand(path)
     if len(files) == 1 and files[0].is_dir():
+        if query:
+            raise SourceError(
+                f"{path}: a folder has no columns, so ?{query} has no meaning; captions come from metadata.jsonl or metadata.csv, "
+                f"from a .txt beside a picture, or from the names of folders"
+            )
         return FolderSource(files[0])
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) != 1:
         raise SourceError(f"{path}: files of several kinds ({', '.join(sorted(suffixes))}); give one source a kind")
     suffix = suffixes.pop()
     if suffix == ".tar":
+        if query:
+            raise SourceError(f"{path}: a tar has no columns, so ?{query} has no meaning; {TAR_CAPTIONS}")
         return TarSource(files)
+    columns = columns_of(query)
     if suffix == ".parquet":
         return ParquetSource(files, columns, allow_urls)
     if suffix in (".jsonl", ".csv", ".tsv"):
@@ -130,10 +153,15 @@ def expand(pattern: str) -> list[Path]:
 
 
 class TarSource:
-    """WebDataset shards: members with one stem are a sample, a picture and its `.txt` or `.json` caption.
+    """WebDataset shards: members whose names are equal up to the first dot are a sample, a picture and its captions.
+
+    Captions are the lines of its `.txt`; of its `.en.txt`, `.de.txt` and so on where there is none; else what its `.json` holds.
 
     The headers are read once; after that any sample is one seek away. A shard that is cut short gives the samples before the cut and
     one problem that names it.
+
+    Raises:
+        SourceError: no shard holds anything.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -141,9 +169,13 @@ class TarSource:
         self.name = files[0].name if len(files) == 1 else f"{files[0].name}..{files[-1].name}"
         self.problems: list[tuple[str, str]] = []
         self.index: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
-        for number, file in enumerate(self.files):
+        for number, file in _shown(self.files):
             self._scan(number, file)
-        self._open: dict[tuple[int, int], Any] = {}
+        if not self.index:
+            file, why = self.problems[0] if self.problems else (str(files[0]), "no files are in it")
+            raise SourceError(f"{self.name} holds no samples: {file}: {why}")
+        self._open: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        """Files by process (a file position is not shared over a fork) and shard, the one that was read last at the end."""
 
     def _scan(self, number: int, file: Path) -> None:
         samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -166,39 +198,80 @@ class TarSource:
                 if archive.fileobj.read(512) != bytes(512):  # pyright: ignore[reportOptionalMemberAccess]
                     raise tarfile.ReadError("it ends without an end mark")
         except (tarfile.TarError, OSError, EOFError) as error:
-            self.problems.append((str(file), f"cut short or damaged after {len(samples)} samples: {error}"))
+            damage = f"cut short or damaged after {len(samples)} samples: {error}"
+            self.problems.append((str(file), (not samples and _compressed(file)) or damage))
         self.index += [(number, key, parts) for key, parts in samples.items()]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def __getitem__(self, index: int) -> Sample:
         number, key, parts = self.index[index]
+        name, members = f"{self.files[number].name}/{key}", ", ".join(f".{suffix}" for suffix in parts)
         picture = next((s for s in parts if f".{s}" in IMAGE_SUFFIXES), None)
         if picture is None:
-            raise SampleError(f"{self.files[number].name}/{key}: no picture among its members ({', '.join(parts)})")
-        texts: list[str] = []
-        if "txt" in parts:
-            texts = [self._read(number, *parts["txt"]).decode("utf-8", "replace").strip()]
-        elif "json" in parts:
-            texts = texts_of(json_object(self._read(number, *parts["json"])), None)
-        if not any(texts):
-            raise SampleError(f"{self.files[number].name}/{key}: no caption (.txt or .json) beside the picture")
-        return Sample(f"{self.files[number].name}/{key}", self._read(number, *parts[picture]), texts)
+            raise SampleError(f"{name}: no picture among its members ({members}); a picture is one of {', '.join(IMAGE_SUFFIXES)}")
+        try:
+            texts = self._captions(number, parts)
+        except SampleError as error:
+            raise SampleError(f"{name}.json: {error}") from error
+        if not texts:
+            number_only = " (a .cls is a class's number)" if "cls" in parts else ""
+            raise SampleError(f"{name}: no caption in its members ({members}); {TAR_CAPTIONS}{number_only}")
+        return Sample(name, NamedBytes(self._read(number, *parts[picture]), f"{name}.{picture}"), texts)
+
+    def _captions(self, number: int, parts: dict[str, tuple[int, int]]) -> list[str]:
+        written = ["txt"] if "txt" in parts else sorted(suffix for suffix in parts if suffix.endswith(".txt"))
+        if written or "json" not in parts:
+            return [line for suffix in written for line in lines_of(self._read(number, *parts[suffix]).decode("utf-8", "replace"))]
+        return texts_of(json_object(self._read(number, *parts["json"])), None, TAR_CAPTIONS)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
-        handle = self._open.get((os.getpid(), number))
-        if handle is None:
-            handle = self._open[os.getpid(), number] = self.files[number].open("rb")  # a file position is not shared over a fork
+        which = (os.getpid(), number)
+        handle = self._open.pop(which, None) or self.files[number].open("rb")
+        self._open[which] = handle
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
         handle.seek(offset)
         return handle.read(size)
 
 
+def _compressed(file: Path) -> str | None:
+    """What to do about a file that is compressed although its name does not say so; None of any other."""
+    with file.open("rb") as opened:
+        start = opened.read(6)
+    found = next((how for magic, how in COMPRESSED.items() if start.startswith(magic)), None)
+    return found and f"no plain tar but compressed with {found} it first (a compressed shard has no random access)"
+
+
+def _shown(files: Sequence[Path]) -> Iterator[tuple[int, Path]]:
+    """The files with their numbers; on a terminal with a bar once they have taken two seconds."""
+    begun, numbered = time.monotonic(), list(enumerate(files))
+    for number, file in numbered:
+        if time.monotonic() - begun > 2:
+            quiet = os.environ.get("RANK", "0") != "0"  # of the processes of a torchrun the first shows it
+            yield from track(
+                numbered[number:],
+                "scanning shards",
+                console=Console(stderr=True),
+                transient=True,
+                completed=number,
+                total=len(files),
+                disable=quiet,
+            )
+            return
+        yield number, file
+
+
 class LinesSource:
-    """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, as base64 or data URIs, or as addresses."""
+    """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, as base64 or data URIs, or as addresses.
+
+    Raises:
+        SourceError: a CSV or TSV that cannot be split into fields.
+    """
 
     def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool):
         self.files, self.columns, self.allow_urls = list(files), columns, allow_urls
@@ -210,9 +283,13 @@ class LinesSource:
                 with file.open(encoding="utf-8", errors="replace") as lines:
                     self.records += [(number, line, text) for line, text in enumerate(lines, 1) if text.strip()]
             else:
+                csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
                 with file.open(encoding="utf-8", errors="replace", newline="") as lines:
                     rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-                    self.records += [(number, line, row) for line, row in enumerate(rows, 2)]
+                    try:
+                        self.records += [(number, line, row) for line, row in enumerate(rows, 2)]
+                    except csv.Error as error:
+                        raise SourceError(f"{file}:{rows.line_num}: not readable as a table: {error}") from error
 
     def __len__(self) -> int:
         return len(self.records)
@@ -220,9 +297,7 @@ class LinesSource:
     def __getitem__(self, index: int) -> Sample:
         number, line, record = self.records[index]
         file = self.files[number]
-        record = json_object(record) if isinstance(record, str) else record
-        image = image_of(record, self.columns.get("image"), file.parent, self.allow_urls)
-        return Sample(f"{file.name}:{line}", image, texts_of(record, self.columns.get("text")))
+        return _sample(f"{file.name}:{line}", record, self.columns, file.parent, self.allow_urls)
 
 
 class ParquetSource:
@@ -247,9 +322,18 @@ class ParquetSource:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.table[index]
-        image = image_of(record, self.columns.get("image"), self.folder, self.allow_urls)
-        return Sample(f"{self.name}:{index}", image, texts_of(record, self.columns.get("text")))
+        return _sample(f"{self.name}:{index}", self.table[index], self.columns, self.folder, self.allow_urls)
+
+
+def _sample(key: str, record: str | dict[str, Any], columns: dict[str, str], folder: Path, allow_urls: bool) -> Sample:
+    """A record of a table, or one line of JSON, as a sample. Raises SampleError, which names the record."""
+    try:
+        record = json_object(record) if isinstance(record, str) else record
+        image = image_of(record, columns.get("image"), folder, allow_urls)
+        texts = texts_of(record, columns.get("text"))
+    except SampleError as error:
+        raise SampleError(f"{key}: {error}") from error
+    return Sample(key, NamedBytes(image, key) if isinstance(image, bytes) else image, texts)
 
 
 class FolderSource:
@@ -283,7 +367,7 @@ class FolderSource:
         beside = file.with_suffix(".txt")
         texts = self.captions.get(relative.as_posix())
         if texts is None and beside.exists():
-            texts = [line.strip() for line in beside.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            texts = lines_of(beside.read_text(encoding="utf-8", errors="replace"))
         elif texts is None and file.parent != self.folder:
             texts = [file.parent.name.replace("_", " ").replace("-", " ")]
         if not texts:
@@ -307,6 +391,8 @@ def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, rec
     inside = record.get("json")
     if isinstance(inside, dict):  # a tar's .json beside a picture
         record = {**inside, **record}
+    if "__key__" in record and isinstance(record.get("txt"), str):  # a tar's .txt: as when it is read from a file
+        record = {**record, "txt": lines_of(record["txt"])}
     image = open_image(image_of(record, columns.get("image"), Path(), allow_urls))
     sample = Sample(key, image, texts_of(record, columns.get("text")))
     return to_talk(key, sample) if to_talk is not None else sample
@@ -343,8 +429,12 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def image_of(record: dict[str, Any], column: str | None, folder: Path, allow_urls: bool) -> Any:
-    """The picture of a record: bytes, `{"bytes", "path"}`, a path relative to `folder`, base64 of a data URI, or an address."""
-    value = record.get(_column(record, column, IMAGE_COLUMNS, "picture"))
+    """The picture of a record: bytes, `{"bytes", "path"}`, a path relative to `folder`, base64 of a data URI, or an address.
+
+    Raises:
+        SampleError: there is none, it is of a type that no picture is of, or its address cannot be fetched.
+    """
+    value = record.get(_column(record, column, IMAGE_COLUMNS, "picture", "name it with ?image=COLUMN"))
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -358,6 +448,9 @@ def image_of(record: dict[str, Any], column: str | None, folder: Path, allow_url
         return _plain_base64(value) or str(folder / value)
     if value is None:
         raise SampleError("the picture is empty")
+    if not isinstance(value, bytes | Image.Image | np.ndarray):
+        kind = type(value).__name__
+        raise SampleError(f"the picture is {str(value)[:40]}, of type {kind}, and not bytes, base64, a path or an address")
     return value
 
 
@@ -369,25 +462,42 @@ def _plain_base64(value: str) -> bytes | None:
         return None
 
 
-def texts_of(record: dict[str, Any], column: str | None) -> list[str]:
-    """All captions of a record, stripped, empty ones left out."""
-    value = record.get(_column(record, column, TEXT_COLUMNS, "caption"))
-    values: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+def lines_of(text: str) -> list[str]:
+    """Captions written one a line: stripped, empty ones left out."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def texts_of(record: dict[str, Any], column: str | None, advice: str = NAME_A_COLUMN) -> list[str]:
+    """All captions of a record, stripped, empty ones left out: a text, a list of them, or either by language (`{"en": ..., "de": ...}`).
+
+    Args:
+        advice: what an error says can be done.
+
+    Raises:
+        SampleError: there is none.
+    """
+    value = record.get(_column(record, column, TEXT_COLUMNS, "caption", advice))
+    values: list[Any] = []
+    if isinstance(value, dict) and all(LANGUAGE.fullmatch(str(name)) for name in value):
+        given = list(value.values())
+    else:
+        given = [value]
+    for one in given:
+        values += one if isinstance(one, list | tuple) else [one]
     if any(isinstance(text, dict) for text in values):
-        raise SampleError("the caption is an object and no text; name one of its columns with ?text=COLUMN")
+        raise SampleError(f"the caption is an object and no text; {advice}")
     texts = [str(text).strip() for text in values if text is not None and str(text).strip()]
     if not texts:
         raise SampleError("the caption is empty")
     return texts
 
 
-def _column(record: dict[str, Any], column: str | None, known: tuple[str, ...], what: str) -> str:
+def _column(record: dict[str, Any], column: str | None, known: tuple[str, ...], what: str, advice: str) -> str:
     if column is not None and column in record:
         return column
     found = next((name for name in known if column is None and name in record), None)
     if found is None:
-        name = what.replace("picture", "image").replace("caption", "text")
-        raise SampleError(f"no {what} column among {', '.join(map(str, record))}; name it with ?{name}=COLUMN")
+        raise SampleError(f"no {what} column among {', '.join(map(str, record))}; {advice}")
     return found
 
 

@@ -20,6 +20,17 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class NamedBytes(bytes):
+    """An encoded picture that knows where it is from, so that whoever decodes it later can say which one was broken."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str = "") -> NamedBytes:
+        out = super().__new__(cls, data)
+        out.name = name
+        return out
+
+
 @dataclass(frozen=True)
 class Reject:
     """A sample that cannot be used, and why."""

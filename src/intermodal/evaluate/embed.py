@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,19 @@ import torch
 from rich.progress import track
 
 from ..data.loader import ENDLESS
-from ..data.readers import FolderSource, SourceError, open_source
+from ..data.readers import (
+    IMAGE_SUFFIXES,
+    FolderSource,
+    LinesSource,
+    ParquetSource,
+    SourceError,
+    TarSource,
+    expand,
+    image_of,
+    json_object,
+    open_source,
+)
+from ..data.source import NamedBytes, Reject, Source
 from ..data.stream import StreamSource
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
@@ -28,27 +40,48 @@ PART = 2048
 """Items of one part file."""
 
 
+@dataclass(frozen=True)
+class Items:
+    """What is to be embedded, by number."""
+
+    length: int
+    item: Callable[[int], tuple[str, Any]]
+    """Number -> key and value. Raises SampleError."""
+    encode: Callable[[list[Any]], torch.Tensor]
+    problems: list[Reject]
+    """Files that were not read, or not to their end."""
+    files: Sequence[Path]
+
+
 def embed_source(
-    model: str | DualEncoder, spec: str, out: Path, batch: int = 64, *, allow_urls: bool = False, progress: bool = True
+    model: str | DualEncoder,
+    spec: str,
+    out: Path,
+    batch: int = 64,
+    *,
+    allow_urls: bool = False,
+    device: str | None = None,
+    progress: bool = True,
 ) -> tuple[int, int, int]:
     """Embed every item of a source into `out` (.parquet with key and vector, or .npy with a `.keys.json` beside it).
 
     Parts are written as they are done into `out` + ".parts"; a later call with the same weights and source skips those that are
-    there. A `.txt` source embeds its lines as texts.
+    there. A `.txt` source embeds its lines as texts. Pictures need no captions.
 
     Returns:
-        (embeddings made now, embeddings found, rejected items); the rejects are named in `out` + ".rejects.jsonl".
+        (embeddings made now, embeddings found, rejected items and files); the rejects are named in `out` + ".rejects.jsonl".
 
     Raises:
-        IntermodalError: an endless source, an unknown ending of `out`, or parts of another job.
+        IntermodalError: an endless source, an unknown ending of `out`, parts of another job, or nothing that can be embedded.
     """
     if out.suffix not in (".parquet", ".npy"):
         raise IntermodalError(f"{out}: embeddings are written to .parquet or .npy")
-    encoder = load_encoder(model) if isinstance(model, str) else model
-    length, item, encode = _items(encoder, spec, allow_urls)
+    encoder = encoder_on(model, device)
+    items = _items(encoder, spec, allow_urls)
+    length = items.length
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    _same_job(parts, {"weights": _fingerprint(encoder), "source": spec, "length": length})
+    _same_job(parts, {"weights": _fingerprint(encoder), "source": spec, "length": length, "files": _files(items.files)})
     made = found = 0
     for start in track(range(0, length, PART), "embedding", transient=True, disable=not progress or length < PART):
         file = parts / f"{start:010d}.parquet"
@@ -60,25 +93,52 @@ def embed_source(
             ready: list[Any] = []
             for index in range(low, min(low + batch, start + PART, length)):
                 try:
-                    key, value = item(index)
+                    key, value = items.item(index)
                     ready.append(value)
                     keys.append(key)
                 except SampleError as error:
                     rejects.append({"key": f"{spec}/{index}", "reason": str(error)})
             if ready:
-                vectors.append(encode(ready))
+                vectors.append(items.encode(ready))
         rows = torch.cat(vectors).numpy() if vectors else np.empty((0, encoder.config.embed_width), np.float32)
         _write_part(file, keys, rows, rejects)
         made += len(keys)
-    rejected = _join(parts, out)
-    return made, found, rejected
+    rejects = [asdict(problem) for problem in items.problems] + _rejected(parts)
+    if not made + found:
+        _clear(parts)  # a call that can read them, say with --allow-urls, begins anew
+        first = "; ".join(f"{reject['key']}: {reject['reason']}" for reject in rejects[:3])
+        raise IntermodalError(f"{spec}: none of its {length} items can be embedded{f'; the first reasons: {first}' * bool(first)}")
+    _join(parts, out, rejects)
+    return made, found, len(rejects)
 
 
-def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False):
-    """(how many, number -> (key, value), values -> vectors) of a source of pictures or a file of lines."""
+def encoder_on(model: str | DualEncoder, device: str | None) -> DualEncoder:
+    """A model by name on a device, by default on a GPU where there is one; one that is loaded stays where it is.
+
+    Raises:
+        IntermodalError: no such device.
+    """
+    if not isinstance(model, str):
+        return model
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: a torch that is built without
+        reason = str(error).splitlines()[0]
+        raise IntermodalError(f"--device {device} cannot be used here ({reason}); give cpu, cuda or cuda:0") from None
+    return load_encoder(model, device=device)
+
+
+def problems_of(source: Any) -> list[Reject]:
+    """The files of a source that could not be read, or not to their end."""
+    return [Reject(key, reason) for key, reason in getattr(source, "problems", [])]
+
+
+def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False) -> Items:
+    """The pictures of a source, or the lines of a file."""
     if spec.endswith(".txt"):
         lines = Path(spec).read_text(encoding="utf-8").splitlines()
-        return len(lines), lambda i: (f"{spec}:{i + 1}", lines[i]), encoder.embed_texts
+        return Items(len(lines), lambda i: (f"{spec}:{i + 1}", lines[i]), encoder.embed_texts, [], [Path(spec)])
     path = Path(spec).expanduser()
     source = (
         FolderSource(path) if path.is_dir() else open_source(spec, side=encoder.config.vision.image_size, allow_urls=allow_urls)
@@ -87,12 +147,43 @@ def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False):
         raise SourceError(f"{spec} has no end: embed takes a folder, a table or shards")
 
     def item(index: int) -> tuple[str, Any]:
-        if isinstance(source, FolderSource):  # pictures need no caption here
-            return str(source.files[index]), open_image(str(source.files[index]))
-        sample = source[index]
-        return sample.key, open_image(sample.image)
+        key, picture = _picture(source, index)
+        return key, open_image(picture)
 
-    return len(source), item, encoder.embed_images
+    folder = isinstance(source, FolderSource)  # what is wrong with its captions is no matter here
+    files = expand(spec.partition("?")[0]) if isinstance(source, ParquetSource) else getattr(source, "files", [])
+    return Items(len(source), item, encoder.embed_images, [] if folder else problems_of(source), files)
+
+
+def _picture(source: Source, index: int) -> tuple[str, Any]:
+    """A sample's key and picture, which needs no caption where the source is of files."""
+    if isinstance(source, FolderSource):
+        return str(source.files[index]), str(source.files[index])
+    if isinstance(source, TarSource):
+        number, key, parts = source.index[index]
+        name = f"{source.files[number].name}/{key}"
+        suffix = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
+        if suffix is None:
+            raise SampleError(f"{name}: no picture among its members ({', '.join(parts)})")
+        return name, NamedBytes(source._read(number, *parts[suffix]), f"{name}.{suffix}")
+    if isinstance(source, LinesSource):
+        number, line, record = source.records[index]
+        file = source.files[number]
+        return _row(f"{file.name}:{line}", record, source, file.parent)
+    if isinstance(source, ParquetSource):
+        return _row(f"{source.name}:{index}", source.table[index], source, source.folder)
+    sample = source[index]
+    return sample.key, sample.image
+
+
+def _row(key: str, record: str | dict[str, Any], source: LinesSource | ParquetSource, folder: Path) -> tuple[str, Any]:
+    """The key and picture of a table's record, or line of JSON. Raises SampleError, which names the record."""
+    try:
+        record = json_object(record) if isinstance(record, str) else record
+        image = image_of(record, source.columns.get("image"), folder, source.allow_urls)
+    except SampleError as error:
+        raise SampleError(f"{key}: {error}") from error
+    return key, NamedBytes(image, key) if isinstance(image, bytes) else image
 
 
 def _fingerprint(encoder: DualEncoder) -> str:
@@ -103,11 +194,23 @@ def _fingerprint(encoder: DualEncoder) -> str:
     return digest.hexdigest()
 
 
+def _files(files: Sequence[Path]) -> str:
+    """Of names, sizes and times of change: files that were swapped or written anew are another source."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        found = file.stat()
+        digest.update(f"{file}\t{found.st_size}\t{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def _same_job(parts: Path, job: dict[str, Any]) -> None:
     file = parts / "job.json"
-    if file.exists() and json.loads(file.read_text()) != job:
+    before = json.loads(file.read_text()) if file.exists() else job
+    other = [name for name in job if before.get(name) != job[name]]
+    if other:
         raise IntermodalError(
-            f"{parts} holds parts of another job, of other weights or another source ({file.read_text()}); remove it or give another --out"
+            f"{parts} holds parts of another job: its {' and '.join(other)} were others ({file.read_text()}); remove it "
+            f"or give another --out"
         )
     file.write_text(json.dumps(job))
 
@@ -120,10 +223,13 @@ def _write_part(file: Path, keys: list[str], rows: np.ndarray, rejects: list[dic
     partial.rename(file)
 
 
-def _join(parts: Path, out: Path) -> int:
+def _rejected(parts: Path) -> list[dict[str, str]]:
+    return [reject for file in sorted(parts.glob("*.rejects.json")) for reject in json.loads(file.read_text())]
+
+
+def _join(parts: Path, out: Path, rejects: list[dict[str, str]]) -> None:
     """One file from the parts; the parts go once it is whole."""
-    files = sorted(parts.glob("*.parquet"))
-    table = pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({"key": [], "embedding": []})
+    table = pa.concat_tables([pq.read_table(file) for file in sorted(parts.glob("*.parquet"))])
     partial = out.with_name(out.name + ".partial")
     if out.suffix == ".parquet":
         pq.write_table(table, partial)
@@ -132,14 +238,17 @@ def _join(parts: Path, out: Path) -> int:
             np.save(file, _matrix(table))
         out.with_name(out.name + ".keys.json").write_text(json.dumps(table["key"].to_pylist()))
     os.replace(partial, out)
-    rejects = [reject for file in files for reject in json.loads(file.with_suffix(".rejects.json").read_text())]
     listing = out.with_name(out.name + ".rejects.jsonl")
+    listing.unlink(missing_ok=True)
     if rejects:
         listing.write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+    _clear(parts)
+
+
+def _clear(parts: Path) -> None:
     for file in parts.iterdir():
         file.unlink()
     parts.rmdir()
-    return len(rejects)
 
 
 def _matrix(table: pa.Table) -> np.ndarray:
@@ -147,9 +256,16 @@ def _matrix(table: pa.Table) -> np.ndarray:
     return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1) if len(rows) else np.empty((0, 0), np.float32)
 
 
-def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> list[tuple[str, float]]:
-    """The `top` pictures nearest to a sentence: (key, cosine). `where` is a folder, or parquet or .npy written by `embed`."""
-    encoder = load_encoder(model) if isinstance(model, str) else model
+def search(
+    model: str | DualEncoder, where: str, sentence: str, top: int, *, device: str | None = None
+) -> tuple[list[tuple[str, float]], list[Reject]]:
+    """The `top` pictures nearest to a sentence as (key, cosine), and what could not be read.
+
+    Args:
+        where: a folder, a table, shards, or parquet or .npy written by `embed`.
+    """
+    encoder = encoder_on(model, device)
+    rejects: list[Reject] = []
     if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
         table = pq.read_table(where)
         keys, image = table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy())
@@ -162,7 +278,7 @@ def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> lis
         keys, image = json.loads(names.read_text()), torch.from_numpy(np.load(where))
     else:
         keys, rows = [], []
-        for key_batch, vectors in _embedded(encoder, where):
+        for key_batch, vectors in _embedded(encoder, where, rejects):
             keys += key_batch
             rows.append(vectors)
         image = torch.cat(rows) if rows else torch.empty(0, encoder.config.embed_width)
@@ -171,23 +287,26 @@ def search(model: str | DualEncoder, where: str, sentence: str, top: int) -> lis
             f"{where} holds vectors of {image.shape[1]} numbers, the model's have {encoder.config.embed_width}: they are another model's"
         )
     if not len(image):
-        raise IntermodalError(f"{where} holds no readable picture")
+        first = f"; the first reason: {rejects[0].key}: {rejects[0].reason}" if rejects else ""
+        raise IntermodalError(f"{where} holds no readable picture{first}")
     scores = image @ encoder.embed_texts([sentence])[0]
     best = scores.topk(min(top, len(scores)))
-    return [(keys[i], float(s)) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [(keys[i], float(s)) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)], rejects
 
 
-def _embedded(encoder: DualEncoder, where: str, batch: int = 64) -> Iterator[tuple[list[str], torch.Tensor]]:
-    length, item, encode = _items(encoder, where)
-    for start in track(range(0, length, batch), "embedding", disable=length < 500, transient=True):
+def _embedded(encoder: DualEncoder, where: str, rejects: list[Reject], batch: int = 64) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Keys and vectors, batch by batch; what cannot be embedded is added to `rejects`."""
+    items = _items(encoder, where)
+    rejects += items.problems
+    for start in track(range(0, items.length, batch), "embedding", disable=items.length < 500, transient=True):
         keys, ready = [], []
-        for index in range(start, min(start + batch, length)):
+        for index in range(start, min(start + batch, items.length)):
             try:
-                key, value = item(index)
+                key, value = items.item(index)
             except SampleError as error:
-                print(f"skipped item {index} of {where}: {error}", file=sys.stderr)  # stdout may be JSON
+                rejects.append(Reject(f"{where}/{index}", str(error)))
                 continue
             keys.append(key)
             ready.append(value)
         if ready:
-            yield keys, encode(ready)
+            yield keys, items.encode(ready)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from ..data.loader import ENDLESS
-from ..data.readers import open_source
-from ..data.source import Reject
+from ..data.readers import LinesSource, ParquetSource, TarSource, json_object, open_source, texts_of
+from ..data.source import Reject, Sample, Source
 from ..data.stream import StreamSource, first_samples
-from ..errors import IntermodalError
+from ..errors import IntermodalError, SampleError
+from ..inputs.image import open_image
 from ..models.clip import DualEncoder
-from ..weights.load import load_encoder
+from .embed import encoder_on, problems_of
 from .retrieval import recall
-from .zeroshot import TEMPLATES, accuracy, class_embeddings, per_class
+from .zeroshot import TEMPLATES, ClassNames, accuracy, class_embeddings, per_class
 
-CHUNK = 256
+CHUNK = 16
+"""Pictures that are held at full size: so many are decoded, embedded and dropped."""
+OF_ENDLESS = 1000
+"""Samples of a source that has no end, where nothing else is asked for."""
+TOLD = 5
+"""Rejected samples that the result names, besides all files that could not be read."""
 
 
 def evaluate_source(
@@ -29,30 +36,50 @@ def evaluate_source(
     *,
     classes: Path | None = None,
     templates: Sequence[str] | None = None,
-    count: int = 1000,
+    count: int | None = None,
     by_class: bool = False,
     allow_urls: bool = False,
+    device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores of a model on a source; zero-shot with `by_class` also for each class, worst first.
 
     Retrieval scores every caption of a sample; pictures that share one count as its positives. Zero-shot takes a sample's first
-    caption as its class. Unusable samples are counted under `rejected`. `scenes:` means held-out
-    combinations in the training styles.
+    caption as its class; the classes are those of the whole source, however many samples are scored. Unusable samples and files are
+    counted under `rejected` and the first are named under `rejects`. `scenes:` means held-out combinations in the training styles.
+
+    Args:
+        classes: a file of class names (`ClassNames`) instead of the source's captions.
+        count: of a source that ends so many samples, drawn at random and the same at every call; None: all. Of a source that does not end
+            the first ones; None: 1000.
 
     Raises:
         IntermodalError: an unknown task, no usable sample, or a caption that is not among the classes.
     """
     if task not in ("retrieval", "zeroshot"):
         raise IntermodalError(f"unknown task {task!r}: retrieval or zeroshot")
-    encoder = load_encoder(model) if isinstance(model, str) else model
+    named = ClassNames.read(classes) if classes and task == "zeroshot" else None
+    encoder = encoder_on(model, device)
     source = _held_out(spec, encoder.config.vision.image_size, allow_urls)
-    images, captions, rejected = [], [], 0
+    rejects = problems_of(source)
+    known: list[str] = []
+    if isinstance(source, StreamSource) or len(source) >= ENDLESS:
+        whole, total = None, count or OF_ENDLESS
+        samples = first_samples(source, total)
+    else:
+        whole = len(source)
+        chosen = _chosen(whole, count)
+        total = len(chosen)
+        if task == "zeroshot" and named is None:
+            known = _classes(source, range(whole))
+        elif named is not None:  # a label without a name is told before all is embedded
+            named.numbers(_classes(source, chosen))
+        samples = _samples(source, chosen)
+    images, captions = [], []
     chunk: list[Any] = []
-    total = count if isinstance(source, StreamSource) or len(source) >= ENDLESS else min(count, len(source))
-    for sample in track(first_samples(source, total), "embedding", total, disable=not progress, transient=True):
+    for sample in track(samples, "embedding", total, disable=not progress, transient=True):
         if isinstance(sample, Reject):
-            rejected += 1
+            rejects.append(sample)
             continue
         chunk.append(sample.image)
         captions.append(sample.texts)
@@ -61,25 +88,22 @@ def evaluate_source(
             chunk = []
     images += [encoder.embed_images(chunk)] if chunk else []
     if not captions:
-        raise IntermodalError(f"{spec}: none of its first {total} samples is usable")
+        why = f"; the first: {rejects[0].key}: {rejects[0].reason}" if rejects else ""
+        raise IntermodalError(f"{spec}: none of {total} samples is usable{why}")
     import torch
 
     image = torch.cat(images)
-    scores: dict[str, Any] = {"samples": len(captions), "rejected": rejected}
+    files = len(problems_of(source))
+    scores: dict[str, Any] = {"samples": len(captions), "of": whole, "rejected": len(rejects)}
+    if rejects:
+        scores["rejects"] = [asdict(reject) for reject in rejects[: files + TOLD]]
     if task == "zeroshot":
-        names = (
-            list(dict.fromkeys(line.strip() for line in classes.read_text().splitlines() if line.strip()))
-            if classes
-            else sorted({t[0] for t in captions})
-        )
-        number = {name: i for i, name in enumerate(names)}
-        absent = sorted({t[0] for t in captions} - set(names))
-        if absent:
-            raise IntermodalError(f"{classes}: {len(absent)} captions are not among the classes, the first: {absent[0]!r}")
-        vectors = class_embeddings(encoder.embed_texts, names, templates or TEMPLATES)
-        labels = [number[t[0]] for t in captions]
-        scores |= {"classes": len(names)} | accuracy(image, vectors, labels)
-        return scores | ({"per class": per_class(image, vectors, labels, names)} if by_class else {})
+        labels = [texts[0] for texts in captions]
+        named = named or ClassNames.plain(known or labels)
+        vectors = class_embeddings(encoder.embed_texts, named.names, templates or TEMPLATES)
+        numbers = named.numbers(labels)
+        scores |= {"classes": len(named.names)} | accuracy(image, vectors, numbers)
+        return scores | ({"per class": per_class(image, vectors, numbers, named.names)} if by_class else {})
     return scores | retrieval_scores(image, encoder, captions)
 
 
@@ -94,8 +118,67 @@ def retrieval_scores(image_NE, encoder: DualEncoder, captions: Sequence[Sequence
     """
     texts = list(dict.fromkeys(text for own in captions for text in own))
     number = {text: i for i, text in enumerate(texts)}
-    texts_of = [[number[text] for text in own] for own in captions]
-    return recall(image_NE, encoder.embed_texts(texts), texts_of)
+    positives = [[number[text] for text in own] for own in captions]
+    return recall(image_NE, encoder.embed_texts(texts), positives)
+
+
+def _chosen(length: int, count: int | None) -> Sequence[int]:
+    """All numbers below `length`, or `count` random ones in rising order: the first of a sorted folder are of few classes."""
+    return range(length) if count is None or count >= length else sorted(random.Random(length).sample(range(length), count))
+
+
+def _samples(source: Source, chosen: Sequence[int]) -> Iterator[Sample | Reject]:
+    for index in chosen:
+        try:
+            sample = source[index]
+            sample.image = open_image(sample.image)
+        except SampleError as error:
+            yield Reject(f"{source.name}/{index}", str(error))
+            continue
+        yield sample
+
+
+def _classes(source: Source, numbers: Sequence[int]) -> list[str]:
+    """The first captions of samples, each once, sorted; samples without one are left out here and rejected later."""
+    captions, found = _captions(source), set()
+    for index in numbers:
+        try:
+            found.add(captions(index)[0])
+        except SampleError:
+            continue
+    return sorted(found)
+
+
+def _captions(source: Source) -> Callable[[int], list[str]]:
+    """A sample's captions by its number, without reading (or fetching) the picture where the source is of files that say them apart."""
+    if isinstance(source, LinesSource):
+
+        def of_line(index: int) -> list[str]:
+            record = source.records[index][2]
+            return texts_of(json_object(record) if isinstance(record, str) else record, source.columns.get("text"))
+
+        return of_line
+    if isinstance(source, ParquetSource):
+        from datasets import Image, Value
+
+        drawn = [
+            name
+            for name, kind in source.table.features.items()
+            if isinstance(kind, Image | dict) or (isinstance(kind, Value) and "binary" in kind.dtype)
+        ]
+        table = source.table.remove_columns(drawn)
+        return lambda index: texts_of(table[index], source.columns.get("text"))
+    if isinstance(source, TarSource):
+
+        def of_member(index: int) -> list[str]:
+            number, key, parts = source.index[index]
+            texts = source._captions(number, parts)
+            if not texts:
+                raise SampleError(f"{key}: no caption in its members")
+            return texts
+
+        return of_member
+    return lambda index: source[index].texts
 
 
 def _held_out(spec: str, side: int, allow_urls: bool = False):

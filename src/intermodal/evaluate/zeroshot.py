@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,59 @@ from ..errors import IntermodalError
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}.")
 TILE = 4096
 """Pictures and classes that are compared at once."""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """What the classes are called in prompts, and which class a picture's caption or folder name means."""
+
+    names: list[str]
+    label_number: Mapping[str, int]
+    where: str
+
+    @classmethod
+    def plain(cls, labels: Iterable[str], where: str = "the source") -> ClassNames:
+        """Every caption is a class and its own name."""
+        names = list(dict.fromkeys(labels))
+        return cls(names, {name: number for number, name in enumerate(names)}, where)
+
+    @classmethod
+    def read(cls, file: Path) -> ClassNames:
+        """A line is a class's name, or `label<TAB>name`: what the source calls the class (n01440764), and what prompts do (tench).
+
+        Labels of one name are one class: their prompts are the same. A label also means the folder that readers spell with spaces.
+
+        Raises:
+            IntermodalError: half a line, a label with two names, or no line at all.
+        """
+        number: dict[str, int] = {}
+        labels: dict[str, int] = {}
+        spelt: dict[str, int] = {}
+        for at, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+            label, mapped, name = line.partition("\t")
+            label, name = label.strip(), name.strip()
+            if not label and not name:
+                continue
+            if mapped and not (label and name):
+                raise IntermodalError(f"{file}:{at}: {line!r} has a tab and only one side; write label<TAB>name, or a name alone")
+            own = number.setdefault(name if mapped else label, len(number))
+            if labels.setdefault(label, own) != own:
+                raise IntermodalError(f"{file}:{at}: {label!r} has another name in an earlier line; keep one of them")
+            if mapped:
+                spelt.setdefault(label.replace("_", " ").replace("-", " "), own)
+        if not number:
+            raise IntermodalError(f"{file} names no class: it wants one a line")
+        return cls(list(number), spelt | labels, str(file))
+
+    def numbers(self, labels: Sequence[str]) -> list[int]:
+        """The class of each label. Raises IntermodalError: some have no line."""
+        absent = sorted(set(labels) - self.label_number.keys())
+        if absent:
+            raise IntermodalError(
+                f"{self.where}: {len(absent)} of the source's captions are not among the classes, the first: {absent[0]!r}; "
+                f"add a line for each, as it is or as label<TAB>name"
+            )
+        return [self.label_number[label] for label in labels]
 
 
 @torch.no_grad()

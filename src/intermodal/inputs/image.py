@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
@@ -33,8 +33,10 @@ def open_image(source: Any) -> Image.Image:
     that is upright RGB already is returned as it is: whoever draws on it copies it first.
 
     Raises:
-        SampleError: the bytes are not a picture, are cut short, or the path does not exist.
+        SampleError: the bytes are not a picture, are cut short, or the path does not exist. Bytes with a `name` are named by it.
+        TypeError: something else was given, or an array of another type.
     """
+    given = source
     try:
         if isinstance(source, bytes | bytearray | memoryview):
             source = Image.open(io.BytesIO(source))
@@ -52,12 +54,17 @@ def open_image(source: Any) -> Image.Image:
             source = Image.alpha_composite(white, source)
         source.load()
         return source if source.mode == "RGB" else source.convert("RGB")
-    except TypeError:
-        raise
     except FileNotFoundError as error:
         raise SampleError(f"no such picture: {error.filename}") from error
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
-        raise SampleError(f"cannot read the picture: {type(error).__name__}: {error}") from error
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, even TypeError on broken files
+        inside = isinstance(given, bytes | bytearray | memoryview)
+        if isinstance(error, TypeError) and not isinstance(given, bytes | bytearray | memoryview | str | os.PathLike):
+            raise
+        name = given if isinstance(given, str | os.PathLike) else getattr(given, "name", "") if inside else ""
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # PIL's words name a buffer by its address in memory
+            why = "it is empty" if inside and not given else "it is of no picture format that Pillow knows"
+        raise SampleError(f"cannot read the picture {name}: {why}" if name else f"cannot read the picture: {why}") from error
 
 
 class LookUp:
