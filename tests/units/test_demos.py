@@ -15,11 +15,11 @@ def interrupted(monkeypatch):
     """interrupted(run, step): Ctrl-C comes while a run, by its recipe's name, makes that step; once."""
     wanted, update = [], Trainer._update
 
-    def watched(self):
+    def watched(self, keys):
         if (self.recipe.name, self.step) in wanted:
             wanted.remove((self.recipe.name, self.step))
             os.kill(os.getpid(), signal.SIGINT)
-        return update(self)
+        return update(self, keys)
 
     monkeypatch.setattr(Trainer, "_update", watched)
     return lambda run, step: wanted.append((run, step))

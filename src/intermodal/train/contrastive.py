@@ -187,7 +187,7 @@ class PairTrainer(Trainer):
                 self._forward, batch, part, loss, on_part=lambda last: reduce_gradients(self.model, last), check=self._check_finite
             )
         sync_scalars(self.model, self.world)
-        rate, norm = self._update()
+        rate, norm = self._update(batch.keys)
         self.model.clamp_scale()
         if not logging:
             return {}

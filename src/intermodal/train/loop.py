@@ -208,19 +208,20 @@ class Trainer(ABC):
             rejects=rejects,
         )
 
-    def _update(self) -> tuple[float, Tensor]:
-        """Clip, step, average: (the rate, the gradients' norm before clipping)."""
+    def _update(self, keys: Sequence[str]) -> tuple[float, Tensor]:
+        """Clip, step, average: (the rate, the gradients' norm before clipping).
+
+        Args:
+            keys: of this rank's samples, to be named where the gradients are not finite.
+        """
         config = self.recipe.optim
         rate = learning_rate(config, self.step, self.recipe.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
-        if not bool(torch.isfinite(norm)):  # the loss was finite, its slope is not: one step by it and every weight is NaN
-            raise NotFinite(
-                f"the norm of the gradients is {norm.item()} at step {self.step + 1}, with a finite loss; {self._before_it()} Lower "
-                "optim.lr, or set train.precision=fp32"
-            )
+        if not bool(torch.isfinite(norm)):  # one step by it and every weight is NaN
+            raise self._not_finite(f"the norm of the gradients is {norm.item()}, with a finite loss,", keys)
         if config.clip_norm is not None:
             shrink = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for parameter in parameters:
@@ -233,13 +234,17 @@ class Trainer(ABC):
 
     def _check_finite(self, value: Tensor, batch: Any) -> None:
         if self.world.any(not bool(torch.isfinite(value))):
-            file = self.folder / f"not-finite-{self.world.rank}.json"
-            file.write_text(json.dumps({"step": self.step + 1, "loss": str(value.item()), "samples": batch.keys}) + "\n")
-            more = f" and {len(batch.keys) - 8} more, all in {file}" if len(batch.keys) > 8 else ""
-            raise NotFinite(
-                f"the loss is {value.item()} at step {self.step + 1}; this rank's samples: {', '.join(batch.keys[:8])}{more}. "
-                f"{self._before_it()} Look at the samples, lower optim.lr, or set train.precision=fp32"
-            )
+            raise self._not_finite(f"the loss is {value.item()}", batch.keys)
+
+    def _not_finite(self, what: str, keys: Sequence[str]) -> NotFinite:
+        """An error that names this rank's samples, all of them in a file."""
+        file = self.folder / f"not-finite-{self.world.rank}.json"
+        file.write_text(json.dumps({"step": self.step + 1, "what": what, "samples": list(keys)}) + "\n")
+        more = f" and {len(keys) - 8} more, all in {file}" if len(keys) > 8 else ""
+        return NotFinite(
+            f"{what} at step {self.step + 1}; this rank's samples: {', '.join(keys[:8])}{more}. {self._before_it()} Look at the samples, "
+            f"lower optim.lr, or set train.precision=fp32"
+        )
 
     def _before_it(self) -> str:
         """Where the weights before a step that went wrong are."""

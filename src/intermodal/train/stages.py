@@ -236,7 +236,7 @@ class StageTrainer(Trainer):
         self._check_finite(total, bad or fetched.batches[0])
         if not self.sharded:
             sum_gradients(self.model, self.world)
-        rate, norm = self._update()
+        rate, norm = self._update([key for batch in fetched.batches for key in batch.keys])
         if not logging:
             return {}
         length = sum(len(batch.ids) for batch in fetched.batches)

@@ -174,7 +174,7 @@ class VQTrainer(Trainer):
         self._check_finite(loss.detach(), fetched)
         (loss / self.world.size).backward()
         sum_gradients(self.model, self.world)
-        rate, norm = self._update()
+        rate, norm = self._update(fetched.keys)
         flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
         flat = F.normalize(flat, dim=-1) if vq.config.unit_codes else flat
         counts, revived = self.model.codebook.update(vq, flat, ids.flatten(), self.world)
