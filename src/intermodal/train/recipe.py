@@ -57,9 +57,9 @@ class DataConfig:
     batch: Positive = 256
     """Pairs a step over all ranks."""
     workers: NotNegative = 1
-    """Processes that decode pictures and make tokens; 0 does it in the training process."""
+    """Processes that decode pictures and make tokens; 0 does it in the training process, which decodes those of an `hf:` stream anyway."""
     prefetch: Positive = 4
-    """Batches each worker keeps ready."""
+    """Batches that each worker keeps ready: the rank's whole share in float32, 0.6 MB a picture of 224 px."""
     seed: int = 0
     crop_scale: tuple[Share, Share] | None = None
     """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
