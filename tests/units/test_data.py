@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -766,3 +768,14 @@ def test_scanning_that_takes_long_goes_through_every_shard(tmp_path, monkeypatch
     monkeypatch.setattr("intermodal.data.readers.time", SimpleNamespace(monotonic=lambda: next(clock)))
     source = open_source(str(tmp_path / "a-*.tar"))
     assert [source[n].key for n in range(5)] == [f"a-{shard}.tar/0000" for shard in range(5)]
+
+
+def test_captions_of_a_table_are_read_without_its_pictures(tmp_path):
+    """Also by language, which parquet keeps as a struct as it may keep pictures."""
+    image = {"bytes": png(1), "path": "x.png"}
+    table = pa.table({"image": [image] * 2, "caption": [{"en": "a dog", "de": "ein Hund"}] * 2})
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(str(tmp_path / "t.parquet"))
+    assert source.words.column_names == ["caption"]
+    assert source.captions_at(1) == source[1].texts == ["a dog", "ein Hund"]
+    assert source.picture_at(1) == (source[1].key, image["bytes"])

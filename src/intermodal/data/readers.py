@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,25 +210,34 @@ class TarSource:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def __getitem__(self, index: int) -> Sample:
-        number, key, parts = self.index[index]
-        name, members = f"{self.files[number].name}/{key}", ", ".join(f".{suffix}" for suffix in parts)
-        picture = next((s for s in parts if f".{s}" in IMAGE_SUFFIXES), None)
-        if picture is None:
+        return Sample(*self.picture_at(index), self.captions_at(index))
+
+    def picture_at(self, index: int) -> tuple[str, Any]:
+        number, name, parts, members = self._member(index)
+        suffix = next((s for s in parts if f".{s}" in IMAGE_SUFFIXES), None)
+        if suffix is None:
             raise SampleError(f"{name}: no picture among its members ({members}); a picture is one of {', '.join(IMAGE_SUFFIXES)}")
-        try:
-            texts = self._captions(number, parts)
-        except SampleError as error:
-            raise SampleError(f"{name}.json: {error}") from error
+        return name, NamedBytes(self._read(number, *parts[suffix]), f"{name}.{suffix}")
+
+    def captions_at(self, index: int) -> list[str]:
+        number, name, parts, members = self._member(index)
+        written = ["txt"] if "txt" in parts else sorted(suffix for suffix in parts if suffix.endswith(".txt"))
+        if written or "json" not in parts:
+            texts = [line for suffix in written for line in lines_of(self._read(number, *parts[suffix]).decode("utf-8", "replace"))]
+        else:
+            try:
+                texts = texts_of(json_object(self._read(number, *parts["json"])), None, TAR_CAPTIONS)
+            except SampleError as error:
+                raise SampleError(f"{name}.json: {error}") from error
         if not texts:
             number_only = " (a .cls is a class's number)" if "cls" in parts else ""
             raise SampleError(f"{name}: no caption in its members ({members}); {TAR_CAPTIONS}{number_only}")
-        return Sample(name, NamedBytes(self._read(number, *parts[picture]), f"{name}.{picture}"), texts)
+        return texts
 
-    def _captions(self, number: int, parts: dict[str, tuple[int, int]]) -> list[str]:
-        written = ["txt"] if "txt" in parts else sorted(suffix for suffix in parts if suffix.endswith(".txt"))
-        if written or "json" not in parts:
-            return [line for suffix in written for line in lines_of(self._read(number, *parts[suffix]).decode("utf-8", "replace"))]
-        return texts_of(json_object(self._read(number, *parts["json"])), None, TAR_CAPTIONS)
+    def _member(self, index: int) -> tuple[int, str, dict[str, tuple[int, int]], str]:
+        """(number of the shard, the sample's name, where its members are, their endings for a message)."""
+        number, key, parts = self.index[index]
+        return number, f"{self.files[number].name}/{key}", parts, ", ".join(f".{suffix}" for suffix in parts)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
         which = (os.getpid(), number)
@@ -266,7 +276,51 @@ def _shown(files: Sequence[Path]) -> Iterator[tuple[int, Path]]:
         yield number, file
 
 
-class LinesSource:
+class TableSource:
+    """Samples that are records: a subclass says what record a number is."""
+
+    columns: dict[str, str]
+    allow_urls: bool
+
+    def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
+        """(name, folder that its paths are relative to, the record or the line of JSON that it is).
+
+        Args:
+            words: columns that can hold no caption may be left out.
+        """
+        raise NotImplementedError("a table's subclass reads its records")
+
+    def __getitem__(self, index: int) -> Sample:
+        key, folder, record = self._record(index)
+        with _naming(key):
+            record = json_object(record) if isinstance(record, str) else record
+            return Sample(key, self._picture(key, folder, record), texts_of(record, self.columns.get("text")))
+
+    def picture_at(self, index: int) -> tuple[str, Any]:
+        key, folder, record = self._record(index)
+        with _naming(key):
+            return key, self._picture(key, folder, json_object(record) if isinstance(record, str) else record)
+
+    def captions_at(self, index: int) -> list[str]:
+        key, _, record = self._record(index, words=True)
+        with _naming(key):
+            return texts_of(json_object(record) if isinstance(record, str) else record, self.columns.get("text"))
+
+    def _picture(self, key: str, folder: Path, record: dict[str, Any]) -> Any:
+        image = image_of(record, self.columns.get("image"), folder, self.allow_urls)
+        return NamedBytes(image, key) if isinstance(image, bytes) else image
+
+
+@contextmanager
+def _naming(key: str):
+    """A reject from within begins with the record's name."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{key}: {error}") from error
+
+
+class LinesSource(TableSource):
     """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, as base64 or data URIs, or as addresses.
 
     Raises:
@@ -294,19 +348,20 @@ class LinesSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
         number, line, record = self.records[index]
         file = self.files[number]
-        return _sample(f"{file.name}:{line}", record, self.columns, file.parent, self.allow_urls)
+        return f"{file.name}:{line}", file.parent, record
 
 
-class ParquetSource:
+class ParquetSource(TableSource):
     """Parquet through `datasets`: memory-mapped, so that a global shuffle costs one read a sample."""
 
     def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool):
         import datasets
 
-        self.name, self.columns, self.allow_urls, self.folder = files[0].name, columns, allow_urls, files[0].parent
+        self.files, self.name, self.folder = list(files), files[0].name, files[0].parent
+        self.columns, self.allow_urls = columns, allow_urls
         self.problems: list[tuple[str, str]] = []
         try:
             table = datasets.Dataset.from_parquet([str(file) for file in files])
@@ -317,23 +372,24 @@ class ParquetSource:
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table
+        binary = [name for name, kind in table.features.items() if _holds_bytes(kind)]
+        self.words = table.remove_columns(binary)
+        """The same without the columns of pictures, which are not read for a caption."""
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Sample:
-        return _sample(f"{self.name}:{index}", self.table[index], self.columns, self.folder, self.allow_urls)
+    def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
+        return f"{self.name}:{index}", self.folder, (self.words if words else self.table)[index]
 
 
-def _sample(key: str, record: str | dict[str, Any], columns: dict[str, str], folder: Path, allow_urls: bool) -> Sample:
-    """A record of a table, or one line of JSON, as a sample. Raises SampleError, which names the record."""
-    try:
-        record = json_object(record) if isinstance(record, str) else record
-        image = image_of(record, columns.get("image"), folder, allow_urls)
-        texts = texts_of(record, columns.get("text"))
-    except SampleError as error:
-        raise SampleError(f"{key}: {error}") from error
-    return Sample(key, NamedBytes(image, key) if isinstance(image, bytes) else image, texts)
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this feature may hold encoded pictures. (A struct of texts by language does not.)"""
+    import datasets
+
+    if isinstance(kind, dict):
+        return "bytes" in kind
+    return isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and "binary" in kind.dtype)
 
 
 class FolderSource:
@@ -363,6 +419,13 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
+        return Sample(f"{self.name}/{file.relative_to(self.folder).as_posix()}", str(file), self.captions_at(index))
+
+    def picture_at(self, index: int) -> tuple[str, Any]:
+        return str(self.files[index]), str(self.files[index])
+
+    def captions_at(self, index: int) -> list[str]:
+        file = self.files[index]
         relative = file.relative_to(self.folder)
         beside = file.with_suffix(".txt")
         texts = self.captions.get(relative.as_posix())
@@ -372,7 +435,7 @@ class FolderSource:
             texts = [file.parent.name.replace("_", " ").replace("-", " ")]
         if not texts:
             raise SampleError(f"{relative}: no caption (no metadata row, no {beside.name}, not in a named folder)")
-        return Sample(f"{self.name}/{relative.as_posix()}", str(file), texts)
+        return texts
 
 
 def open_pairs(

@@ -50,3 +50,16 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """Sample number `index`. Raises SampleError when that one cannot be read."""
         ...
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """A source of files, whose pictures and captions can be read apart: who needs the one is not refused for the other."""
+
+    def picture_at(self, index: int) -> tuple[str, Any]:
+        """A sample's name and picture. Raises SampleError."""
+        ...
+
+    def captions_at(self, index: int) -> list[str]:
+        """Its captions, at least one, without the picture being read or fetched. Raises SampleError."""
+        ...

@@ -17,19 +17,8 @@ import torch
 from rich.progress import track
 
 from ..data.loader import ENDLESS
-from ..data.readers import (
-    IMAGE_SUFFIXES,
-    FolderSource,
-    LinesSource,
-    ParquetSource,
-    SourceError,
-    TarSource,
-    expand,
-    image_of,
-    json_object,
-    open_source,
-)
-from ..data.source import NamedBytes, Reject, Source
+from ..data.readers import FolderSource, SourceError, open_source
+from ..data.source import Apart, Reject
 from ..data.stream import StreamSource
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
@@ -147,43 +136,15 @@ def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False) -> Items:
         raise SourceError(f"{spec} has no end: embed takes a folder, a table or shards")
 
     def item(index: int) -> tuple[str, Any]:
-        key, picture = _picture(source, index)
+        if isinstance(source, Apart):  # a picture without a caption is embedded too
+            key, picture = source.picture_at(index)
+        else:
+            sample = source[index]
+            key, picture = sample.key, sample.image
         return key, open_image(picture)
 
     folder = isinstance(source, FolderSource)  # what is wrong with its captions is no matter here
-    files = expand(spec.partition("?")[0]) if isinstance(source, ParquetSource) else getattr(source, "files", [])
-    return Items(len(source), item, encoder.embed_images, [] if folder else problems_of(source), files)
-
-
-def _picture(source: Source, index: int) -> tuple[str, Any]:
-    """A sample's key and picture, which needs no caption where the source is of files."""
-    if isinstance(source, FolderSource):
-        return str(source.files[index]), str(source.files[index])
-    if isinstance(source, TarSource):
-        number, key, parts = source.index[index]
-        name = f"{source.files[number].name}/{key}"
-        suffix = next((suffix for suffix in parts if f".{suffix}" in IMAGE_SUFFIXES), None)
-        if suffix is None:
-            raise SampleError(f"{name}: no picture among its members ({', '.join(parts)})")
-        return name, NamedBytes(source._read(number, *parts[suffix]), f"{name}.{suffix}")
-    if isinstance(source, LinesSource):
-        number, line, record = source.records[index]
-        file = source.files[number]
-        return _row(f"{file.name}:{line}", record, source, file.parent)
-    if isinstance(source, ParquetSource):
-        return _row(f"{source.name}:{index}", source.table[index], source, source.folder)
-    sample = source[index]
-    return sample.key, sample.image
-
-
-def _row(key: str, record: str | dict[str, Any], source: LinesSource | ParquetSource, folder: Path) -> tuple[str, Any]:
-    """The key and picture of a table's record, or line of JSON. Raises SampleError, which names the record."""
-    try:
-        record = json_object(record) if isinstance(record, str) else record
-        image = image_of(record, source.columns.get("image"), folder, source.allow_urls)
-    except SampleError as error:
-        raise SampleError(f"{key}: {error}") from error
-    return key, NamedBytes(image, key) if isinstance(image, bytes) else image
+    return Items(len(source), item, encoder.embed_images, [] if folder else problems_of(source), getattr(source, "files", []))
 
 
 def _fingerprint(encoder: DualEncoder) -> str:

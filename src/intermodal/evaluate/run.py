@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from rich.progress import track
 
 from ..data.loader import ENDLESS
-from ..data.readers import LinesSource, ParquetSource, TarSource, json_object, open_source, texts_of
-from ..data.source import Reject, Sample, Source
+from ..data.readers import open_source
+from ..data.source import Apart, Reject, Sample, Source
 from ..data.stream import StreamSource, first_samples
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
@@ -140,45 +140,13 @@ def _samples(source: Source, chosen: Sequence[int]) -> Iterator[Sample | Reject]
 
 def _classes(source: Source, numbers: Sequence[int]) -> list[str]:
     """The first captions of samples, each once, sorted; samples without one are left out here and rejected later."""
-    captions, found = _captions(source), set()
+    found = set()
     for index in numbers:
         try:
-            found.add(captions(index)[0])
+            found.add((source.captions_at(index) if isinstance(source, Apart) else source[index].texts)[0])
         except SampleError:
             continue
     return sorted(found)
-
-
-def _captions(source: Source) -> Callable[[int], list[str]]:
-    """A sample's captions by its number, without reading (or fetching) the picture where the source is of files that say them apart."""
-    if isinstance(source, LinesSource):
-
-        def of_line(index: int) -> list[str]:
-            record = source.records[index][2]
-            return texts_of(json_object(record) if isinstance(record, str) else record, source.columns.get("text"))
-
-        return of_line
-    if isinstance(source, ParquetSource):
-        from datasets import Image, Value
-
-        drawn = [
-            name
-            for name, kind in source.table.features.items()
-            if isinstance(kind, Image | dict) or (isinstance(kind, Value) and "binary" in kind.dtype)
-        ]
-        table = source.table.remove_columns(drawn)
-        return lambda index: texts_of(table[index], source.columns.get("text"))
-    if isinstance(source, TarSource):
-
-        def of_member(index: int) -> list[str]:
-            number, key, parts = source.index[index]
-            texts = source._captions(number, parts)
-            if not texts:
-                raise SampleError(f"{key}: no caption in its members")
-            return texts
-
-        return of_member
-    return lambda index: source[index].texts
 
 
 def _held_out(spec: str, side: int, allow_urls: bool = False):
