@@ -140,3 +140,41 @@ def test_the_norm_in_half_precision_is_llamas(dtype):
     ours.weight.data.normal_(1, 0.3)
     theirs.weight.data.copy_(ours.weight.data)
     assert torch.equal(ours(x), theirs(x))
+
+
+def test_a_frozen_model_keeps_its_layout_until_its_weights_may_change(model, monkeypatch):  # noqa: F811
+    made, was = [], []
+    lay_out, feed = Generative.lay_out, engine._feed
+    monkeypatch.setattr(Generative, "lay_out", lambda self: made.append(self) or lay_out(self))
+    monkeypatch.setattr(engine, "_feed", lambda one, cache, *more: was.append(cache.layout is not None) or feed(one, cache, *more))
+    settings = {"slots": len(QUESTIONS), "max_new_tokens": 3}  # fewer steps than a model that is not frozen waits for
+    plain = model.generate_batch(QUESTIONS, **settings)
+    assert not made
+    assert not any(was)
+    frozen = copy.deepcopy(model).freeze()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not frozen.training
+    was.clear()
+    assert frozen.generate_batch(QUESTIONS, **settings) == plain == frozen.generate_batch(QUESTIONS, **settings)
+    assert len(made) == 1
+    assert all(was)
+    copied = copy.deepcopy(frozen)
+    assert copied.frozen
+    assert copied.generate(QUESTIONS[0], max_new_tokens=3) == plain[0]
+    assert len(made) == 2, "a copy's weights are others: it lays out its own"
+    for change in (
+        lambda one: one.train(),
+        lambda one: one.load_state_dict(one.state_dict()),
+        lambda one: one.to(torch.float64),
+    ):
+        one = copy.deepcopy(frozen)
+        change(one)
+        assert not one.frozen
+        assert one.kept_layout() is None
+
+
+def test_frozen_weights_that_cannot_be_laid_out_generate_plainly(model):  # noqa: F811
+    wide = copy.deepcopy(model).double().freeze()
+    assert wide.kept_layout() is None
+    assert wide.frozen
+    assert wide.generate(QUESTIONS[0], max_new_tokens=12).ids == model.generate(QUESTIONS[0], max_new_tokens=12).ids

@@ -165,7 +165,7 @@ def _events(
     streams = canvas.streams if canvas else 1
     cache = model.model.cache(slots * streams)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
-    fed, layout = 0, None
+    fed, layout = 0, model.kept_layout()
     while waiting or running:
         arrivals: list[tuple[int, _Run]] = []
         while waiting and free:
@@ -179,7 +179,7 @@ def _events(
         if not arrivals and not running:
             break
         fed += not arrivals
-        if fed == LAY_OUT_AFTER and not arrivals:
+        if fed == LAY_OUT_AFTER and not arrivals and not model.frozen:
             layout = model.lay_out()
         cache.layout = None if torch.is_autocast_enabled("cpu") else layout
         if arrivals:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
 from ..nn.cache import Cache
-from ..nn.laid_out import LaidOutLinear, Layout, can_lay_out
+from ..nn.laid_out import KeptLayout, LaidOutLinear, Layout, can_lay_out
 from ..nn.layers import Linear, linear
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DeepStack
 
@@ -38,6 +38,7 @@ class Generative(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.source, self.processor = {}, None
+        self._frozen: KeptLayout | None = None
 
     @property
     def config_text(self) -> DecoderConfig:
@@ -120,6 +121,39 @@ class Generative(nn.Module):
             return None
         layers = [layer.lay_out() for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         return Layout(layers, LaidOutLinear(self.head_weight))
+
+    def freeze(self) -> Self:
+        """Promise that the weights stay as they are, as in a chat or a server: evaluation mode, no gradients, and the decoder's weights,
+        which every generation on the CPU else lays out anew for itself (`nn.laid_out`), stay laid out beside the plain ones. Weights that
+        `load_state_dict`, `to` or `train()` may change end it; whoever writes into them directly must say `train()` first."""
+        self.eval().requires_grad_(False)
+        self._frozen = KeptLayout()
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        return self._frozen is not None
+
+    def kept_layout(self) -> Layout | None:
+        """Of frozen weights, laid out at the first call; None of others, or where `lay_out` gives none."""
+        if self._frozen is None:
+            return None
+        if not self._frozen.made:
+            self._frozen.layout, self._frozen.made = self.lay_out(), True
+        return self._frozen.layout
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self._frozen = None
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # what `to`, `float`, `cuda` and their kind go through
+        self._frozen = None
+        return super()._apply(*arguments, **options)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """A pack -> scores (T, V)."""

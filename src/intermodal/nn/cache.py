@@ -14,7 +14,7 @@ GROW = 256
 
 
 class Cache:
-    """(layers, slots, G, capacity, K) keys and values. `lengths[slot]` tokens of a slot are valid.
+    """(layers, slots, 2 G, capacity, K): the G heads' keys, then their values. `lengths[slot]` tokens of a slot are valid.
 
     A step packs the new tokens of some slots (`begin`), every layer then calls `attend`, and `commit` makes them count.
     """
@@ -22,7 +22,7 @@ class Cache:
     def __init__(self, layers: int, slots: int, heads: int, head: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.shape, self.dtype, self.device = (layers, slots, heads, head), dtype, torch.device(device)
         self.capacity = 0
-        self.keys = self.values = self._room(0)
+        self.store = self._room(0)
         self.lengths = [0] * slots
         self.slots: list[int] = []
         self.segments = Segments([])
@@ -31,26 +31,29 @@ class Cache:
 
     def _room(self, capacity: int) -> Tensor:
         layers, slots, heads, head = self.shape
-        return torch.zeros(layers, slots, heads, capacity, head, dtype=self.dtype, device=self.device)
+        return torch.zeros(layers, slots, 2 * heads, capacity, head, dtype=self.dtype, device=self.device)
 
     def begin(self, slots: list[int], segments: Segments) -> None:
         """Announce the step: the packed tokens are `segments.lengths[i]` new ones of `slots[i]`."""
         self.slots, self.segments = slots, segments
         self.totals = [self.lengths[slot] + new for slot, new in zip(slots, segments.lengths, strict=True)]
-        needed = max(self.totals)
-        if needed > self.capacity:
-            capacity = max(needed, 2 * self.capacity, GROW)
-            keys, values = self._room(capacity), self._room(capacity)
-            keys[..., : self.capacity, :], values[..., : self.capacity, :] = self.keys, self.values
-            self.keys, self.values, self.capacity = keys, values, capacity
+        self.most = max(self.totals)
+        if self.most > self.capacity:
+            capacity = max(self.most, 2 * self.capacity, GROW)
+            store = self._room(capacity)
+            store[..., : self.capacity, :] = self.store
+            self.store, self.capacity = store, capacity
         self.single = segments.longest == 1
         self.mask = None
         if self.single:
-            self.at = (
-                torch.tensor(slots, device=self.device),
-                torch.tensor([total - 1 for total in self.totals], device=self.device),
+            self.slots_N = torch.tensor(slots, device=self.device)
+            # where the new keys and values stand when a layer's store is seen as rows of K: one write for all, half the calls of two
+            heads = 2 * self.shape[2]
+            first_N = torch.tensor(
+                [slot * heads * self.capacity + total - 1 for slot, total in zip(slots, self.totals, strict=True)]
             )
-            reach = torch.arange(needed, device=self.device)
+            self.rows = (first_N[:, None] + torch.arange(heads) * self.capacity).flatten().to(self.device)
+            reach = torch.arange(self.most, device=self.device)
             if len(set(self.totals)) > 1:
                 self.mask = (reach[None] < torch.tensor(self.totals, device=self.device)[:, None])[:, None, None]
 
@@ -64,14 +67,13 @@ class Cache:
 
     def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float | None = None) -> Tensor:
         """Store the new keys and values and let the new queries see everything up to themselves: (T, H, K)."""
-        keys, values = self.keys[layer], self.values[layer]
+        store = self.store[layer]
         q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))  # under autocast they come in another type
         if self.single:
-            slots, places = self.at
-            keys[slots, :, places], values[slots, :, places] = k_TGK, v_TGK
-            most = max(self.totals)
+            store.view(-1, store.shape[-1]).index_copy_(0, self.rows, torch.cat([k_TGK, v_TGK], 1).flatten(0, 1))
             every = self.slots == list(range(self.shape[1]))
-            k, v = (x[:, :, :most] if every else x[slots, :, :most] for x in (keys, values))
+            seen = store[:, :, : self.most] if every else store[self.slots_N, :, : self.most]
+            k, v = seen.chunk(2, dim=1)
             # the heads of a group stand where several queries would: the kernel reads their keys once instead of once a head
             q_NGRK = q_THK.unflatten(1, (k.shape[1], -1))
             return F.scaled_dot_product_attention(q_NGRK, k, v, attn_mask=self.mask, scale=scale).flatten(1, 2)
@@ -79,9 +81,9 @@ class Cache:
         for slot, total, q, k, v in zip(
             self.slots, self.totals, *(x.split(self.segments.lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True
         ):
-            start = total - q.shape[0]
-            keys[slot, :, start:total], values[slot, :, start:total] = k.transpose(0, 1), v.transpose(0, 1)
-            seen_k, seen_v, mask = keys[slot, :, :total], values[slot, :, :total], None
+            start, mask = total - q.shape[0], None
+            seen_k, seen_v = store[slot, :, :total].chunk(2)
+            seen_k[:, start:], seen_v[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
             if start:
                 mask = torch.arange(total, device=q.device)[None] <= torch.arange(start, total, device=q.device)[:, None]
             out = F.scaled_dot_product_attention(

@@ -50,10 +50,21 @@ class LaidOutLayer:
 
 @dataclass(frozen=True)
 class Layout:
-    """A decoder's products, beside its plain weights. It belongs to one generation, and hangs on its cache."""
+    """A decoder's products, beside its plain weights. It belongs to one generation, and hangs on its cache, or to a frozen model."""
 
     layers: Sequence[LaidOutLayer]
     head: LaidOutLinear
+
+
+class KeptLayout:
+    """The layout of a model whose weights do not change, for all its generations. A copy or a pickle of the model begins without it."""
+
+    def __init__(self):
+        self.layout: Layout | None = None
+        self.made = False
+
+    def __reduce__(self) -> tuple[type[KeptLayout], tuple[()]]:
+        return KeptLayout, ()
 
 
 def can_lay_out(layers: Sequence[nn.Linear], head: Tensor, kind: type[nn.Linear]) -> bool:
