@@ -1,12 +1,14 @@
 """Packed == separate, no cross-talk, windows and masks against dense attention."""
 
 import inspect
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intermodal.nn import attention as packed
 from intermodal.nn.attention import Segments, _varlen_cuda, attention
 from intermodal.nn.layers import AttentionPool, Encoder, TransformerConfig
 
@@ -75,14 +77,17 @@ def test_no_cross_talk(lengths, causal, data):
     assert not torch.equal(before[~others], after[~others])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize(
     ("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (True, (3, -1)), (False, (-1, 2)), (False, (150, 40))]
 )
-def test_neither_values_nor_gradients_cross_from_one_sequence_to_another(causal, window, kv_heads, dtype):
+def test_neither_values_nor_gradients_cross_from_one_sequence_to_another(causal, window, kv_heads, dtype, monkeypatch):
     """Move one sequence, or make it NaN: outputs and gradients of all others stay the same to the bit."""
-    lengths = (5, 1, 300, 5, 3, 5)
+    lengths, autocast = (5, 1, 300, 5, 3, 5), dtype == "autocast"
+    if autocast:
+        lengths, dtype = (5, 1, 160, 5, 3, 5), torch.float32
+        monkeypatch.setattr(packed, "multiplies_bf16", lambda device: True)
     weight = torch.randn(sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def results(rows=slice(0), by=0.0):
@@ -91,7 +96,8 @@ def test_neither_values_nor_gradients_cross_from_one_sequence_to_another(causal,
         for x in inputs:
             x[rows] += by
             x.requires_grad_()
-        out = attention(*inputs, Segments(lengths), causal=causal, window=window)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(*inputs, Segments(lengths), causal=causal, window=window)
         return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
 
     before, start = results(), 0
@@ -153,6 +159,46 @@ def test_bf16_on_the_cpu_is_near_the_exact_values_and_stays_bf16(length):
         torch.testing.assert_close(out.double(), wanted, atol=0.02, rtol=0.02)
         gradients = torch.autograd.grad(out.sum(), rounded)
         assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+
+
+@pytest.mark.parametrize("lengths", [(40, 7), (16, 16, 16), (1, 256, 20, 3, 130, 20), (1,)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_by_bf16_products_are_near_the_exact_ones(lengths, kv_heads, causal, monkeypatch):
+    """Under autocast, up to `PRODUCT_LENGTH`; gradients too. One token more and PyTorch's kernel is called."""
+    made, products = [], packed._products
+    monkeypatch.setattr(packed, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(packed, "_products", lambda *arguments: made.append(1) or products(*arguments))
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in qkv(sum(lengths), kv_heads=kv_heads)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    wanted = attention(*exact, Segments(lengths), causal=causal, scale=0.3)
+    assert not made
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*rounded, Segments(lengths), causal=causal, scale=0.3)
+        assert made
+    made.clear()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(out.double(), wanted, atol=0.03, rtol=0.03)
+    gradients = zip(torch.autograd.grad(out, rounded, weight.bfloat16()), torch.autograd.grad(wanted, exact, weight), strict=True)
+    for got, right in gradients:
+        assert (got.double() - right).norm() < 0.02 * right.norm() + 1e-9
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(*(x.bfloat16() for x in qkv(257)), Segments((257,)), causal=causal)
+    assert not made
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
+def test_padded_places_are_all_different_and_waste_less_than_half(lengths):
+    segments = Segments(lengths)
+    places, groups = segments.padded
+    assert sum(count for count, _ in groups) == len(lengths)
+    assert sum(count * length for count, length in groups) < 2 * segments.total
+    starts = set(accumulate((length for count, length in groups for _ in range(count)), initial=0))
+    assert len(set(places.tolist())) == segments.total
+    for own in places.split(segments.lengths):
+        assert int(own[0]) in starts
+        assert torch.equal(own, own[0] + torch.arange(len(own)))
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, (2, 1)), (True, (3, -1))])

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import IntermodalError
 from ..nn.layers import at_least_float32
+from ..nn.machine import multiplies_bf16
 from .recipe import OptimConfig
 
 SCALARS = {"logit_scale", "logit_bias"}
@@ -157,11 +158,6 @@ def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:
             gram_NRR = factor @ gram_NRR @ factor
     assert product is not None
     return product
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are done in hardware: elsewhere PyTorch emulates them, several times slower than float32."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def whole(tensor: Tensor) -> Tensor:
