@@ -103,10 +103,11 @@ class Rope:
             raise ValueError("three position axes for a decoder that has one: its rope has no sections")
         else:
             angles = positions.float()[self.axis.to(positions.device)].T * inverse
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
         if dtype == torch.float64:  # exactness tests: the angles stay those of float32
             angles = angles.double()
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        halves = ((table * self.scale).to(dtype) for table in (angles.cos(), angles.sin()))
+        cos, sin = (torch.cat([half, half], dim=-1)[:, None] for half in halves)
+        return cos, sin
 
 
 def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
