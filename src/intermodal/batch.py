@@ -19,7 +19,8 @@ class Images:
     """Pictures ready for a vision tower.
 
     `pixels` is (B, C, H, W) for towers of a fixed size. For native-resolution towers it is (P, patch values), the patches of all
-    pictures end to end, and `grids` gives each picture's (rows, columns).
+    pictures end to end, and `grids` gives each picture's (rows, columns). A tower reads normalised float32; data workers hand over
+    uint8, which the processor's `normalised` turns into it.
     """
 
     pixels: Tensor

@@ -1,4 +1,5 @@
-"""Errors that are the user's to mend. The command line prints them as one line; `--debug` shows where they came from."""
+"""Errors that are the user's to mend. The command line prints them as one line; `--debug` shows where they came from. Any other error is
+a fault of this library."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from collections.abc import Iterable
 
 class IntermodalError(Exception):
     """Something in the input, the files or the settings is wrong; the message says what, where, and what to do."""
+
+
+class InputError(IntermodalError, ValueError):
+    """A value that a function cannot take; a ValueError too, for callers from Python."""
 
 
 class CheckpointError(IntermodalError):

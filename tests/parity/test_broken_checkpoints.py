@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import intermodal
 from intermodal.errors import CheckpointError, IntermodalError
+from intermodal.weights.open_clip_config import TRUNKS
 
 CASE = {"clip": "clip-quick-7", "siglip": "siglip-gelu-7", "siglip2": "siglip2-gelu-7"}
 
@@ -90,20 +91,83 @@ def test_a_truncated_file_is_named(keep, family, broken):
     assert "model.safetensors" in message(path.parent)
 
 
+def places(path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Where a safetensors file's values begin, and where each tensor lies after that; in its order."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    offsets = {key: tuple(place["data_offsets"]) for key, place in header.items() if key != "__metadata__"}
+    return 8 + length, dict(sorted(offsets.items(), key=lambda item: item[1]))
+
+
+def cut(path, size: int):
+    path.write_bytes(path.read_bytes()[:size])
+    return path
+
+
 @pytest.mark.parametrize("family", hf.FAMILIES)
-def test_a_truncated_shard_is_named(family, checkpoint, tmp_path):
+@pytest.mark.parametrize("which", [0, 7, -1])
+@pytest.mark.parametrize("whole_bytes", [0, 3])
+def test_a_truncated_file_names_the_first_lost_tensor_and_how_many_there_are(whole_bytes, which, family, broken):
+    """Cut right before a tensor, and inside of it."""
+    path = broken(family) / "model.safetensors"
+    start, offsets = places(path)
+    key = list(offsets)[which]
+    cut(path, start + offsets[key][0] + whole_bytes)
+    said, others = message(path.parent), len(offsets) - 1 - list(offsets).index(key)
+    assert named("model.safetensors", said.replace("/", " "))
+    assert named(key, said)
+    assert f" and {others} more" in said if others else "more" not in said
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_a_file_cut_inside_its_header_says_that_everything_is_lost(family, broken):
+    path = broken(family) / "model.safetensors"
+    cut(path, places(path)[0] - 1)
+    assert "all of them are lost" in message(path.parent)
+
+
+def test_a_file_that_is_something_else_is_not_called_cut(broken):
+    path = broken("clip") / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 600000\n")
+    assert "cut short" not in message(path.parent)
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("inside_header", [False, True])
+def test_a_truncated_shard_is_named_with_what_it_held(inside_header, family, checkpoint, tmp_path):
+    """What its index says that it holds is named where its own header is lost too."""
     checkpoint(CASE[family])[1].save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-7])
-    assert shard.name in message(tmp_path)
+    start, offsets = places(shard)
+    cut(shard, 20 if inside_header else start + offsets[list(offsets)[-1]][1] - 7)
+    said = message(tmp_path)
+    assert shard.name in said
+    held = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    lost = [key for key, name in held.items() if name == shard.name] if inside_header else [list(offsets)[-1]]
+    assert any(named(key, said) for key in lost)
 
 
 @pytest.mark.parametrize("family", hf.FAMILIES)
-def test_a_missing_shard_is_named(family, checkpoint, tmp_path):
+def test_missing_shards_are_named_with_what_they_held(family, checkpoint, tmp_path):
     checkpoint(CASE[family])[1].save_pretrained(tmp_path, max_shard_size="20KB")
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[-1]
-    shard.unlink()
-    assert shard.name in message(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    gone = (shards[0], shards[-1])
+    for shard in gone:
+        shard.unlink()
+    said = message(tmp_path)
+    held = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    lost = [key for key, name in held.items() if name in (gone[0].name, gone[1].name)]
+    assert all(shard.name in said for shard in gone)
+    assert any(named(key, said) for key in lost)
+    assert f"and {len(lost) - 1} more" in said
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_named(text, checkpoint, tmp_path):
+    checkpoint(CASE["clip"])[1].save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in message(tmp_path)
 
 
 def test_a_key_that_the_index_promises_and_no_shard_holds_is_named(checkpoint, tmp_path):
@@ -280,3 +344,121 @@ def test_an_unknown_layout_to_save_in_is_named(broken, tmp_path):
     model = intermodal.load(broken("clip"))
     with pytest.raises(CheckpointError, match="openclip"):
         intermodal.save(model, tmp_path / "out", layout="openclip")
+
+
+# -- open_clip's layout, and the files that its training writes ---------------------------------------------------------------------
+
+SIGLIP_TRUNK = ("vit_tiny", ((36, 2, 3, 50), {(14, 60)}))
+"""A name for the tower of `siglip-tanh-14`: timm has none so small."""
+OPEN_CLIP = {"clip": "clip-gelu-14", "siglip": "siglip-tanh-14"}
+
+
+@pytest.fixture
+def in_open_clips_layout(checkpoint, monkeypatch, tmp_path):
+    """make(family, edit, trained) -> a directory of open_clip's, or the `.pt` of its training, whose tensors went through edit(tensors)."""
+    monkeypatch.setitem(TRUNKS, *SIGLIP_TRUNK)
+
+    def make(family: str, edit=None, trained: bool = False):
+        folder = intermodal.save(intermodal.load(checkpoint(OPEN_CLIP[family])[0]), tmp_path / "open_clip", layout="open_clip")
+        file = folder / "open_clip_model.safetensors"
+        state = load_file(file)
+        if edit:
+            edit(state)
+        if not trained:
+            save_file({key: value.contiguous() for key, value in state.items()}, file)
+            return folder
+        parts = {f"module.{key}": value.clone() for key, value in state.items()}
+        torch.save({"epoch": 1, "state_dict": parts}, folder / "epoch_1.pt")
+        return folder / "epoch_1.pt"
+
+    return make
+
+
+def keys_of(make, family: str) -> list[str]:
+    return list(load_file(make(family) / "open_clip_model.safetensors"))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("family", OPEN_CLIP)
+def test_every_tensor_of_open_clips_that_is_missing_misshapen_or_not_finite_is_named(family, trained, in_open_clips_layout):
+    def lengthen(state, key):
+        value = state[key].reshape(1) if state[key].ndim == 0 else state[key]
+        state[key] = torch.cat([value, value[:1]])
+
+    def spoil(state, key):
+        state[key] = state[key].clone()
+        state[key].view(-1)[-1] = float("nan")
+
+    def add_axes(state, key):
+        state[key] = torch.stack([state[key][None]] * 2)
+
+    for key in keys_of(in_open_clips_layout, family):
+        for damage in (dict.pop, lengthen, add_axes, spoil):
+            said = message(in_open_clips_layout(family, lambda state, key=key, damage=damage: damage(state, key), trained))
+            assert named(key, said), (damage, said)
+
+
+@pytest.mark.parametrize("family", OPEN_CLIP)
+def test_truncated_files_of_open_clips_name_the_first_lost_tensor(family, in_open_clips_layout):
+    file = in_open_clips_layout(family) / "open_clip_model.safetensors"
+    start, offsets = places(file)
+    key = list(offsets)[4]
+    cut(file, start + offsets[key][0])
+    said = message(file.parent)
+    assert named(key, said)
+    assert f"and {len(offsets) - 5} more" in said
+    cut(file, start - 3)
+    assert "open_clip_model.safetensors" in message(file.parent)
+
+
+@pytest.mark.parametrize("family", OPEN_CLIP)
+def test_a_truncated_training_file_names_the_first_lost_tensor(family, in_open_clips_layout):
+    """Wherever it is cut: from a byte before its end, where only the zip's directory is gone, to its first kilobyte."""
+    path = in_open_clips_layout(family, trained=True)
+    keys, data = keys_of(in_open_clips_layout, family), path.read_bytes()
+    path = in_open_clips_layout(family, trained=True)
+    order = list(torch.load(path, weights_only=True)["state_dict"])
+    for which in (0, len(order) // 2, len(order) - 1):
+        entry = data.index(f"/data/{which}".encode())  # the first such name: the directory, which has them again, is at the end
+        path.write_bytes(data[: entry + 30])
+        said = message(path)
+        assert named(order[which], said), said
+        others = len(order) - which - 1
+        assert f" and {others} more" in said if others else "more" not in said
+    for size, words in ((len(data) - 1, "directory"), (900, "all of them are lost"), (20, "all of them are lost"), (0, "empty")):
+        path.write_bytes(data[:size])
+        said = message(path)
+        assert words in said
+        assert "epoch_1.pt" in said
+    assert len(keys) == len(order)
+
+
+@pytest.mark.parametrize("held", [[1, 2], {"state_dict": 3}, {"state_dict": {"a": "b"}}, {"epoch": 1}, torch.zeros(3)])
+def test_a_training_file_that_holds_something_else_is_named(held, in_open_clips_layout):
+    path = in_open_clips_layout("clip", trained=True)
+    torch.save(held, path)
+    assert "epoch_1.pt" in message(path)
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_a_truncated_pickle_of_transformers_names_the_first_lost_tensor(family, broken):
+    folder = broken(family)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    cut(folder / "pytorch_model.bin", (folder / "pytorch_model.bin").read_bytes().index(b"/data/5") + 10)
+    said = message(folder)
+    assert named(list(state)[5], said)
+    assert f"and {len(state) - 6} more" in said
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("vision_config", {"hidden_size": "wide"}), ("text_config", {"num_hidden_layers": [3]}), ("text_config", {"hidden_size": -4})],
+)
+def test_a_setting_of_another_kind_is_a_checkpoint_error_that_names_the_file(section, value, broken):
+    folder = broken("clip")
+    config = json.loads((folder / "config.json").read_text())
+    config[section].update(value)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert str(folder) in message(folder)

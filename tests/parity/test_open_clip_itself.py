@@ -1,6 +1,7 @@
 """What open_clip writes is read here, and what is written here open_clip reads: its own models, tokenizer and losses."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,50 @@ def test_a_file_that_open_clip_has_trained_loads_beside_its_config(wrapped, name
     assert_equal_embeddings(our_embeddings(ours, config), their_embeddings(model, config))
     assert ours.logit_scale.item() == pytest.approx(1.3)
     assert ours.processor.images.std == (tuple(preprocess["std"]) if wrapped else open_clip.OPENAI_DATASET_STD)
+
+
+SIGMOID = {
+    "init_logit_scale": math.log(10),
+    "init_logit_bias": -10,
+}  # what `open_clip_train --siglip` gives a model, whatever its config
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("said", [False, True])
+def test_a_clip_of_the_sigmoid_loss_goes_both_ways(said, name, tmp_path):
+    """Scale, bias and logits; from a config that says the bias, and from open_clip's own, which does not."""
+    config = {**CASES[name], **SIGMOID}
+    theirs = built(config)
+    with torch.no_grad():
+        theirs.logit_bias.fill_(-7.25)
+    ours = intermodal.load(trained(tmp_path / "checkpoints", theirs, config if said else CASES[name]))
+    if said:
+        assert (ours.config.init_scale, ours.config.init_bias) == (pytest.approx(10), -10)
+    again = open_clip.create_model(f"local-dir:{intermodal.save(ours, tmp_path / 'saved')}").eval()
+    pixels, ids = inputs(config)
+    with torch.no_grad():
+        want = theirs.get_logits(pixels, ids)[0]
+        assert (again.get_logits(pixels, ids)[0] - want).abs().max() <= TOLERANCE
+        image, text = our_embeddings(ours, config)
+        got = image @ text.T * ours.logit_scale.exp() + ours.logit_bias
+    for model in (ours, again):
+        assert (model.logit_scale.item(), model.logit_bias.item()) == (pytest.approx(1.3), -7.25)
+    assert (got - want).abs().max() <= TOLERANCE
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_fresh_clip_of_the_sigmoid_loss_starts_as_open_clips(tmp_path):
+    """What is written before the first step: open_clip's model of the config begins with the scale and bias that ours does."""
+    text = TextConfig(width=24, depth=2, heads=3, mlp_width=48, context=12)
+    config = ModelConfig(family="clip", vision=VisionConfig(**FRESH_VISION["clip"]), text=text, embed_width=20, init_bias=-4.5)
+    ours = initialise(build_model(config, lambda: SENTENCES[:2], "sigmoid"))
+    folder = intermodal.save(ours, tmp_path / "open_clip")
+    loaded = open_clip.create_model(f"local-dir:{folder}")
+    fresh = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    for model in (ours, loaded, fresh):
+        assert model.logit_scale.exp().item() == pytest.approx(10)
+        assert model.logit_bias.item() == -4.5
 
 
 def test_a_trained_file_without_its_config_says_what_to_put_where(tmp_path):

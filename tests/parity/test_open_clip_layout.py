@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import intermodal
 from intermodal.batch import Images, Texts
 from intermodal.errors import CheckpointError
-from intermodal.weights.open_clip import TRUNKS
+from intermodal.weights.open_clip_config import TRUNKS
 
 WRITTEN = ["clip-quick-7", "clip-gelu-14", "siglip-tanh-14", "siglip-gelu-7"]
 REFUSED = ["clip-tanh-16", "clip-mixed", "siglip2-tanh-16"]

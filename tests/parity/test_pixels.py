@@ -13,6 +13,10 @@ from transformers.image_utils import load_image
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
 import intermodal
+from intermodal.data.loader import Fetcher
+from intermodal.data.source import Sample
+from intermodal.inputs.image import ImageProcessor
+from intermodal.inputs.processor import PairProcessor
 
 EXACT = 1e-6
 CASE = {"clip": "clip-legacy-eos", "siglip": "siglip-gelu-7", "siglip2": "siglip2-gelu-7"}
@@ -320,3 +324,46 @@ def test_saving_over_a_directory_replaces_its_image_settings(whole, tmp_path):
     assert_same_pixels(intermodal.load(target).processor.images, want, hf.pictures(3))
     got = PIL_CLASS["clip"].from_pretrained(target)
     assert got.crop_size["height"] == 17
+
+
+def in_bytes(images, pictures):
+    """What a data worker hands over."""
+    return images.levels([images.resized(picture) for picture in pictures])
+
+
+@pytest.mark.parametrize(("family", "recipe"), RECIPES)
+def test_bytes_normalised_later_are_the_same_pixels_to_the_last_bit(family, recipe, processors):
+    settings = {"clip": CLIP_RECIPES, "siglip": SIGLIP_RECIPES, "siglip2": NAFLEX_RECIPES}[family][recipe]
+    images, _ = processors(family, **settings)
+    pictures = [hf.picture(*size, seed=4) for size in [(61, 34), (40, 31), (22, 90), (5, 2), (64, 64)]]
+    levels, wanted = in_bytes(images, pictures), images(pictures)
+    assert levels.pixels.dtype == torch.uint8
+    assert levels.pixels.nbytes * 4 == wanted.pixels.nbytes
+    found = images.normalised(levels)
+    assert found.grids == wanted.grids
+    assert found.pixels.dtype == torch.float32
+    assert torch.equal(found.pixels, wanted.pixels)
+    part = images.normalised(levels.slice(1, 4))  # a micro-batch
+    assert torch.equal(part.pixels, wanted.slice(1, 4).pixels)
+    assert images.normalised(in_bytes(images, [])).pixels.shape == images([]).pixels.shape
+
+
+@pytest.mark.parametrize("letterbox", [ImageProcessor((24, 24), letterbox=True, fill=90), ImageProcessor((24, 24), letterbox=True)])
+def test_letterboxed_bytes_normalised_later_are_the_same_pixels(letterbox):
+    pictures = hf.pictures(4, seed=2)
+    assert torch.equal(letterbox.normalised(in_bytes(letterbox, pictures)).pixels, letterbox(pictures).pixels)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("clip", "resize-above-crop"), ("clip", "no-resize"), ("siglip", "oblong"), ("siglip2", "8-of-100")]
+)
+def test_training_sees_the_pixels_that_the_processor_makes(family, recipe, processors, whole):
+    """A picture was resized twice where it is resized larger than it is cropped: training saw it closer than anything after it."""
+    settings = {"clip": CLIP_RECIPES, "siglip": SIGLIP_RECIPES, "siglip2": NAFLEX_RECIPES}[family][recipe]
+    images, _ = processors(family, **settings)
+    pictures = [hf.picture(*size, seed=4) for size in [(61, 34), (40, 31), (22, 90)]]
+    source = [Sample(str(number), picture, ["words"]) for number, picture in enumerate(pictures)]
+    processor = PairProcessor(images, intermodal.load(whole(family)[0]).processor.texts, family)
+    batch = Fetcher([source], processor, 0)[0, [(0, number) for number in range(3)]].batch
+    assert batch.images.pixels.dtype == torch.uint8
+    assert torch.equal(images.normalised(batch.images).pixels, images(pictures).pixels)

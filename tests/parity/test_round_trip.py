@@ -1,8 +1,6 @@
 """`save(load(x))` is x, key for key and bit for bit, and transformers reads it with the same answers."""
 
-import fnmatch
 import json
-import shutil
 
 import hf_checkpoints as hf
 import pytest
@@ -12,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import intermodal
 from intermodal.batch import Images, Texts
-from intermodal.errors import CheckpointError
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
@@ -219,34 +216,3 @@ def test_loaded_models_are_trainable_and_in_eval_mode(case, checkpoint):
         (image @ model.encode_images(Images(hf.random_pixels(case, 2, seed=8))).T).sum() * model.logit_scale + text.sum() + bias
     ).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_hub_id_is_downloaded_and_loaded(whole, monkeypatch, tmp_path):
-    """What is asked of the hub, and what is said when it does not answer."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    folder = whole("siglip")[0]
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.append(name)
-        kept = [file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns)]
-        for file in kept:
-            shutil.copy(file, tmp_path / file.name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    ours, local = intermodal.load("google/siglip-tiny"), intermodal.load(folder)
-    assert asked == ["google/siglip-tiny"]
-    assert torch.equal(ours.embed_texts(["a cat"]), local.embed_texts(["a cat"]))
-    assert ours.processor.images is not None
-
-    def unreachable(name, allow_patterns):
-        raise LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="cannot download google/siglip-tiny from the hub, and no such directory exists"):
-        intermodal.load("google/siglip-tiny")
-    with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
-        intermodal.load("siglip-tiny")

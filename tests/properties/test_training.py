@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import tarfile
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from rich.console import Console
 
 import intermodal
 from intermodal.errors import IntermodalError
+from intermodal.inputs.image import ImageProcessor
 from intermodal.parallel.setup import World
 from intermodal.train.contrastive import PairTrainer, batch_accuracy, train
 from intermodal.train.loop import NotFinite, Stopped
@@ -118,6 +121,54 @@ def test_two_ranks_equal_one_and_resume_across(tmp_path):
     forget_after(tmp_path / "one", 2)
     for rank in on_ranks(2, run_on_rank, tmp_path / "one", "fsdp", True, 4):
         assert_near(rank, alone, "from one rank to two")
+
+
+def in_fp32_on_rank(rank, size, folder, resume):
+    found = {}
+    for name in FP32_BOUNDS:
+        recipe = tiny(8, train={"save_every": 4}, optim={"name": name})
+        model = train(recipe, folder / name, resume=resume, quiet=True)
+        found[name] = {key: p.detach().clone() for key, p in model.named_parameters()}
+    return found
+
+
+FP32_BOUNDS = {"adamw": 2e-6, "muon": 2e-5}
+"""Ten times the largest difference of a weight that six seeds gave, with each optimizer's default eps: 2e-7 and 2e-6."""
+
+
+def test_a_run_in_fp32_that_goes_on_on_two_ranks_stays_near(tmp_path):
+    """Rounding is all that differs: four steps after the resume the weights still are all but the same."""
+    alone = in_fp32_on_rank(0, 1, tmp_path, False)
+    for name in FP32_BOUNDS:
+        forget_after(tmp_path / name, 4)
+    for rank in on_ranks(2, in_fp32_on_rank, tmp_path, True):
+        for name, bound in FP32_BOUNDS.items():
+            furthest = max((rank[name][key] - wanted).abs().max().item() for key, wanted in alone[name].items())
+            assert 0 < furthest < bound, name
+
+
+def averaged_on_rank(rank, size, folder, modes, resume=False):
+    found = {}
+    for mode in modes:
+        model = train(averaged_recipe(mode), folder / mode, resume=resume, quiet=True)
+        found[mode] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return found
+
+
+def averaged_recipe(mode, ema=0.7):
+    return tiny(4, train={"parallel": mode, "precision": "fp64"}, optim={"name": "adamw", "ema": ema})
+
+
+def test_averaged_weights_on_two_ranks_equal_ones_and_resume_across(tmp_path):
+    """What is saved is the average, of whole and of sharded weights."""
+    alone = averaged_on_rank(0, 1, tmp_path / "one", ("ddp",))["ddp"]
+    for rank in on_ranks(2, averaged_on_rank, tmp_path / "two", ("ddp", "fsdp")):
+        for mode, found in rank.items():
+            assert_near(found, alone, mode)
+    forget_after(tmp_path / "two" / "fsdp", 2)
+    assert_near(averaged_on_rank(0, 1, tmp_path / "two", ("fsdp",), True)["fsdp"], alone, "from two ranks to one")
+    last = dict(train(averaged_recipe("ddp", None), tmp_path / "last", quiet=True).named_parameters())
+    assert max((last[name] - p).abs().max() for name, p in alone.items()) > 1e-4, "the average is not the last step's weights"
 
 
 def test_muon_on_two_ranks_equals_one_and_resumes_across(tmp_path):
@@ -265,6 +316,115 @@ def test_a_stream_that_every_rank_reads_is_the_same_on_any_number(tmp_path):
     forget_after(tmp_path / "one", 2)
     for rank in on_ranks(2, stream_on_rank, tmp_path / "one", source, True, False):
         assert_near(rank, alone, "from one rank to two")
+
+
+def write_part(folder, shard, count, missing):
+    """A file of captioned pictures; those that `missing` says are not there."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for number in range(count):
+        picture = folder.parent / f"{shard}-{number}.png"
+        if not missing(number):
+            Image.new("RGB", (9, 9), (number * 3, shard * 200, 60)).save(picture)
+        lines.append(json.dumps({"image": str(picture), "caption": f"{number} of {shard}"}) + "\n")
+    (folder / f"{shard}.jsonl").write_text("".join(lines))
+
+
+def rejecting_on_rank(rank, size, folder, cases):
+    """For each (shards, share): what the run ended with."""
+    ends = []
+    for number, (shards, share) in enumerate(cases):
+        recipe = tiny(5, data={"train": (f"hf:{shards}",), "weights": None, "batch": 64, "max_reject_share": share})
+        try:
+            train(recipe, folder / str(number), quiet=True)
+            ends.append("finished")
+        except IntermodalError as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+def test_ranks_stop_together_when_the_data_of_one_are_unusable(tmp_path):
+    """One rank's part has unusable pictures, or nothing else: all ranks end with the same error, and the share is of all ranks."""
+    some, all_of_it = tmp_path / "some", tmp_path / "all"
+    for folder, missing in ((some, lambda number: number % 3 == 0), (all_of_it, lambda number: True)):
+        (tmp_path / folder.name).mkdir()
+        write_part(folder / "shards", 0, 60, lambda number: False)
+        write_part(folder / "shards", 1, 60, missing)
+    # a third of one of two parts is a sixth of all, or a little more: a rank of which more is missing has to read more
+    cases = [(some / "shards", 0.05), (some / "shards", 0.25), (all_of_it / "shards", 0.25)]
+    first, second = on_ranks(2, rejecting_on_rank, tmp_path / "runs", cases)
+    assert first == second
+    assert re.search(
+        r"DataError: \d+ of \d+ samples were unusable, more than data.max_reject_share=0.05; the last: .*1-\d+.png", first[0]
+    )
+    assert "rejects*.jsonl" in first[0]
+    assert first[1] == "finished"
+    assert "a whole pass over the stream gave no usable sample" in first[2]
+    counted = logged(tmp_path / "runs" / "1", "rejects")
+    named = [len((tmp_path / "runs" / "1" / name).read_text().splitlines()) for name in ("rejects-1.jsonl",)]
+    assert counted[-1] >= named[0] > 0
+
+
+def test_a_source_of_cut_shards_is_refused(tmp_path):
+    """They are told of one by one, and past the share they stop the run before it begins."""
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(40):
+                for name, data in ((f"{number}.png", png_bytes(number)), (f"{number}.txt", b"words")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 3])
+    for share, ends in ((0.05, pytest.raises(IntermodalError, match=r"1 of 4 files .*max_reject_share=0.05.*0.tar")), (0.3, None)):
+        recipe = tiny(2, data={"train": (f"{tmp_path}/*.tar",), "weights": None, "max_reject_share": share})
+        said = Console(record=True, width=300)
+        with ends or nullcontext():
+            train(recipe, tmp_path / f"run-{share}", console=said, quiet=True)
+        assert "0.tar: cut short" in said.export_text()
+        rejects = (tmp_path / f"run-{share}" / "rejects.jsonl").read_text().splitlines()
+        assert [Path(json.loads(line)["key"]).name for line in rejects] == ["0.tar"]
+    train(recipe, tmp_path / "run-0.3", resume=True, quiet=True)
+    assert len((tmp_path / "run-0.3" / "rejects.jsonl").read_text().splitlines()) == 1
+
+
+def png_bytes(number):
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9), (number, 90, 60)).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("train_on", "told"),
+    [
+        (("sprites:core",), False),
+        (("scenes:core",), False),
+        (('sprites:core?styles=["noto","twemoji"]',), True),
+        (('scenes:core?styles=["twemoji"]',), True),
+    ],
+)
+def test_training_on_the_style_that_evaluation_holds_out_is_told(tmp_path, train_on, told):
+    said = Console(record=True, width=300)
+    recipe = tiny(1, data={"train": train_on, "weights": None})
+    PairTrainer(recipe, tmp_path, World(), False, said, True)
+    assert ("twemoji drawings, the style that the evaluation holds out" in said.export_text()) == told
+
+
+def test_floats_are_made_of_a_part_of_the_batch_at_a_time(tmp_path, monkeypatch):
+    """Workers hand over bytes; where a step goes in parts, so does what is made of them."""
+    sizes, before = [], ImageProcessor.normalised
+
+    def normalised(self, levels):
+        assert levels.pixels.dtype == torch.uint8
+        sizes.append(len(levels))
+        return before(self, levels)
+
+    monkeypatch.setattr(ImageProcessor, "normalised", normalised)
+    train(tiny(1, train={"micro_batch": 3}), tmp_path / "parts", quiet=True)
+    assert sizes == [3, 3, 2] * 2
+    sizes.clear()
+    train(tiny(1), tmp_path / "whole", quiet=True)
+    assert sizes == [8]
 
 
 def test_exported_equals_loaded(tmp_path):

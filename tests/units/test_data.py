@@ -23,9 +23,12 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from intermodal.data import tar_index
+from intermodal.data.hub import _pair
 from intermodal.data.loader import DataError, Fetcher, Loader, Mixture, Rejects
 from intermodal.data.preview import contact_sheet, describe
 from intermodal.data.readers import SourceError, open_source
+from intermodal.data.records import fetch
 from intermodal.data.source import Reject, Sample
 from intermodal.data.stream import StreamSource, first_samples
 from intermodal.errors import IntermodalError, SampleError
@@ -57,6 +60,15 @@ def good_tar(path, start=0, count=6):
     return write_tar(path, {f"{n:04d}": {"png": png(n), "txt": CAPTIONS[n].encode()} for n in range(start, start + count)})
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Indexes of shards are kept in a folder of the test, also those of few samples."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("INTERMODAL_CACHE", str(folder))
+    monkeypatch.setattr(tar_index, "LEAST_KEPT", 1)
+    return folder / "tar-index"
+
+
 @pytest.fixture
 def processor():
     return PairProcessor(ImageProcessor((8, 8)), fresh(train_tokenizer(CAPTIONS, 80), "siglip", context=6), "siglip")
@@ -82,6 +94,224 @@ def test_tar_shards_by_pattern(tmp_path):
     assert [source[n].texts for n in (0, 7)] == [[CAPTIONS[0]], [CAPTIONS[7]]]
     assert source[7].key == "a-001.tar/0007"
     assert len(open_source(str(tmp_path / "a-*.tar"))) == 12
+
+
+def test_several_patterns_joined_by_two_colons(tmp_path):
+    """For every kind of file, in the order that they are named in; of each the paths are relative to its own folder."""
+    for folder, start in (("b", 0), ("a", 6)):
+        (tmp_path / folder).mkdir()
+        good_tar(tmp_path / folder / "00.tar", start, 3)
+        good_tar(tmp_path / folder / "01.tar", start + 3, 3)
+        records = [{"image_path": "x.png", "caption": CAPTIONS[start + n]} for n in range(2)]
+        (tmp_path / folder / "x.png").write_bytes(png(start))
+        (tmp_path / folder / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        Dataset.from_list(records).to_parquet(tmp_path / folder / "t.parquet")
+    tars = open_source(f"{tmp_path}/b/{{00..01}}.tar::{tmp_path}/a/*.tar")
+    assert [tars[n].texts for n in range(12)] == [[caption] for caption in CAPTIONS]
+    for kind in ("jsonl", "parquet"):
+        tables = open_source(f"{tmp_path}/b/t.{kind}::{tmp_path}/a/t.{kind}?text=caption")
+        assert [tables[n].texts[0] for n in range(4)] == [CAPTIONS[n] for n in (0, 1, 6, 7)], kind
+        assert [open_image(tables[n].image).getpixel((0, 0))[0] for n in range(4)] == [0, 0, 120, 120], kind
+    for spec, words in (
+        (f"{tmp_path}/b/00.tar::{tmp_path}/c/00.tar", "c/00.tar: no such file"),
+        (f"{tmp_path}/b/00.tar::{tmp_path}/c/*.tar", r"c/\*.tar: no such file"),
+        (f"{tmp_path}/b/00.tar::", "one of the names joined by :: is empty"),
+        (f"{tmp_path}/b::{tmp_path}/a", "b is a folder, and only files"),
+        (f"{tmp_path}/b/00.tar::{tmp_path}/a/t.jsonl", "files of several kinds"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            open_source(spec)
+
+
+def strange_tar(path, form):
+    """Names that are long, not of ASCII, in folders; members apart from the rest of their sample, twice, of no bytes, and no files."""
+    with tarfile.open(path, "w", format=form) as archive:
+        names = [
+            "a.png",
+            "f/b.c/1.PNG",
+            "a.txt",
+            "f/b.c/1.en.txt",
+            "a.png",
+            "empty.txt",
+            ".hidden",
+            "bare",
+            "größe/ü.png",
+            "ü.é.txt",
+        ]
+        names += [f"{'d' * 60}/{'k' * 90}.png", f"{'d' * 60}/{'k' * 90}.txt"]
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 0 if name == "empty.txt" else 1 + 300 * number
+            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+                other = tarfile.TarInfo(f"other{number}")
+                other.type, other.linkname = kind, name
+                archive.addfile(other)
+    return path
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("headers", [{}, {"comment": "of the whole archive"}])
+def test_a_tar_is_indexed_as_tarfile_reads_it(tmp_path, form, headers, monkeypatch):
+    path = strange_tar(tmp_path / "x.tar", form)
+    if headers:
+        made = tarfile.TarInfo.create_pax_global_header(headers)
+        path.write_bytes(made + path.read_bytes())
+    wanted: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            if member.isfile():
+                key = f"{folder}/{stem}" if folder else stem
+                wanted.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
+    index = tar_index.scan(path)
+    assert index.problem is None
+    found = {index.keys[number]: index.parts(number) for number in range(len(index))}
+    assert {key: list(parts.items()) for key, parts in found.items()} == {key: list(parts.items()) for key, parts in wanted.items()}
+    assert list(found) == list(wanted)
+    monkeypatch.setattr(tar_index, "_plain", lambda header: None)
+    slow = tar_index.scan(path)
+    assert all(np.array_equal(array, slow.arrays()[name]) for name, array in index.arrays().items())
+
+
+def refuse_to_scan(file):
+    raise AssertionError(f"{file} was scanned again")
+
+
+def contents(source):
+    return [(sample.key, bytes(sample.image), sample.texts) for sample in (source[n] for n in range(len(source)))]
+
+
+def test_an_index_is_kept_until_its_shard_changes(tmp_path, cache, monkeypatch):
+    for shard in range(3):
+        good_tar(tmp_path / f"{shard}.tar", start=3 * shard, count=3)
+    names = sorted(tmp_path.iterdir())
+    first = contents(open_source(f"{tmp_path}/*.tar"))
+    assert sorted(tmp_path.iterdir()) == names  # nothing is left beside the shards
+    assert len(list(cache.iterdir())) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(tar_index, "scan", refuse_to_scan)
+        again = open_source(f"{tmp_path}/*.tar")
+        assert contents(again) == contents(pickle.loads(pickle.dumps(again))) == first
+        monkeypatch.chdir(tmp_path)
+        assert contents(open_source("{0..2}.tar")) == first
+    # another time of change, another size, another format
+    before = (tmp_path / "1.tar").stat()
+    os.utime(tmp_path / "1.tar", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    good_tar(tmp_path / "2.tar", start=6, count=6)
+    scanned, scan = [], tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda file: (scanned.append(file.name), scan(file))[1])
+    assert [key for key, _, _ in contents(open_source(f"{tmp_path}/*.tar"))][-1] == "2.tar/0011"
+    assert sorted(scanned) == ["1.tar", "2.tar"]
+    monkeypatch.setattr(tar_index, "FORMAT", tar_index.FORMAT + 1)
+    open_source(f"{tmp_path}/*.tar")
+    assert len(scanned) == 5
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
+def test_a_damaged_index_is_made_anew(tmp_path, cache, monkeypatch, damage):
+    path = good_tar(tmp_path / "a.tar")
+    wanted = contents(open_source(str(path)))
+    (kept,) = cache.iterdir()
+    data = kept.read_bytes()
+    offset = data.index(tar_index.scan(path).offset.tobytes())
+    flipped = data[: offset + 1] + bytes([data[offset + 1] ^ 1]) + data[offset + 2 :]
+    kept.write_bytes({"cut": data[: len(data) // 2], "flipped": flipped, "empty": b"", "other": pickle.dumps([1])}[damage])
+    assert contents(open_source(str(path))) == wanted
+    assert kept.read_bytes() == data
+    monkeypatch.setattr(tar_index, "scan", refuse_to_scan)
+    assert contents(open_source(str(path))) == wanted
+
+
+def test_no_index_is_kept_of_a_shard_that_is_damaged_small_or_written_meanwhile(tmp_path, cache, monkeypatch):
+    whole = good_tar(tmp_path / "a.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: 3 * 4 * 512])
+    assert [len(open_source(f"{tmp_path}/cut.tar")) for _ in range(2)] == [3, 3]
+    assert not cache.exists()
+    (tmp_path / "cut.tar").write_bytes(whole)  # it is there to its end by now
+    assert not open_source(f"{tmp_path}/cut.tar").problems
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(tar_index, "LEAST_KEPT", 7)
+    open_source(f"{tmp_path}/a.tar")
+    monkeypatch.setattr(tar_index, "LEAST_KEPT", 6)
+    scan = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda file: (scan(file), os.utime(file, (1, 1)))[0])
+    open_source(f"{tmp_path}/a.tar")
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "file", "no home"])
+def test_where_no_index_can_be_kept_a_shard_is_read_all_the_same(tmp_path, monkeypatch, place):
+    path = good_tar(tmp_path / "a.tar")
+    (tmp_path / "file").write_text("no folder")
+    if place == "no home":
+        monkeypatch.setattr(tar_index, "cache_folder", lambda: Path("~nobody-of-this-name/.cache").expanduser())
+    else:
+        monkeypatch.setenv("INTERMODAL_CACHE", str(tmp_path / place))
+    for _ in range(2):
+        assert len(contents(open_source(str(path)))) == 6
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "file"]
+
+
+def test_a_write_that_fails_leaves_the_index_that_was_there(tmp_path, cache, monkeypatch):
+    path = good_tar(tmp_path / "a.tar")
+    open_source(str(path))
+    (kept,) = cache.iterdir()
+    data = kept.read_bytes()
+    os.utime(path, (1, 1))
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tar_index.np, "savez", full)
+    assert len(open_source(str(path))) == 6
+    assert [file.read_bytes() for file in cache.iterdir()] == [data]
+
+
+def test_an_index_takes_few_bytes_a_sample(tmp_path, cache):
+    """Pictures, captions and JSON of 2,000 samples with keys of nine letters; a Python dict of tuples takes 700 bytes and more for each."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(2000):
+            for suffix, size in (("jpg", 700), ("txt", 40), ("json", 300)):
+                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                member.size = size
+                archive.addfile(member, io.BytesIO(bytes(size)))
+    for _ in range(2):  # scanned, then kept
+        (index,) = open_source(f"{tmp_path}/a.tar").shards
+        arrays = index.arrays().values()
+        assert all(isinstance(array, np.ndarray) and array.dtype.kind == "u" for array in arrays)
+        assert sum(array.nbytes for array in arrays) < 50 * len(index)
+        assert len(pickle.dumps(index)) < 50 * len(index) + 2000
+    (kept,) = cache.iterdir()
+    assert kept.stat().st_size < 50 * len(index) + 4000
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_of_a_machine_begin_at_other_shards_and_read_the_same(tmp_path, monkeypatch, rank):
+    for shard in range(5):
+        write_tar(tmp_path / f"{shard}.tar", {"0": {"png": png(shard), "txt": b"words %d" % shard}})
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    asked, index = [], tar_index.shard_index
+    monkeypatch.setattr(tar_index, "THREADS", 1)
+    monkeypatch.setattr(tar_index, "shard_index", lambda file: (asked.append(int(file.stem)), index(file))[1])
+    source = open_source(f"{tmp_path}/*.tar")
+    assert asked == [[0, 1, 2, 3, 4], [1, 2, 3, 4, 0], [3, 4, 0, 1, 2]][rank]
+    assert [source[n].texts for n in range(5)] == [[f"words {n}"] for n in range(5)]
+
+
+def test_a_tar_source_is_numbered_as_a_list_is(tmp_path):
+    good_tar(tmp_path / "a.tar", count=2)
+    write_tar(tmp_path / "b.tar", {})  # of the shards one may be empty
+    good_tar(tmp_path / "c.tar", start=2, count=2)
+    source = open_source(f"{tmp_path}/{{a,b}}.tar".replace("{a,b}", "?"))
+    assert [sample.key for sample in source] == ["a.tar/0000", "a.tar/0001", "c.tar/0002", "c.tar/0003"]
+    assert source[-1].key == "c.tar/0003"
+    with pytest.raises(IndexError):
+        source[4]
 
 
 def test_json_captions_and_missing_parts_in_a_tar(tmp_path):
@@ -430,8 +660,6 @@ def test_weights_decide_the_share():
 def stream_of(tmp_path):
     from datasets import load_dataset
 
-    from intermodal.data.readers import _pair
-
     for shard in range(2):
         with (tmp_path / f"s{shard}.jsonl").open("w") as file:
             for n in range(5):
@@ -508,8 +736,6 @@ def test_packing_a_source_keeps_captions_and_names_what_is_unusable(tmp_path):
 
 @pytest.mark.parametrize("address", ["http://no host/a.png", "http://[bad/a.png"])
 def test_an_address_that_is_none_is_a_reject(address):
-    from intermodal.data.readers import fetch
-
     with pytest.raises(SampleError, match=r"a\.png: "):
         fetch(address, True)
 
@@ -765,7 +991,7 @@ def test_scanning_that_takes_long_goes_through_every_shard(tmp_path, monkeypatch
     for shard in range(5):
         good_tar(tmp_path / f"a-{shard}.tar", count=1)
     clock = iter([0.0, 0.0, 1.0, 3.0])
-    monkeypatch.setattr("intermodal.data.readers.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("intermodal.data.tar_index.time", SimpleNamespace(monotonic=lambda: next(clock)))
     source = open_source(str(tmp_path / "a-*.tar"))
     assert [source[n].key for n in range(5)] == [f"a-{shard}.tar/0000" for shard in range(5)]
 

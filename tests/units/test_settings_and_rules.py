@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from intermodal.config import SettingError, from_dict, override, paths, to_dict
-from intermodal.errors import IntermodalError
+from intermodal.errors import InputError, IntermodalError
 from intermodal.train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -137,11 +137,32 @@ def test_every_recipe_trains_three_steps_tiny(file, tmp_path):
     assert len(paths(load_recipe(ROOT / "recipes" / file))) > 40
 
 
-def test_help_does_not_import_torch():
-    heavy = ("torch", "numpy", "datasets", "PIL")
-    code = f"import sys, intermodal.cli.app; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+HEAVY = ("torch", "numpy", "transformers", "datasets", "PIL", "tokenizers", "safetensors", "huggingface_hub", "av", "matplotlib")
+ASK_FOR_HELP = f"""
+import contextlib, io, json, sys
+from typer.main import get_command
+from intermodal.cli import app
+
+def ask(words, command):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        app.run([*words, "--help"])
+    found[" ".join(words)] = "Usage" in said.getvalue(), [name for name in {HEAVY} if name in sys.modules]
+    for name, inner in getattr(command, "commands", {{}}).items():
+        ask([*words, name], inner)
+
+found = {{}}
+ask([], get_command(app.app))
+print(json.dumps(found))
+"""
+
+
+def test_no_help_imports_what_is_slow_to_import():
+    """`intermodal --help`, and that of every verb: what takes its time is imported when a verb runs."""
+    done = command("-c", ASK_FOR_HELP, entry=[sys.executable])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"", "train", "stitch", "data", "data preview"} <= found.keys()
+    assert all(value == [True, []] for value in found.values()), found
 
 
 def test_errors_are_one_line_and_debug_shows_more():
@@ -164,6 +185,10 @@ def test_errors_are_one_line_and_debug_shows_more():
         (["train", "recipes/siglip.py", "data.crop_scale=[2,3]"], "data.crop_scale wants [float, float] or null"),
         (["train", "recipes/siglip.py", "data.weights=[-1,-2]"], "data.weights wants a list of float or null"),
         (["train", "recipes/siglip.py", "optim.ema=2"], "optim.ema wants float or null"),
+        (["train", "recipes/siglip.py", "optim.betas=[2,3]"], "optim.betas wants [float, float], got [2, 3]"),
+        (["train", "recipes/siglip.py", "model.init_scale=-1"], "model.init_scale wants float or null, got -1"),
+        (["convert", "{model}", "{out}", "--image-size", "3"], "image_size 3 is smaller than a patch of 8"),
+        (["search", "{model}", "nothing/", "a dog", "--top", "0"], "--top"),
         (["trian", "recipes/siglip.py"], "Did you mean 'train'?"),
         (["train"], "Missing argument 'recipe'"),
         (["data", "stats", "--count", "many"], "--count"),
@@ -192,18 +217,72 @@ def tiny_run(tmp_path_factory):
     return out / "model"
 
 
-def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+@pytest.fixture
+def said_of(monkeypatch, capsys):
+    """said_of(error) -> what the command line says when a verb raises it, and the exit code."""
     from intermodal.cli import app
 
-    def broken(arguments, **settings):
-        raise KeyError("width")
+    def say(error):
+        def broken(arguments, **settings):
+            raise error
 
-    monkeypatch.setattr(app, "app", broken)
-    with pytest.raises(SystemExit):
-        app.run(["train"])
-    assert capsys.readouterr().err == "internal error: KeyError: 'width' (--debug shows where)\n"
-    with pytest.raises(KeyError):
-        app.run(["train", "--debug"])
+        monkeypatch.setattr(app, "app", broken)
+        with pytest.raises(SystemExit) as ended:
+            app.run(["train"])
+        with pytest.raises(type(error)):
+            app.run(["train", "--debug"])
+        return capsys.readouterr().err, ended.value.code
+
+    return say
+
+
+FAULT = "(a fault of intermodal: please report it, with what --debug shows)"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("width"), f"internal error: KeyError: 'width' {FAULT}"),
+        (
+            ValueError("optimizer got an empty parameter list"),
+            f"internal error: ValueError: optimizer got an empty parameter list {FAULT}",
+        ),
+        (
+            RuntimeError("a size is invalid\nfor input"),
+            f"internal error: RuntimeError: a size is invalid for input {FAULT}",
+        ),
+        (AssertionError(), f"internal error: AssertionError {FAULT}"),
+        (IntermodalError("no such file"), "error: no such file"),
+        (InputError("no picture"), "error: no picture"),
+        (FileNotFoundError(2, "No such file or directory", "x.tar"), "error: [Errno 2] No such file or directory: 'x.tar'"),
+        (MemoryError("4 GB"), "error: out of memory: 4 GB"),
+    ],
+)
+def test_the_users_errors_are_told_from_the_programs_own(error, line, said_of):
+    """ValueErrors of torch, numpy and Python are nothing that a user has said: they are faults, as all that nobody foresaw."""
+    assert said_of(error) == (f"{line}\n", 1)
+
+
+def test_torch_running_out_of_memory_is_the_users_to_mend(said_of):
+    import torch
+
+    assert said_of(torch.OutOfMemoryError("CUDA out of memory.\nTried"))[0] == "error: out of memory: CUDA out of memory. Tried\n"
+
+
+def test_a_model_without_tokenizer_files_is_the_users_to_mend(tiny_run, tmp_path):
+    import shutil
+
+    model = shutil.copytree(tiny_run, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    for words in (
+        ("eval", model, "scenes:core", "--count", "8"),
+        ("train", "recipes/siglip.py", "--tiny", f'model.start="{model}"'),
+    ):
+        done = command(*words, "--json")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert "tokenizer" in done.stderr
 
 
 def test_stats_of_scenes_are_printed_both_ways():

@@ -1,13 +1,19 @@
-"""The verbs that talk: `chat`, `generate`, `inspect`."""
+"""The verbs that talk: `chat`, `generate`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .options import Json, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file or a hub id.")]
 Images = Annotated[list[str] | None, typer.Option("--image", "-i", help="A picture to show; may be given several times.")]
@@ -53,7 +59,7 @@ def generate(
     slots: Annotated[int, typer.Option(min=1, help="Conversations under way at once.")] = 16,
     too_long: TooLong = "error",
     dtype: Dtype = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Reply once, or to a whole file of conversations.
 
@@ -87,25 +93,31 @@ def generate(
         guidance=guidance,
         image_guidance=image_guidance,
     )
-    loaded = _load(model, dtype, fps, frames)
+    loaded = load_talker(model, dtype, fps, frames)
     if jsonl is not None and out is not None:
-        from ..generate.batch import reply_to_file
+        _reply_to_file(loaded, jsonl, out, slots, settings, as_json)
+    else:
+        messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
+        _reply_once(loaded, messages, out, settings, as_json)
 
-        counts = reply_to_file(loaded, jsonl, out, slots=slots, progress=not as_json, **settings)
-        result = {"out": str(out), "written": counts.written, "reused": counts.reused, "rejected": counts.rejected}
-        text = f"{out}: {counts.written} replies ({counts.reused} from an earlier run), {counts.rejected} rejected"
-        typer.echo(json.dumps(result) if as_json else text)
-        return
-    messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
+
+def _reply_to_file(model: Any, jsonl: Path, out: Path, slots: int, settings: dict[str, Any], as_json: bool) -> None:
+    from ..generate.batch import reply_to_file
+
+    counts = reply_to_file(model, jsonl, out, slots=slots, progress=not as_json, **settings)
+    text = f"{out}: {counts.written} replies ({counts.reused} from an earlier run), {counts.rejected} rejected"
+    say({"out": str(out), "written": counts.written, "reused": counts.reused, "rejected": counts.rejected}, as_json, text)
+
+
+def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, settings: dict[str, Any], as_json: bool) -> None:
+    """Print one reply, as it comes or as JSON when it is whole; with `out` keep it and what it drew there."""
+    reply = model.generate(messages, **settings) if as_json else _say(model, messages, settings)
+    written = list(map(str, _write(reply, out))) if out is not None else []
     if as_json:
-        reply = loaded.generate(messages, **settings)
-        written = _write(reply, out) if out is not None else []
         row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage}
-        typer.echo(json.dumps(row | ({"files": list(map(str, written))} if written else {}), ensure_ascii=False))
-        return
-    reply = _say(loaded, messages, settings)
-    if out is not None:
-        typer.echo("wrote " + ", ".join(map(str, _write(reply, out))))
+        typer.echo(json.dumps(row | ({"files": written} if written else {}), ensure_ascii=False))
+    elif written:
+        typer.echo("wrote " + ", ".join(written))
     elif reply.images:
         typer.echo(f"{len(reply.images)} pictures were drawn; --out FOLDER keeps them")
 
@@ -131,12 +143,8 @@ def chat(
     """
     from rich.console import Console
 
-    from ..errors import IntermodalError
-
     console = Console()
-    loaded = _load(model, dtype, fps, frames)
-    images, videos = _sorted(media or [])
-    messages: list[dict[str, Any]] = []
+    talk = _Talk(load_talker(model, dtype, fps, frames).freeze(), console, out, *_sorted(media or []))
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()
@@ -146,116 +154,60 @@ def chat(
         if not said:
             break
         if word == "/new":
-            messages, images, videos = [], [], []
+            talk.messages, talk.images, talk.videos = [], [], []
         elif word in ("/image", "/video"):
             if rest:
-                (images if word == "/image" else videos).append(rest)
+                (talk.images if word == "/image" else talk.videos).append(rest)
             else:
                 console.print(f"{word} needs a path", style="red")
         else:
-            messages.append({"role": "user", "content": _content(said, images, videos)})
-            try:
-                # a seed of its own for each turn: the same question asked twice may be answered in another way
-                drawn = dict(temperature=temperature, top_p=top_p, seed=seed + len(messages) // 2)
-                reply = _say(loaded, messages, dict(max_new_tokens=max_new_tokens, too_long=too_long, **drawn))
-                if reply.images and out is not None:
-                    number = next(n for n in count(1) if not (out / f"reply-{n}").exists())
-                    written = _write(reply, out / f"reply-{number}")
-                    console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
-                parts = [{"type": kind, kind: value} for kind, value in reply.segments]
-                assert loaded.processor is not None  # _load has checked it
-                text = loaded.processor.without_placeholders(reply.text)
-                messages.append({"role": "assistant", "content": parts if reply.images else text})
-                if reply.finish == "length":
-                    console.print("(cut off: --max-new-tokens, or the end of the context)", style="bright_black")
-            except IntermodalError as error:
-                console.print(str(error), style="red", markup=False)
-                messages.pop()
-            except KeyboardInterrupt:
-                console.print("\n(interrupted; the question is taken back)", style="bright_black")
-                messages.pop()
-            images, videos = [], []
+            # a seed of its own for each turn: the same question asked twice may be answered in another way
+            drawn = dict(temperature=temperature, top_p=top_p, seed=seed + (len(talk.messages) + 1) // 2)
+            talk.ask(said, dict(max_new_tokens=max_new_tokens, too_long=too_long, **drawn))
 
 
-def inspect(
-    model: Model,
-    sample: Annotated[
-        str, typer.Argument(help="What a recipe's stage could train on: a .jsonl or .json file, `captions:photos/`, ...")
-    ],
-    count: Annotated[int, typer.Option(help="How many conversations to show.")] = 3,
-    html: Annotated[
-        Path | None, typer.Option(help="Draw a page, too: every token with its place, label and box on the picture.")
-    ] = None,
-) -> None:
-    """Print what a model would be trained on: green is learned, grey is read, media are shown by their size in tokens.
+@dataclass
+class _Talk:
+    """A conversation at a terminal."""
 
-    Examples:
+    model: Any
+    console: Console
+    out: Path | None
+    """Where what the model draws is kept."""
+    images: list[str]
+    """Paths that go with the next question."""
+    videos: list[str]
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
-    `intermodal inspect Qwen2-VL-2B-Instruct train.jsonl --html look.html`
+    def ask(self, said: str, settings: dict[str, Any]) -> None:
+        """One question and its reply; a question that cannot be answered is taken back."""
+        from ..errors import IntermodalError
 
-    `intermodal inspect runs/llava/model "questions:scenes:core?pair_share=0.5"`
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    from ..data.stream import StreamSource
-    from ..data.talks import open_talks
-    from ..errors import IntermodalError
-
-    console = Console()
-    loaded = _load(model, "float32")
-    processor = loaded.processor
-    assert processor is not None  # _load has checked it
-    source = open_talks(sample, side=loaded.picture_side)
-    looked: list[tuple[str, Any, str, bool]] = []
-    for number in range(count if isinstance(source, StreamSource) else min(count, len(source))):
-        name, conversation, fine = f"{Path(sample).name if Path(sample).is_file() else sample}, {number + 1}", None, False
+        self.messages.append({"role": "user", "content": _content(said, self.images, self.videos)})
         try:
-            conversation = processor.conversation((source.next() if isinstance(source, StreamSource) else source[number]).messages)
-            processor.audit(conversation)
-            verdict, fine = "the mask is exactly the assistant's words and end-of-turn", True
+            self._keep(_say(self.model, self.messages, settings))
         except IntermodalError as error:
-            verdict = str(error)
-        looked.append((name, conversation, verdict, fine))
-        line = Text(f"{number + 1}: ", style="bold")
-        if conversation is None:
-            console.print(line.append(verdict, style="red"))
-            continue
-        learned, visual = sum(conversation.supervised), sum(conversation.expanded.visual)
-        line.append(f"{len(conversation.ids)} tokens, {learned} learned, {visual} visual; ", style="default")
-        console.print(line.append(verdict, style="green" if fine else "red"))
-        console.print(_coloured(processor, conversation))
-    if html is not None:
-        from ..evaluate.inspect import page
+            self.console.print(str(error), style="red", markup=False)
+            self.messages.pop()
+        except KeyboardInterrupt:
+            self.console.print("\n(interrupted; the question is taken back)", style="bright_black")
+            self.messages.pop()
+        self.images, self.videos = [], []
 
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(processor, looked))
-        console.print(f"drew {html}")
-
-
-def _coloured(processor, conversation):
-    """A conversation's tokens: green is learned, grey is read, media by their size."""
-    from rich.text import Text
-
-    ids, media, out, index = conversation.ids, dict(conversation.expanded.runs), Text(), 0
-    first, before = 0, ""
-    while index < len(ids):
-        if index in media:
-            grids = [piece.grid for piece in media[index] if piece.grid]
-            out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
-            index += sum(len(piece) for piece in media[index])
-            first, before = index, ""
-            continue
-        style = "green" if conversation.supervised[index] else "bright_black"
-        # a token alone may have lost the space before it
-        after = processor.decode(ids[first : index + 1], special=True)
-        out.append(after[len(before) :] if after.startswith(before) else processor.decode([ids[index]], special=True), style=style)
-        before = after
-        index += 1
-    return out
+    def _keep(self, reply: Any) -> None:
+        if reply.images and self.out is not None:
+            number = next(n for n in count(1) if not (self.out / f"reply-{n}").exists())
+            written = _write(reply, self.out / f"reply-{number}")
+            self.console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
+        parts = [{"type": kind, kind: value} for kind, value in reply.segments]
+        text = self.model.processor.without_placeholders(reply.text)
+        self.messages.append({"role": "assistant", "content": parts if reply.images else text})
+        if reply.finish == "length":
+            self.console.print("(cut off: --max-new-tokens, or the end of the context)", style="bright_black")
 
 
-def _load(model: str, dtype: str, fps: float | None = None, frames: int | None = None):
+def load_talker(model: str, dtype: str, fps: float | None = None, frames: int | None = None) -> Any:
+    """A model with a decoder and a processor; raises IntermodalError for one that cannot talk."""
     from ..errors import IntermodalError
     from ..inputs.video import sampling_of
     from ..models.generative import Generative

@@ -17,7 +17,7 @@ def preview(
     source: Annotated[str, typer.Argument(help="Any source that `train` takes.")] = "scenes:core",
     out: Out = Path("preview.png"),
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 24,
-    side: Annotated[int, typer.Option(help="Pixels of a picture on the sheet.")] = 128,
+    side: Annotated[int, typer.Option(min=1, help="Pixels of a picture on the sheet.")] = 128,
     allow_urls: Urls = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +56,7 @@ def pack(
 def stats(
     source: Annotated[str, typer.Argument(help="`scenes:core`, `scenes:all`, or your own data.")] = "scenes:core",
     count: Annotated[int, typer.Option(min=1, help="How many samples are looked at.")] = 500,
-    side: Annotated[int, typer.Option(help="Pixels of a scene's side.")] = 48,
+    side: Annotated[int, typer.Option(min=1, help="Pixels of a scene's side.")] = 48,
     allow_urls: Urls = False,
     as_json: Json = False,
 ) -> None:

@@ -42,6 +42,7 @@ class Rejects:
     def __init__(self, path: Path | None, max_share: float):
         self.path, self.max_share = path, max_share
         self.read, self.rejected = 0, 0
+        self.last: Reject | None = None
         self.seen: set[str] = set()
         if path is not None and path.exists():
             # a line without its end is of a process that died while it wrote
@@ -57,18 +58,24 @@ class Rejects:
         self.seen.add(key)
 
     def add(self, read: int, rejects: Sequence[Reject]) -> None:
-        """Raises DataError once the share of rejects is past the limit (after the first hundred samples)."""
+        """Count `read` usable samples and those that are not."""
         self.read += read + len(rejects)
         self.rejected += len(rejects)
         for reject in rejects:
             self.note(reject.key, reject.reason)
-        if self.read >= 100 and self.rejected > self.max_share * self.read:
-            last = rejects[-1] if rejects else None
-            raise DataError(
-                f"{self.rejected} of {self.read} samples were unusable, more than data.max_reject_share={self.max_share}"
-                + (f"; the last: {last.key}: {last.reason}" if last else "")
-                + (f"; all are in {self.path}" if self.path else "")
-            )
+            self.last = reject
+
+    def over(self, read: int, rejected: int) -> bool:
+        """Whether too many of the samples read were unusable; not judged before the first hundred."""
+        return read >= 100 and rejected > self.max_share * read
+
+    def too_many(self, read: int, rejected: int, last: Reject | None, where: Path | None) -> DataError:
+        """The error that says so, naming one of them and the file that names all."""
+        return DataError(
+            f"{rejected} of {read} samples were unusable, more than data.max_reject_share={self.max_share}"
+            + (f"; the last: {last.key}: {last.reason}" if last else "")
+            + (f"; all are in {where}" if where else "")
+        )
 
 
 class Mixture:
@@ -196,15 +203,15 @@ class PictureFetcher(Dataset):
         )
 
     def _picture(self, sample: Sample, rng: random.Random):
-        """The picture at the size that the model sees, where that is one size: a batch of photos does not fit into memory as they are."""
+        """The picture at the size that the model sees, as bytes: a batch of photos does not fit into memory as they are."""
         picture = open_image(sample.image)
         if self.crop_scale is not None:
             picture = random_crop(picture, self.crop_scale, rng)
-        return self.pictures.resized(picture) if isinstance(self.pictures, ImageProcessor) else picture
+        return self.pictures.resized(picture)
 
 
 class Fetcher(PictureFetcher):
-    """References to a packed batch of pairs."""
+    """References to a packed batch of pairs. Its pixels are bytes, a quarter of the floats that the training process makes of them."""
 
     def __init__(self, sources, processor: PairProcessor, seed: int, crop_scale: tuple[float, float] | None = None):
         super().__init__(sources, processor.images, seed, crop_scale)
@@ -220,7 +227,7 @@ class Fetcher(PictureFetcher):
             texts.append(rng.choice(sample.texts))
             keys.append(sample.key)
         groups = torch.tensor([number_of(text) for text in texts])
-        return Fetched(PairBatch(self.processor.images(images), self.processor.texts(texts), keys, groups), rejects)
+        return Fetched(PairBatch(self.pictures.levels(images), self.processor.texts(texts), keys, groups), rejects)
 
 
 def random_crop(picture, scale: tuple[float, float], rng: random.Random):
@@ -268,6 +275,8 @@ class Loader:
     """Endless steps of data for one rank. `state()` is that of the last one handed out, whatever the workers have read ahead.
 
     The fetcher makes from references what has `read` (how many samples are in it) and `rejects`: `Fetched`, or `packing.Packs`.
+
+    Iterating raises DataError past the limit of rejects where there is one rank; of several, the trainer adds up what they counted.
     """
 
     def __init__(
@@ -310,7 +319,10 @@ class Loader:
                 if isinstance(fetched, _Refused):
                     raise fetched.error
                 state, skipped, others = self._drawn.popleft()
-                self.rejects.add(fetched.read + others, fetched.rejects + skipped)
+                counted = self.rejects
+                counted.add(fetched.read + others, fetched.rejects + skipped)
+                if self.ranks == 1 and counted.over(counted.read, counted.rejected):
+                    raise counted.too_many(counted.read, counted.rejected, counted.last, counted.path)
                 self._state = state
                 yield fetched
         finally:  # workers outlive the signal by which Python ends them at its own end, and would be waited for

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from ..errors import IntermodalError
+
+
+class SourceError(IntermodalError):
+    """A source that cannot be opened at all."""
+
 
 @dataclass
 class Sample:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from ..errors import SampleError, nearest
 from ..inputs.messages import placed
 from .facts import Facts
+from .hub import open_hub, open_pairs
 from .questions import SIGN_QUESTION, questions
-from .readers import SourceError, open_hub, open_pairs, open_source
+from .readers import SourceError, open_source
 from .scenes import Scenes
 from .signs import Signs
 from .source import Sample, Source

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
@@ -86,6 +87,15 @@ class LookUp:
         for channel in range(3):
             out_PCK[:, channel] = np.take(self.table[channel], pixels_PCK[:, channel], mode="clip")
 
+    def tensor(self, levels: Tensor, axis: int) -> Tensor:
+        """uint8 of any shape with three channels along `axis` -> float32 of the same shape, on the same device."""
+        table, out = torch.from_numpy(self.table).to(levels.device), torch.empty_like(levels, dtype=torch.float32)
+        for channel in range(3):  # one at a time: an index takes four bytes
+            chosen = levels.select(axis, channel)
+            values = table[channel].index_select(0, chosen.flatten().int())
+            out.select(axis, channel).copy_(values.view(chosen.shape))
+        return out
+
 
 def each(function: Callable[..., Any], *items: Any) -> list[Any]:
     """`function` of every item, on as many threads as torch has (one in a data worker): Pillow and numpy let others run meanwhile."""
@@ -136,6 +146,17 @@ class ImageProcessor:
         out = np.empty((len(images), 3, height, width), np.float32)
         each(lambda row, image: lut(self.resized(image), row), out, images)
         return Images(torch.from_numpy(out))
+
+    def levels(self, resized: Sequence[np.ndarray]) -> Images:
+        """What `resized` gave of N pictures -> Images with (N, 3, H, W) uint8 pixels, a quarter of the bytes; `normalised` takes them."""
+        out = np.empty((len(resized), 3, *self.output_size), np.uint8)
+        for row, pixels_HWC in zip(out, resized, strict=True):
+            row[:] = pixels_HWC.transpose(2, 0, 1)
+        return Images(torch.from_numpy(out))
+
+    def normalised(self, levels: Images) -> Images:
+        """`levels`, on any device -> Images in float32 there, equal to the last bit to what calling the processor makes."""
+        return replace(levels, pixels=LookUp(self.rescale_factor, self.mean, self.std).tensor(levels.pixels, 1))
 
     def resized(self, image: Any) -> np.ndarray:
         """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
@@ -241,19 +262,30 @@ class NaflexProcessor:
         return naflex_grid(height, width, self.patch_size, self.max_patches)
 
     def __call__(self, images: Sequence[Any]) -> Images:
-        lut = LookUp(self.rescale_factor, self.mean, self.std)
-        patch, pieces, grids = self.patch_size, [], []
-        for image in images:
-            picture = open_image(image)
-            rows, columns = self.grid(*picture.size)
-            pixels = np.asarray(picture.resize((columns * patch, rows * patch), Image.Resampling(self.resample)))
-            values = np.empty((3, rows * patch, columns * patch), np.float32)
-            lut(pixels, values)
-            cut = values.reshape(3, rows, patch, columns, patch).transpose(1, 3, 2, 4, 0)
-            pieces.append(cut.reshape(rows * columns, patch * patch * 3))
+        """Pictures -> Images with (P, patch * patch * 3) float32 patches, those of all pictures end to end."""
+        return self.normalised(self.levels(each(self.resized, images)))
+
+    def resized(self, image: Any) -> np.ndarray:
+        """One picture -> (H, W, 3) uint8, whole patches, not yet normalised."""
+        picture, patch = open_image(image), self.patch_size
+        rows, columns = self.grid(*picture.size)
+        return np.asarray(picture.resize((columns * patch, rows * patch), Image.Resampling(self.resample)))
+
+    def levels(self, resized: Sequence[np.ndarray]) -> Images:
+        """What `resized` gave -> Images with (P, patch * patch * 3) uint8 patches, a quarter of the bytes; `normalised` takes them."""
+        patch, pieces, grids = self.patch_size, [np.empty((0, self.patch_size**2 * 3), np.uint8)], []
+        for pixels_HWC in resized:
+            rows, columns = pixels_HWC.shape[0] // patch, pixels_HWC.shape[1] // patch
+            cut = pixels_HWC.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+            pieces.append(cut.reshape(rows * columns, -1))
             grids.append((rows, columns))
-        packed = np.concatenate(pieces) if pieces else np.empty((0, patch * patch * 3), np.float32)
-        return Images(torch.from_numpy(packed), tuple(grids))
+        return Images(torch.from_numpy(np.concatenate(pieces)), tuple(grids))
+
+    def normalised(self, levels: Images) -> Images:
+        """As `ImageProcessor.normalised`."""
+        colours = levels.pixels.unflatten(1, (-1, 3))
+        values = LookUp(self.rescale_factor, self.mean, self.std).tensor(colours, 2)
+        return replace(levels, pixels=values.flatten(1))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> NaflexProcessor:

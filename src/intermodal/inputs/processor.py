@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InputError
 from ..files import read_json
 from .image import ImageProcessor, NaflexProcessor
 from .text import PACKED_MERGES, TOKENIZER_FILES, TextTokenizer
@@ -20,8 +21,9 @@ class PairProcessor:
 
     @property
     def texts(self) -> TextTokenizer:
+        """Raises InputError: the checkpoint has no tokenizer."""
         if self.tokenizer is None:
-            raise ValueError(
+            raise InputError(
                 "this checkpoint came without tokenizer files, so only its image side can be used: put tokenizer.json (or vocab.json "
                 f"and merges.txt, spiece.model, {PACKED_MERGES}) beside it and load it again"
             )

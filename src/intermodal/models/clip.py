@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Images, PairBatch, Texts
+from ..errors import InputError
 from ..nn.layers import at_least_float32
 from .text import ClipTextTower, SiglipTextTower, TextConfig
 from .vit import ClipVisionTower, NaflexVisionTower, SiglipVisionTower, VisionConfig
@@ -36,6 +37,8 @@ class DualConfig:
     """Factor on the cosine at the start of training, stored as its logarithm."""
     init_bias: float = -10.0
     """Added to every logit at the start of training (sigmoid loss only)."""
+    with_bias: bool = False
+    """CLIP only: a bias is learned, for the sigmoid loss (open_clip's `--siglip`). SigLIP always learns one."""
 
 
 @dataclass
@@ -96,14 +99,14 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def logits(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """(N images, M texts) float32 scores: scaled cosines, plus the bias for SigLIP (apply a sigmoid there, never a softmax)."""
+        """(N images, M texts) float32 scores: scaled cosines, plus the bias where there is one: apply a sigmoid there, never a softmax."""
         cosine = self.embed_images(images) @ self.embed_texts(texts).T
         scores = cosine * self.logit_scale.float().exp().cpu()
         return scores if self.logit_bias is None else scores + self.logit_bias.float().cpu()
 
     def _processor(self) -> PairProcessor:
         if self.processor is None:
-            raise ValueError("this model has no processor: set `model.processor`, or load a directory that holds tokenizer files")
+            raise InputError("this model has no processor: set `model.processor`, or load a directory that holds tokenizer files")
         return self.processor
 
     def _embed(self, items: Sequence[Any], prepare, encode, batch_size: int) -> Tensor:
@@ -120,7 +123,11 @@ class DualEncoder(nn.Module):
 
 
 class CLIP(DualEncoder):
-    """Softmax contrastive encoder. Logits = exp(logit_scale) * cosine; the scale is kept within [1, 100] after each step."""
+    """Softmax contrastive encoder. Logits = exp(logit_scale) * cosine; the scale is kept within [1, 100] after each step.
+
+    With `config.with_bias` its logits have a bias too and it is trained with the sigmoid loss, the scale kept in the same range, as
+    open_clip does it.
+    """
 
     max_log_scale = math.log(100)
 
@@ -131,7 +138,17 @@ class CLIP(DualEncoder):
         self.visual_projection = nn.Linear(config.vision.width, config.embed_width, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embed_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.init_scale)))
-        self.logit_bias = None
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.init_bias))) if config.with_bias else None
+
+    @torch.no_grad()
+    def add_bias(self, scale: float, bias: float) -> None:
+        """Make a CLIP that softmax has trained ready for the sigmoid loss: a bias, and the scale back at its start.
+
+        A scale of 100, where softmax ends, would make every wrong pair an error of the sigmoid's.
+        """
+        self.config = replace(self.config, with_bias=True, init_scale=scale, init_bias=bias)
+        self.logit_scale.fill_(math.log(scale))
+        self.logit_bias = nn.Parameter(self.logit_scale.new_tensor(bias))
 
     def encode_images(self, images: Images) -> Tensor:
         return self.visual_projection(self.vision(images))
@@ -149,7 +166,7 @@ class SigLIP(DualEncoder):
     def __init__(self, config: DualConfig):
         super().__init__(config)
         if config.embed_width != config.vision.width:
-            raise ValueError(f"SigLIP embeds in the vision tower's width {config.vision.width}, not {config.embed_width}")
+            raise InputError(f"SigLIP embeds in the vision tower's width {config.vision.width}, not {config.embed_width}")
         self.vision = (NaflexVisionTower if config.naflex else SiglipVisionTower)(config.vision)
         self.text = SiglipTextTower(config.text)
         self.text_head = nn.Linear(config.text.width, config.embed_width)
@@ -170,7 +187,8 @@ def initialise(model: DualEncoder, seed: int = 0) -> DualEncoder:
     Linear layers are normal with std 1/sqrt(fan in) (residual outputs smaller by 1/sqrt(2 depth)), norms one and zero. Token embeddings
     have std 1 and positions half of that: as loud as the patches they are added to, so that places and words differ from the first step
     (from 0.02, the field's habit for long runs, a short run is spent on making them so: LOG.md). Scale and bias are as the config says:
-    1/0.07 for CLIP, (10, -10) for SigLIP (PITFALLS D6: transformers' zeros start a batch of 32,768 at a loss of 22,713 instead of 11.5).
+    1/0.07 for CLIP, (10, -10) for SigLIP and for a CLIP with a bias (PITFALLS D6: transformers' zeros start a batch of 32,768 at a loss
+    of 22,713 instead of 11.5).
     """
     generator = torch.Generator().manual_seed(seed)
 

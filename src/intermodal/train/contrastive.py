@@ -25,8 +25,10 @@ from ..losses import sigmoid_loss, softmax_loss
 from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, initialise
 from ..nn.layers import Encoder, at_least_float32
 from ..parallel.setup import reduce_gradients, start, sync_scalars, whole_state, wrap
+from ..weights.hub import tokenizer_folder
 from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
+from ..weights.open_clip_config import clean_as_saved
 from .gradcache import backward_in_parts
 from .loop import Trainer
 from .optim import optimizer_for
@@ -55,35 +57,50 @@ def train(
     return trainer.run()
 
 
-def build_model(config: ModelConfig, captions: Callable[[], list[str]]) -> DualEncoder:
-    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer of its own or counted from `captions()`."""
-    if config.start is not None:
-        return load_model(config.start)
+def build_model(config: ModelConfig, captions: Callable[[], list[str]], loss: str = "softmax") -> DualEncoder:
+    """The model a recipe asks for, with its processor: loaded, or fresh with a tokenizer of its own or counted from `captions()`.
+
+    With the sigmoid loss a CLIP has a bias (open_clip's `--siglip`). transformers has no such model, so it is kept in open_clip's layout.
+
+    Raises:
+        IntermodalError: no model or tokenizer where the recipe says; a CLIP with a bias whose settings open_clip's config cannot say.
+    """
+    model = _fresh_model(config, captions, loss) if config.start is None else load_model(config.start)
+    if model.processor is None or model.processor.tokenizer is None:
+        raise IntermodalError(f"model.start={config.start} came without tokenizer files: put them beside its weights")
+    if isinstance(model, CLIP) and loss == "sigmoid":
+        if model.logit_bias is None:
+            model.add_bias(config.init_scale or 10.0, config.init_bias)
+        clean_as_saved(model)
+    return model
+
+
+def _fresh_model(config: ModelConfig, captions: Callable[[], list[str]], loss: str) -> DualEncoder:
     vision, text = config.vision, config.text
     family = "clip" if config.family == "clip" else "siglip"
     if config.tokenizer is not None:
-        folder = Path(config.tokenizer).expanduser()
+        folder = tokenizer_folder(config.tokenizer)
         tokenizer = texts.from_folder(folder, config.family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
         if tokenizer is None:
             raise IntermodalError(
-                f"model.tokenizer={folder} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
+                f"model.tokenizer={config.tokenizer} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
             )
     else:
         tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
     size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
     text = replace(text, vocab_size=size, eos_id=eos, pad_id=tokenizer.pad_id, bos_id=min(text.bos_id, size - 1))
+    scale = config.init_scale or (1 / 0.07 if family == "clip" and loss == "softmax" else 10.0)
     if family == "clip":
-        dual = DualConfig(vision, text, config.embed_width, init_scale=config.init_scale or 1 / 0.07)
-        model: DualEncoder = CLIP(dual)
+        dual = DualConfig(vision, text, config.embed_width, init_scale=scale)
+        model: DualEncoder = CLIP(replace(dual, with_bias=loss == "sigmoid", init_bias=config.init_bias))
         pictures: ImageProcessor | NaflexProcessor = ImageProcessor.from_hf(
             {"size": {"shortest_edge": vision.image_size}, "crop_size": vision.image_size}, CLIP_DEFAULTS
         )
     else:
-        dual = DualConfig(vision, text, vision.width, naflex=config.family == "siglip2", init_scale=config.init_scale or 10.0)
-        dual = replace(dual, init_bias=config.init_bias)
-        model = SigLIP(dual)
+        naflex = config.family == "siglip2"
+        model = SigLIP(DualConfig(vision, text, vision.width, naflex=naflex, init_scale=scale, init_bias=config.init_bias))
         pictures = ImageProcessor((vision.image_size, vision.image_size))
-        if config.family == "siglip2":
+        if naflex:
             pictures = NaflexProcessor(vision.patch_size, config.max_patches)
     model.processor = PairProcessor(pictures, tokenizer, config.family)
     return model
@@ -135,7 +152,7 @@ class PairTrainer(Trainer):
         if self.resumed_from is not None and recipe.model.start is None:
             self.model = load_model(self.folder / "initial")
         else:
-            self.model = build_model(recipe.model, captions)
+            self.model = build_model(recipe.model, captions, recipe.train.loss)
             if recipe.model.start is None:
                 initialise(self.model, recipe.train.seed)
                 if self.world.main:
@@ -204,15 +221,17 @@ class PairTrainer(Trainer):
         return values
 
     def _forward(self, batch: PairBatch) -> Embeddings:
+        """The embeddings of a batch, or of a part of it: floats are made of no more pictures at a time than go through the towers."""
+        assert self.model.processor is not None
+        pictures = self.model.processor.images.normalised(batch.images)
         with self.autocast():
-            return self.model(batch)
+            return self.model(replace(batch, images=pictures))
 
     def _loss(self, e: Embeddings, batch: PairBatch) -> Tensor:
         options: dict[str, Any] = {"groups": batch.groups, "duplicates": self.recipe.train.duplicates, "ring": self.world.ring}
         if self.recipe.train.loss == "softmax":
             return softmax_loss(e.image, e.text, e.log_scale, **options)[0]
-        if e.bias is None:
-            raise IntermodalError("the sigmoid loss needs a bias, which a CLIP model does not have; set train.loss=softmax")
+        assert e.bias is not None  # `build_model` gives a CLIP one
         return sigmoid_loss(e.image, e.text, e.log_scale, e.bias, **options)[0]
 
     def _note(self, values: dict[str, Any]) -> str:

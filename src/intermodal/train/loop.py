@@ -7,7 +7,7 @@ import signal
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..config import flat, to_dict
-from ..data.loader import Loader, Mixture, Rejects
+from ..data.loader import DataError, Loader, Mixture, Rejects
+from ..data.sprites import HELD_OUT_STYLE
 from ..data.stream import StreamSource
 from ..errors import IntermodalError
 from ..parallel import checkpoint
@@ -74,6 +75,12 @@ class Trainer(ABC):
             self.recent, self.rollbacks, self.went_back_to = meta["recent"], meta["rollbacks"], meta["went_back_to"]
             self.loader.restore(meta["data"])
             self._tell_of_changes(meta["recipe"])
+        self.place = self.loader.state()
+        """In the data, after the last step: further batches may have been fetched."""
+        self.rejected = 0
+        """Unusable samples so far, of all ranks."""
+        self.saved: tuple[int, dict[str, Any]] | None = None
+        """Step and place of the newest checkpoint that this process wrote."""
         self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
 
@@ -102,7 +109,7 @@ class Trainer(ABC):
             try:
                 clock, since = time.perf_counter(), self.step
                 every = recipe.train.save_every
-                for fetched in batches or ():
+                for fetched in self._in_step(batches) if batches is not None else ():
                     saving = self.step + 1 == steps or bool(every and (self.step + 1) % every == 0)
                     # a run that can roll back saves nothing before it has looked at the loss
                     judged = saving and recipe.train.rollback is not None
@@ -118,9 +125,7 @@ class Trainer(ABC):
                     if logging:
                         seconds = time.perf_counter() - clock
                         values["samples_per_second"] = (self.step - since) * recipe.data.batch / seconds
-                        values["rejects"] = int(
-                            self.world.sum(torch.tensor(float(self.loader.rejects.rejected), device=self.world.device))
-                        )
+                        values["rejects"] = self.rejected
                         clock, since = time.perf_counter(), self.step
                         if metrics is not None:
                             metrics.write(self.step, values)
@@ -132,16 +137,8 @@ class Trainer(ABC):
                         if why and self.world.main and not self.alarmed:
                             self.alarmed = True
                             self.console.print(f"[yellow]{why}; {self._why_not_back()}[/yellow]")
-                    stop = self.world.any(self.asked_to_stop is not None)
-                    if stop or saving:
+                    if saving:
                         self._save()
-                    if stop and self.step < steps:
-                        raise Stopped(
-                            f"stopped at step {self.step} of {steps} ({self.asked_to_stop or 'another rank'}), saved in {self.folder}; "
-                            f"go on with the same command and --resume"
-                        )
-                    if self.step == steps:
-                        break
             finally:
                 if batches is not None:
                     batches.close()  # ends its workers
@@ -149,6 +146,50 @@ class Trainer(ABC):
                 if metrics is not None:
                     metrics.close()
         return self._finish()
+
+    def _in_step(self, batches: Iterator[Any]) -> Generator[Any, None, None]:
+        """This rank's batches, as long as steps are left, every rank has a batch, and none was asked to stop.
+
+        The ranks agree on it before each step, in one exchange: who went into a step alone would wait for the others for ever.
+
+        Raises:
+            Stopped: a rank was asked to stop; all have saved.
+            IntermodalError: a rank's data cannot go on, or the share of rejects of all ranks is past the limit; the same on all ranks.
+        """
+        first = True  # before the first step there is nothing to save
+        while self.step < self.recipe.train.steps:
+            stop, fetched, failure = self.asked_to_stop is not None and not first, None, None
+            if not stop:
+                try:
+                    fetched = next(batches)
+                except IntermodalError as error:
+                    failure = error
+            counted = self.loader.rejects
+            state = torch.tensor([stop, failure is not None, counted.read, counted.rejected], dtype=torch.float64)
+            if self.world.size > 1:
+                state = self.world.sum(state.to(self.world.device))
+            stops, failures, read, self.rejected = (int(total) for total in state.tolist())
+            if failures:
+                raise next(error for error in self._of_all_ranks(failure) if error is not None)
+            if stops:
+                if self.saved != (self.step, self.place):
+                    self._save()
+                raise Stopped(
+                    f"stopped at step {self.step} of {self.recipe.train.steps} ({self.asked_to_stop or 'another rank'}), saved in "
+                    f"{self.folder}; go on with the same command and --resume"
+                )
+            if self.world.size > 1 and counted.over(read, self.rejected):
+                last = next((reject for reject in self._of_all_ranks(counted.last) if reject is not None), None)
+                raise counted.too_many(read, self.rejected, last, self.folder / "rejects*.jsonl")
+            self.place = self.loader.state()
+            yield fetched
+            first = False
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        found = [value] * self.world.size
+        if self.world.size > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
 
     def _diverged(self, values: dict[str, Any]) -> str | None:
         """What is wrong with a logged step: a loss far from the usual."""
@@ -187,16 +228,27 @@ class Trainer(ABC):
         return True
 
     def _loader(self, sources: Sequence[Any], fetcher: Any) -> Loader:
-        """This rank's steps of the sources. Whatever of them cannot be read at all (a shard cut short) is told and counted now."""
+        """This rank's steps of the sources. What of them cannot be read at all (a shard cut short) is told now.
+
+        Raises:
+            DataError: too large a share of a source's shards was cut short.
+        """
         data, world = self.recipe.data, self.world
         name = "rejects.jsonl" if world.main else f"rejects-{world.rank}.jsonl"
         rejects = Rejects(self.folder / name, data.max_reject_share)
         for source in sources:
             if isinstance(source, StreamSource):
                 source.split(*((world.rank, world.size) if data.split_streams else (0, 1)))
-            for key, reason in getattr(source, "problems", []) if world.main else []:
+            problems = getattr(source, "problems", [])
+            for key, reason in problems if world.main else []:
                 rejects.note(key, reason)
                 self.console.print(f"[yellow]{key}: {reason}[/yellow]")
+            _refuse_cut(source, problems, data.max_reject_share)
+            if world.main and HELD_OUT_STYLE in getattr(getattr(_within(source), "config", None), "styles", ()):
+                self.console.print(
+                    f"[yellow]{source.name} shows {HELD_OUT_STYLE} drawings, the style that the evaluation holds out: its numbers for an "
+                    f"unseen style will say nothing[/yellow]"
+                )
         return Loader(
             Mixture(sources, data.weights, data.seed),
             fetcher,
@@ -280,9 +332,9 @@ class Trainer(ABC):
 
     def _save(self) -> None:
         rolls = {"recent": self.recent, "rollbacks": self.rollbacks, "went_back_to": self.went_back_to}
-        meta, data = {"recipe": to_dict(self.recipe), **rolls}, self.loader.state()
-        keep = self.recipe.train.keep
-        checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, data, keep)
+        meta, keep = {"recipe": to_dict(self.recipe), **rolls}, self.recipe.train.keep
+        checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.place, keep)
+        self.saved = self.step, self.place
 
     @contextmanager
     def _stop_signals(self):
@@ -303,6 +355,26 @@ class Trainer(ABC):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _refuse_cut(source: Any, problems: Sequence[tuple[str, str]], most: float) -> None:
+    """Raises DataError: more than this share of the files of a source were not read to their end.
+
+    They are found before the first sample is read, and say nothing of how many samples are lost: so files are counted against files.
+    A problem within a file (a line of a folder's metadata) is no cut file: the sample that it leaves without a caption is a reject.
+    """
+    files = {str(file) for file in getattr(_within(source), "files", ())}
+    cut = [(key, reason) for key, reason in problems if key in files]
+    if len(cut) > most * len(files):
+        raise DataError(
+            f"{source.name}: {len(cut)} of {len(files)} files cannot be read to their end, more than data.max_reject_share={most}: "
+            f"fetch them again, or raise it; the last: {cut[-1][0]}: {cut[-1][1]}"
+        )
+
+
+def _within(source: Any) -> Any:
+    """The source that conversations are made from, or the source itself."""
+    return getattr(source, "source", None) or getattr(source, "scenes", source)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -20,6 +20,8 @@ from ..models.vit import VisionConfig
 from ..models.vqvae import VQConfig
 
 Share = Annotated[float, Gt(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+Amount = Annotated[float, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,20 @@ class ModelConfig:
     """A directory or hub id to start from; the tower settings below are then read from it."""
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(192, 6, 3, 768, image_size=64, patch_size=8))
     text: TextConfig = field(default_factory=lambda: TextConfig(192, 3, 3, 768, vocab_size=1024, context=24, eos_id=1))
-    embed_width: int = 192
+    embed_width: Positive = 192
     """CLIP only; SigLIP embeds in the vision tower's width."""
-    init_scale: float | None = None
-    """Factor on the cosine at the start; None takes the family's: 1/0.07 for CLIP, 10 for SigLIP."""
+    init_scale: Annotated[float, Gt(0)] | None = None
+    """Factor on the cosine at the start; None takes 1/0.07 for CLIP with the softmax loss, else 10."""
     init_bias: float = -10.0
-    """SigLIP only. -10 is the paper's for a batch of 32,768; a small batch learns sooner from about -log(batch)."""
+    """SigLIP, and CLIP with the sigmoid loss. -10 is the paper's for a batch of 32,768; a small one learns sooner from about
+    -log(batch)."""
     tokenizer: str | None = None
-    """A directory whose tokenizer files a fresh model takes (CLIP's, say); None counts one from the captions."""
-    vocabulary: int = 1024
+    """A directory or hub id whose tokenizer files a fresh model takes (CLIP's, say); None counts one from the captions."""
+    vocabulary: Positive = 1024
     """Size of the tokenizer counted from the captions, once it has all their letters."""
-    tokenizer_samples: int = 4096
+    tokenizer_samples: Positive = 4096
     """How many samples' captions it is counted from."""
-    max_patches: int = 256
+    max_patches: Positive = 256
     """NaFlex only: most patches of a picture."""
 
 
@@ -52,7 +55,7 @@ class DataConfig:
     train: tuple[str, ...] = ("scenes:core",)
     """Sources: `scenes:core`, `scenes:all`, `sprites:core`, `tuxpaint`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv;
     `{000..009}` and `*` expand."""
-    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    weights: tuple[Amount, ...] | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 256
     """Pairs a step over all ranks."""
@@ -65,7 +68,7 @@ class DataConfig:
     """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
     allow_urls: bool = False
     """Fetch pictures named by http(s) addresses."""
-    max_reject_share: float = 0.05
+    max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.05
     """Stop when more than this share of the samples read is unusable."""
     split_streams: bool = True
     """Each rank reads its own part of a stream (`hf:`). Else every rank reads and decodes all of it and keeps its slice of a batch: ranks
@@ -77,20 +80,20 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon makes the updates of linear layers and convolutions orthogonal (`optim.Muon`): fewer steps to the same loss, each a little
     dearer."""
-    lr: Annotated[float, Ge(0)] = 1e-3
-    matrix_lr_factor: float = 1.0
+    lr: Amount = 1e-3
+    matrix_lr_factor: Amount = 1.0
     """Muon only: rate of the orthogonal updates, as a multiple."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.1
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
+    eps: Amount = 1e-6
+    weight_decay: Amount = 0.1
     """Not applied to vectors and scalars: norms, biases, positions' rows are matrices and do decay, the scale does not."""
     warmup: NotNegative = 50
     """Steps of linear warm-up, then a cosine to `final_lr_share`."""
-    final_lr_share: float = 0.0
-    scalar_lr_factor: float = 1.0
+    final_lr_share: Amount = 0.0
+    scalar_lr_factor: Amount = 1.0
     """Contrastive only: rate of the loss's scale and bias, as a multiple. In a run of a few hundred steps they are otherwise still near
     their start."""
-    clip_norm: float | None = 1.0
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
     """Decay of the exponential moving average of the weights; None keeps none. What is exported is then the average."""
 
@@ -109,7 +112,7 @@ class LoopConfig:
     log_every: Positive = 10
     save_every: Positive | None = None
     """Steps between checkpoints; the last step is always saved."""
-    rollback: float | None = None
+    rollback: Annotated[float, Gt(0)] | None = None
     """When a logged loss is this many times the median of those before it, or not finite, go back to the newest checkpoint and pass over
     the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
     keep: Positive = 2
@@ -158,8 +161,8 @@ class StitchConfig:
         )
     )
     """Shape of a fresh decoder; its vocabulary is counted from the data."""
-    vocabulary: int = 512
-    tokenizer_samples: int = 2048
+    vocabulary: Positive = 512
+    tokenizer_samples: Positive = 2048
     """How many conversations a fresh tokenizer is counted from, over all sources of all stages."""
 
 
@@ -177,15 +180,15 @@ class NativeConfig:
         )
     )
     """Its vocabulary is counted from the data, and the codes are added."""
-    vocabulary: int = 512
-    tokenizer_samples: int = 2048
+    vocabulary: Positive = 512
+    tokenizer_samples: Positive = 2048
 
 
 @dataclass(frozen=True)
 class TalksConfig:
     train: tuple[str, ...] = ("captions:scenes:core",)
     """Sources of conversations, as `data.talks.open_talks` reads them."""
-    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    weights: tuple[Amount, ...] | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 64
     """Conversations a step over all ranks."""
@@ -198,7 +201,7 @@ class TalksConfig:
     """Pixels of a side for sources that draw their pictures; None takes the tower's size, or 64 where it takes any."""
     allow_urls: bool = False
     """Fetch pictures of captions that are named by http(s) addresses."""
-    max_reject_share: float = 0.05
+    max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.05
     split_streams: bool = True
     """As in `DataConfig`."""
     video_fps: Annotated[float, Gt(0)] | None = None
@@ -213,10 +216,10 @@ class LoraConfig:
 
     targets: tuple[str, ...] = ("model.layers.*_proj",)
     """Patterns of layer names. The adapters' own parameters are then `*lora_*` in a stage's `learn`."""
-    rank: int = 16
+    rank: Positive = 16
     alpha: float = 32.0
     """The adapter counts alpha / rank."""
-    dropout: float = 0.0
+    dropout: Decay = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,9 +236,9 @@ class Stage:
     image_rows_only: bool = False
     """Of the embedding and output tables that learn, only the rows of picture codes and their marks do (Anole, arXiv 2407.06135): what a
     native model says about words stays as it is, to the bit."""
-    z_loss: float = 0.0
+    z_loss: Amount = 0.0
     """Weight of log Z squared in the loss; Chameleon's authors use 1e-5."""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    dropout: Decay = 0.0
     """Of what attention and MLP add in the decoder's layers; Chameleon 7B trained with 0.1."""
     cache_tower: bool = False
     """Keep what the frozen tower says of each picture on disk, in the run's `tower-cache/`: a picture that comes again, in another epoch or

@@ -16,6 +16,7 @@ from ..inputs.processor import PairProcessor
 from ..models.clip import CLIP, DualConfig, DualEncoder, SigLIP
 from ..models.text import TextConfig
 from ..models.vit import VisionConfig, resize_positions
+from . import open_clip_config
 from .rules import Ignore, Rename, Reshape, Rule, Split
 
 # What transformers' config classes default to: a config.json may leave out what equals them.
@@ -142,8 +143,17 @@ def from_hf(config: dict[str, Any]) -> DualConfig:
 
 
 def to_hf(model: DualEncoder) -> dict[str, Any]:
-    """Ours -> `config.json`. What a loaded directory said and we do not model is written back as it was."""
+    """Ours -> `config.json`. What a loaded directory said and we do not model is written back as it was.
+
+    Raises:
+        CheckpointError: a CLIP with a bias.
+    """
     config = model.config
+    if isinstance(model, CLIP) and model.logit_bias is not None:
+        raise CheckpointError(
+            "transformers' CLIPModel has no logit_bias, which this CLIP learned with the sigmoid loss: save it with layout='open_clip' "
+            "(`intermodal convert --layout open_clip`)"
+        )
     family = family_of(model)
     original = model.source.get("config", {})
     out = copy.deepcopy(original) if original.get("model_type") == family else {}
@@ -195,15 +205,13 @@ def build(family: str, config: DualConfig) -> DualEncoder:
 
 def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]) -> PairProcessor:
     """The image processor and tokenizer of a dual encoder's directory."""
-    from . import open_clip  # its module needs this one
-
     settings = images.read_processor(folder)
     vision = config.vision
     if family == "siglip2":
         defaults = {**images.SIGLIP2_DEFAULTS, "patch_size": vision.patch_size}
         pictures: images.ImageProcessor | images.NaflexProcessor = images.NaflexProcessor.from_hf(settings, defaults)
     elif not settings and "model_cfg" in raw:
-        pictures = open_clip.pictures(raw, vision.image_size)
+        pictures = open_clip_config.pictures(raw, vision.image_size)
     else:
         defaults = images.CLIP_DEFAULTS if family == "clip" else images.SIGLIP_DEFAULTS
         if not settings:  # no file: the class's recipe at the tower's own size
@@ -214,12 +222,22 @@ def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]
     text = config.text
     tokenizer = texts.from_folder(folder, family, context=text.context, eos_id=text.eos_id, pad_id=text.pad_id)
     if tokenizer is not None and "model_cfg" in raw:
-        tokenizer.clean = open_clip.text_clean_up(raw)
+        tokenizer.clean = open_clip_config.text_clean_up(raw)
     return PairProcessor(pictures, tokenizer, family)
 
 
-def resized(model: DualEncoder, state, processor: PairProcessor, family: str, side: int):
-    """A loaded model for square pictures of another side: `(model, state, processor)` with resampled positions."""
+def resized(model: Any, state, processor: PairProcessor, family: str, side: int):
+    """A loaded model for square pictures of another side: `(model, state, processor)` with resampled positions.
+
+    Raises:
+        CheckpointError: a model or a side for which there is no such thing.
+    """
+    if not isinstance(model, DualEncoder):
+        raise CheckpointError(
+            f"image_size is for CLIP and SigLIP; a {type(model).__name__} reads pictures of the sizes it was made for"
+        )
+    if side < model.config.vision.patch_size:
+        raise CheckpointError(f"image_size {side} is smaller than a patch of {model.config.vision.patch_size}")
     if side == model.config.vision.image_size:
         return model, state, processor
     if family == "siglip2" or not isinstance(processor.images, images.ImageProcessor):

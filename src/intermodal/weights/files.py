@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,61 +14,108 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import read_json
+from .cut import lost_from_safetensors, lost_from_torch
 
 SHARD_BYTES = 5_000_000_000
+STEMS = ("model", "pytorch_model")
+INDEX = ".index.json"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """One file, memory-mapped."""
+    """One file, memory-mapped.
+
+    Raises:
+        CheckpointError: no such file, or a damaged one; of one that was cut short the message says which tensors are lost.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file (cut short while copying?): {error}") from error
+        lost = lost_from_safetensors(path) if path.is_file() else ""
+        reason = f" and was cut short: {lost}" if lost else f": {error}"
+        raise CheckpointError(f"{path} is not a readable safetensors file{reason}") from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A torch state dict, loaded with `weights_only` so that it cannot run code; a `state_dict` entry is unwrapped."""
+    """A torch state dict, loaded with `weights_only` so that it cannot run code; a `state_dict` entry is unwrapped.
+
+    Raises:
+        CheckpointError: as `read_safetensors`; or it holds something else than tensors by name.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... on a damaged file
-        raise CheckpointError(f"{path} is not a readable torch checkpoint: {type(error).__name__}: {error}") from error
-    state = state.get("state_dict", state)
+        lost = lost_from_torch(path) if path.is_file() and not zipfile.is_zipfile(path) else ""
+        reason = f" and was cut short: {lost}" if lost else f": {type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is not a readable torch checkpoint{reason}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict: it should be tensors by name, alone or as its `state_dict`")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def read_weights(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> dict[str, Tensor]:
-    """All tensors of a directory: `<stem>.safetensors`, its sharded form with an index, or the `.bin` forms.
+def weights_file(names: Iterable[str], stems: tuple[str, ...] = STEMS) -> str | None:
+    """Which of a directory's files its weights are read from, or begin at: `<stem>.safetensors`, the index of its sharded form, then the
+    `.bin` forms; of several stems the first that there is."""
+    present = set(names)
+    for stem in stems:
+        for suffix in (".safetensors", ".bin"):
+            for name in (f"{stem}{suffix}", f"{stem}{suffix}{INDEX}"):
+                if name in present:
+                    return name
+    return None
+
+
+def read_weights(folder: Path, stems: tuple[str, ...] = STEMS) -> dict[str, Tensor]:
+    """All tensors of a directory, by `weights_file`.
 
     Raises:
         CheckpointError: no weights, a shard named by the index is missing, or a key the index names is not in its shard.
     """
-    for stem in stems:
-        for suffix, read in ((".safetensors", read_safetensors), (".bin", read_pickle)):
-            single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-            if single.exists():
-                return read(single)
-            if index.exists():
-                return _read_shards(folder, index, read)
-    names = ", ".join(f"{stem}.safetensors" for stem in stems)
-    raise CheckpointError(f"{folder} holds no weights: looked for {names}, their sharded forms and .bin")
+    name = weights_file((file.name for file in folder.iterdir()), stems)
+    if name is None:
+        names = ", ".join(f"{stem}.safetensors" for stem in stems)
+        raise CheckpointError(f"{folder} holds no weights: looked for {names}, their sharded forms and .bin")
+    read = read_pickle if name.removesuffix(INDEX).endswith(".bin") else read_safetensors
+    return _read_shards(folder / name, read) if name.endswith(INDEX) else read(folder / name)
 
 
-def _read_shards(folder: Path, index: Path, read) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map", {})
-    missing = sorted(name for name in set(places.values()) if not (folder / name).exists())
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        CheckpointError: it is not an index.
+    """
+    return sorted(set(_places(index).values()))
+
+
+def _places(index: Path) -> dict[str, str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensors and their files")
+    return places
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    folder, places = index.parent, _places(index)
+
+    def held(names: Iterable[str]) -> str:
+        keys = [key for key, name in places.items() if name in names]
+        return f"{index.name} has {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''} there"
+
+    missing = [name for name in shards_of(index) if not (folder / name).exists()]
     if missing:
-        keys = [key for key, name in places.items() if name in missing]
-        raise CheckpointError(
-            f"{folder} lacks the shards {missing} named by {index.name}; they hold {keys[0]} and {len(keys) - 1} more"
-        )
+        raise CheckpointError(f"{folder} lacks the shards {', '.join(missing)}; {held(missing)}")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        state.update(read(folder / name))
+    for name in shards_of(index):
+        try:
+            state.update(read(folder / name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {held([name])}") from error
     absent = sorted(places.keys() - state.keys())
     if absent:
         raise CheckpointError(f"{index.name} promises {absent[:5]} ({len(absent)} keys) that the shards do not hold")

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, IntermodalError, nearest
 from ..files import read_json
+from ..models.clip import CLIP, DualEncoder
 from . import open_clip
 from .files import read_weights, write_weights
+from .hub import model_folder
 from .rules import Rule, check_against, convert
 
 _CODECS = {
@@ -33,6 +35,7 @@ _CODECS = {
     ".qwen2_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LAYOUTS = ("hf", "open_clip")
 FAMILIES = {family: module for module, families in _CODECS.items() for family in families}
 
 
@@ -91,7 +94,7 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     try:
         with torch.device("meta"):
             model = handler.build(family, found.config)
-    except IntermodalError as error:
+    except (IntermodalError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # torch's own too: a width of -1, say
         raise CheckpointError(f"{found.where}: its config cannot be built: {error}") from error
     check_against(native, model, str(found.where), found.rules, found.state.keys())
     model.source = {"config": found.raw, "folder": str(found.where)}
@@ -113,8 +116,6 @@ def load_encoder(source: str | Path, **settings: Any) -> Any:
     Raises:
         CheckpointError: the model is of another kind.
     """
-    from ..models.clip import DualEncoder
-
     model = load(source, **settings)
     if not isinstance(model, DualEncoder):
         raise CheckpointError(f"{source} is a {type(model).__name__}: it has no embeddings to compare; CLIP and SigLIP models do")
@@ -132,32 +133,42 @@ def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, de
         parameter.requires_grad_(True)
 
 
-def save(model: Any, folder: str | Path, *, layout: str = "hf", shard_bytes: int = 5_000_000_000) -> Path:
+def save(model: Any, folder: str | Path, *, layout: str | None = None, shard_bytes: int = 5_000_000_000) -> Path:
     """Write a directory that transformers (or open_clip, with `layout="open_clip"`) loads with equal logits.
+
+    Args:
+        layout: "hf" or "open_clip". None is "hf" for all but a CLIP with a bias, which transformers does not have and open_clip does.
 
     Raises:
         CheckpointError: the layout cannot hold this model.
     """
+    layout = layout or layout_of(model)
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"unknown layout {layout!r}: {' or '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if layout == "open_clip":
+        if not isinstance(model, DualEncoder):
+            raise CheckpointError(f"open_clip's layout holds CLIP and SigLIP models, not a {type(model).__name__}: use layout='hf'")
         open_clip.write(model, target)
-    elif layout == "hf":
+    else:
         handler = codec_of(model)
+        config = handler.to_hf(model)
         state = convert(model.state_dict(), handler.rules(handler.family_of(model), model.config), saving=True)
         write_weights(state, target, shard_bytes=shard_bytes)
-        (target / "config.json").write_text(json.dumps(handler.to_hf(model), indent=2) + "\n")
-    else:
-        raise CheckpointError(f"unknown layout {layout!r}: hf or open_clip{nearest(layout, ('hf', 'open_clip'))}")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if model.processor is not None:
         model.processor.save(target, **({"layout": layout} if layout != "hf" else {}))
     return target
 
 
+def layout_of(model: Any) -> str:
+    """The layout that holds a model whole: transformers', or open_clip's for a CLIP with a bias."""
+    return "open_clip" if isinstance(model, CLIP) and model.logit_bias is not None else "hf"
+
+
 def codec_of(model: Any) -> Codec:
     """The codec that writes a model: a dual encoder's family follows from its class, other models carry it."""
-    from ..models.clip import DualEncoder
-
     if isinstance(model, DualEncoder):
         return codec("clip")
     return codec(model.family)
@@ -190,7 +201,7 @@ def _read(source: str | Path) -> _Found:
         return _Found(path, path.parent, *gguf.read(path))
     if path.suffix in open_clip.TRAINED and path.is_file():
         return _Found(path, path.parent, *open_clip.read_trained(path))
-    folder = _folder(source)
+    folder = model_folder(source)
     if (folder / open_clip.CONFIG).exists() and not (folder / "config.json").exists():
         return _Found(folder, folder, *open_clip.read(folder))
     raw = read_json(folder / "config.json")
@@ -203,23 +214,6 @@ def _read(source: str | Path) -> _Found:
         config = codec(family).from_hf(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a setting that is missing or of another kind
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
     return _Found(folder, folder, family, config, raw, codec(family).rules(family, config), read_weights(folder))
-
-
-def _folder(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    text = str(source)
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the directory that holds config.json, a .gguf file or open_clip's .pt")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text} is neither a directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*pytorch_model*.bin"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise CheckpointError(f"cannot download {text} from the hub, and no such directory exists: {error}") from error

@@ -100,7 +100,7 @@ class Transpose(Rule):
     def load(self, tensors: list[Tensor]) -> list[Tensor]:
         if tensors[0].ndim != 2:
             raise CheckpointError(f"file {tuple(tensors[0].shape)}, which should be a matrix")
-        return [tensors[0].T]
+        return [tensors[0].T.contiguous()]  # as a fresh model has it: another layout in memory is another order of sums
 
     def save(self, tensors: list[Tensor]) -> list[Tensor]:
         return [tensors[0].T]

@@ -69,6 +69,29 @@ def stitch(
     Raises:
         IntermodalError: a NaFlex tower, or a decoder that came without tokenizer or chat template.
     """
+    pictures, talk = _fitting(vision, language)
+    tokens = (IMAGE_TOKEN, VIDEO_TOKEN) if onevision else (IMAGE_TOKEN,)
+    media = {token.strip("<>"): f"{token}\n" for token in tokens}
+    files, ids = chat_files(talk, media, tokens)
+    if onevision and not anyres:
+        anyres = [(down, across) for down in range(1, ONEVISION_SIDE + 1) for across in range(1, ONEVISION_SIDE + 1)]
+    config = _config(vision, language, ids, layer, anyres, onevision)
+    with torch.device("meta"):
+        model = Llava(config)
+    model.load_state_dict(_weights(vision, language, config, seed), assign=True)
+    model.source = {
+        "config": {
+            "model_type": config.family,
+            "eos_token_id": list(talk.end_ids),
+            "text_config": text_to_hf(config.text, language.family, dict(language.source.get("config", {}))),
+        }
+    }
+    model.processor = _processor(files, model.source["config"], config, pictures)
+    return model.eval()
+
+
+def _fitting(vision: DualEncoder, language: LanguageModel) -> tuple[ImageProcessor, ChatProcessor]:
+    """The processors of two models that fit together; raises IntermodalError where one does not."""
     tower = vision.vision
     if type(tower) not in (ClipVisionTower, SiglipVisionTower) or vision.processor is None:
         raise IntermodalError(
@@ -78,15 +101,23 @@ def stitch(
         raise IntermodalError(
             "the decoder came without a tokenizer or chat template, which a model that is asked about pictures needs"
         )
-    clip = isinstance(vision, CLIP)
-    tokens = (IMAGE_TOKEN, VIDEO_TOKEN) if onevision else (IMAGE_TOKEN,)
-    media = {token.strip("<>"): f"{token}\n" for token in tokens}
-    files, ids = chat_files(language.processor, media, tokens)
+    pictures = vision.processor.images
+    assert isinstance(pictures, ImageProcessor)  # a fixed-size tower's
+    return pictures, language.processor
+
+
+def _config(
+    vision: DualEncoder,
+    language: LanguageModel,
+    ids: Sequence[int],
+    layer: int | None,
+    anyres: Sequence[tuple[int, int]],
+    onevision: bool,
+) -> LlavaConfig:
+    """What is built of the two. `ids` are those of the image token and, for a OneVision, of the video token."""
+    clip, side = isinstance(vision, CLIP), vision.config.vision.image_size
     rows = max(language.config.vocab_size, *(index + 1 for index in ids))
-    side = vision.config.vision.image_size
-    if onevision and not anyres:
-        anyres = [(down, across) for down in range(1, ONEVISION_SIDE + 1) for across in range(1, ONEVISION_SIDE + 1)]
-    config = LlavaConfig(
+    return LlavaConfig(
         "llava_onevision" if onevision else "llava_next" if anyres else "llava",
         vision.config.vision,
         replace(language.config, vocab_size=rows),
@@ -98,20 +129,6 @@ def stitch(
         pinpoints=tuple((down * side, across * side) for down, across in anyres),
         max_tiles=ONEVISION_TILES if onevision else None,
     )
-    with torch.device("meta"):
-        model = Llava(config)
-    model.load_state_dict(_weights(vision, language, config, seed), assign=True)
-    model.source = {
-        "config": {
-            "model_type": config.family,
-            "eos_token_id": list(language.processor.end_ids),
-            "text_config": text_to_hf(config.text, language.family, dict(language.source.get("config", {}))),
-        }
-    }
-    pictures = vision.processor.images
-    assert isinstance(pictures, ImageProcessor)
-    model.processor = _processor(files, model.source["config"], config, pictures)
-    return model.eval()
 
 
 def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed: int = 0) -> LanguageModel:
