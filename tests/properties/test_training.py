@@ -133,7 +133,7 @@ def in_fp32_on_rank(rank, size, folder, resume):
 
 
 FP32_BOUNDS = {"adamw": 2e-6, "muon": 2e-5}
-"""Ten times the largest difference of a weight that six seeds gave, with each optimizer's default eps: 2e-7 and 2e-6."""
+"""Ten times the largest difference of a weight that three seeds gave in both modes, with the default eps: 2e-7 and 2e-6."""
 
 
 def test_a_run_in_fp32_that_goes_on_on_two_ranks_stays_near(tmp_path):

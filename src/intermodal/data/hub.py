@@ -9,7 +9,7 @@ from typing import Any
 
 from ..inputs.image import open_image
 from .records import CLASS_NUMBER, IMAGE_SUFFIXES, NAME_A_COLUMN, caption_names, columns_of, image_of, lines_of, texts_of
-from .source import Sample, SourceError
+from .source import NamedBytes, Sample, SourceError
 from .stream import StreamSource
 
 
@@ -28,10 +28,14 @@ def open_pairs(
 def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, record: dict[str, Any]) -> Any:
     if "__key__" in record:
         record = _of_a_tar(record, columns)
-    image = open_image(image_of(record, columns.get("image"), Path(), allow_urls))
+    image = image_of(record, columns.get("image"), Path(), allow_urls)
+    image = NamedBytes(image, key) if isinstance(image, bytes) else image
+    decoded = open_image(image)  # what cannot be is told now, while another record can take its place
     advice = f"{NAME_A_COLUMN}; {CLASS_NUMBER}" if "cls" in record else NAME_A_COLUMN
-    sample = Sample(key, image, texts_of(record, columns.get("text"), advice))
-    return to_talk(key, sample) if to_talk is not None else sample
+    texts = texts_of(record, columns.get("text"), advice)
+    if to_talk is not None:
+        return to_talk(key, Sample(key, decoded, texts))
+    return Sample(key, image, texts)  # encoded it is a tenth in memory and on its way to a worker, who decodes it again
 
 
 def _of_a_tar(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

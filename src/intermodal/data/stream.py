@@ -1,6 +1,6 @@
 """Sources that can only be read from front to back: hub data sets and remote shards, through `datasets`' streaming.
 
-Records are decoded as they are read, so that an unusable one is replaced by the next and nothing is skipped unseen. The order is
+Records are tried as they are read, so that an unusable one is replaced by the next and nothing is skipped unseen. The order is
 shuffled block by block; a state is the stream's own state at the start of a block and the place within it, so resuming reads the
 block again and goes on exactly where it stopped (a plain shuffle buffer loses its content).
 
@@ -13,15 +13,20 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import open_image
 from .source import Reject, Sample, Source
 
+AT_A_TIME, THREADS = 64, 8
+"""Records that are read before they are decoded together, and on how many threads."""
+
 
 class StreamSource:
-    """A `datasets.IterableDataset` with a function from a record's key and content to a sample or a conversation, decoded."""
+    """A `datasets.IterableDataset` with a function from a record's key and content to a sample or a conversation."""
 
     def __init__(self, name: str, dataset, to_sample: Callable[[str, dict[str, Any]], Any], *, seed: int = 0, block: int = 1024):
         self.name, self.dataset, self.to_sample = name, dataset, to_sample
@@ -102,8 +107,9 @@ class StreamSource:
         if self._iterator is None:
             self._iterator = iter(self.dataset)
         while len(samples) < self.block:
-            record = next(self._iterator, None)
-            if record is None:
+            # never more than the block still takes: its state is the data set's, which is behind the last record that was read
+            records = list(islice(self._iterator, min(AT_A_TIME, self.block - len(samples))))
+            if not records:
                 if samples:
                     break
                 empty_passes += 1
@@ -113,18 +119,33 @@ class StreamSource:
                 self.number = 0
                 self._restart()
                 continue
-            part = f"{self.part[0]}." if self.part[1] > 1 else ""
-            # the number too: shards may repeat each other's keys
-            key = ":".join([f"{part}{self.number}", *([str(record["__key__"])] if "__key__" in record else [])])
-            self.number += 1
-            try:
-                samples.append(self.to_sample(f"{self.name}/{self.epoch}/{key}", record))
-            except SampleError as error:
-                if not self._counted:  # a block that is read again after a resume has told of its own
-                    self.rejects.append((self.epoch, Reject(f"{self.name}/{key}", str(error))))
+            keys = [self._key(number, record) for number, record in enumerate(records, self.number)]
+            self.number += len(records)
+            for key, made in zip(keys, self._made(keys, records), strict=True):
+                if not isinstance(made, SampleError):
+                    samples.append(made)
+                elif not self._counted:  # a block that is read again after a resume has told of its own
+                    self.rejects.append((self.epoch, Reject(f"{self.name}/{key}", str(made))))
         self._counted = False
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
         self._samples = samples
+
+    def _key(self, number: int, record: dict[str, Any]) -> str:
+        part = f"{self.part[0]}." if self.part[1] > 1 else ""
+        # the number too: shards may repeat each other's keys
+        return ":".join([f"{part}{number}", *([str(record["__key__"])] if "__key__" in record else [])])
+
+    def _made(self, keys: list[str], records: list[dict[str, Any]]) -> list[Any]:
+        """What each record becomes, or why it cannot be used; on several threads, as decoding and fetching let go of Python's lock."""
+
+        def make(key: str, record: dict[str, Any]) -> Any:
+            try:
+                return self.to_sample(f"{self.name}/{self.epoch}/{key}", record)
+            except SampleError as error:
+                return error
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(make, keys, records))
 
     def _restart(self) -> None:
         self.dataset.set_epoch(self.epoch)
@@ -158,4 +179,5 @@ def first_samples(source: Source | StreamSource, count: int | None) -> Iterator[
         if sample is None or source.epoch:
             return
         given += 1
+        sample.image = open_image(sample.image)
         yield sample
