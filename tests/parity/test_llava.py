@@ -11,6 +11,7 @@ import transformers
 from chat_files import byte_tokenizer, write_chat_files
 from packed import check_packed_equals_separate
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from too_long import check_too_long
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -19,8 +20,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from vision_cached import check_cached_equals_uncached, check_keys, check_turns_look_once
 
 import intermodal
-from intermodal.errors import CheckpointError
+from intermodal.errors import CheckpointError, SampleError
 from intermodal.inputs.media import Clip, MediaError
+from intermodal.inputs.template import ChatTemplate
 from intermodal.inputs.tiles import Tiled, unpadded
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
@@ -360,3 +362,75 @@ def test_a_reply_that_spells_a_placeholder_can_be_said_again(made):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_too_long_counts_what_is_shown(made, family, monkeypatch):
     check_too_long(intermodal.load(made(family)[0]), CASES["three images of odd sizes"], user("And then?"), monkeypatch)
+
+
+PARTS_ONLY = """{% for m in messages %}{{ m.role | upper }}: {% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>
+{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}\
+{{ '</s>' if m.role == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+def test_a_template_that_only_looks_for_parts_hears_strings_too(made):
+    """The released LLaVA 1.5's and OneVision's pick parts by type, and would say nothing of a string."""
+    processor = intermodal.load(made("llava")[0]).processor
+    processor.template = ChatTemplate(PARTS_ONLY)
+    assert processor.template.drops_strings
+    assert not ChatTemplate(TEMPLATE).drops_strings
+    words = [("user", "what is two plus two ?"), ("assistant", "four"), ("user", "and three ?"), ("assistant", "five")]
+    strings = [{"role": role, "content": text} for role, text in words]
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in words]
+    heard = processor.conversation(strings)
+    assert heard.ids == processor.conversation(parts).ids
+    assert heard.text == "USER: what is two plus two ? ASSISTANT: four</s>USER: and three ? ASSISTANT: five</s>"
+    processor.audit(heard)
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    shown = [{"role": "user", "content": [picture, {"type": "text", "text": "what ?"}]}, *strings[1:3]]
+    assert "four</s>USER: and three ? ASSISTANT:" in processor.conversation(shown, reply=True).text
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_token_that_begins_a_text_is_there_once(made, written):
+    """LLaVA 1.5's template leaves it to the tokenizer, others write it; ids are those of transformers' tokenizer, called as its
+    processors call it (`processing_utils.py`: special tokens unless the text begins with one)."""
+    tokenizer = byte_tokenizer(("</s>", "<image>", "<video>", "<s>"))
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    processor = intermodal.load(made("llava")[0]).processor
+    processor.tokenizer = tokenizer
+    processor.template = ChatTemplate(("{{ bos_token }}" if written else "") + TEMPLATE, {"bos_token": "<s>"})
+    talk = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "I"}]
+    said = processor.conversation(talk)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    assert said.ids == theirs(said.text, add_special_tokens=not said.text.startswith("<s>")).input_ids
+    assert said.ids.count(begin) == 1
+    assert said.ids[0] == begin
+    processor.audit(said)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
+def test_a_tied_head_that_only_the_text_config_tells_of(made, family, tmp_path):
+    """As released OneVision directories: `tie_word_embeddings` is false at the top, true in `text_config`, and there is no head."""
+    folder, _ = made(family, True)
+    shutil.copytree(folder, tmp_path / "tied")
+    config = json.loads((tmp_path / "tied" / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    loaded = intermodal.load(tmp_path / "tied")
+    assert loaded.lm_head is None
+    talk = [{"role": "user", "content": "hello"}]
+    assert torch.equal(loaded.logits(talk), intermodal.load(folder).logits(talk))
+
+
+@pytest.mark.parametrize("fps", ["x", None, 0, True])
+def test_frames_at_no_rate_are_refused(made, fps):
+    frames = [Image.new("RGB", (9, 9))] * 2
+    with pytest.raises(MediaError, match="fps"):
+        intermodal.load(made("llava_onevision")[0]).processor(
+            [{"role": "user", "content": [{"type": "video", "video": frames, "fps": fps}]}]
+        )
+
+
+def test_half_a_character_is_a_reject(made):
+    for content in ("\ud800 q", [{"type": "text", "text": "q \ud83d"}]):
+        with pytest.raises(SampleError, match="half a character"):
+            intermodal.load(made("llava")[0]).processor([{"role": "user", "content": content}])

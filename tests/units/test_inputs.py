@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from intermodal.inputs.image import (
 )
 from intermodal.inputs.processor import PairProcessor
 from intermodal.inputs.text import TextTokenizer, canonicalise, fresh, from_folder, train_tokenizer
+from intermodal.inputs.video import Sampling, decode
 
 NEAREST = 0
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -411,3 +413,28 @@ def test_ideographs_are_words_and_what_cannot_be_spelled_is_told():
     pieces = tokenizer.encode.tokenizer.encode("一只猫在树 dogs").tokens
     assert pieces == ["一", "只", "<unk>", "在", "树", "dogs", "</s>"]
     assert tokenizer.unknown(["一只狗", "一只猫", "two dogs", "two cats"]) == 0.5
+
+
+@pytest.mark.parametrize(("matrix", "turned"), [((0, 1, -1, 0), -90), ((0, -1, 1, 0), 90), ((-1, 0, 0, -1), 180)])
+def test_a_phones_clip_is_shown_as_players_turn_it(matrix, turned, tmp_path):
+    """The angle is in the track's header (ISO 14496-12, `tkhd`): nine numbers, written here into a file of two grey halves."""
+    import av
+
+    file = tmp_path / "phone.mp4"
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32] = 255
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(file.read_bytes())
+    place = data.find(b"tkhd") + 4 + 4 + 20 + 16  # its name, version and flags, times and number, reserved and layer
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    file.write_bytes(data)
+    clip = decode(file, Sampling())
+    wanted = np.rot90(pixels, turned // 90)
+    assert clip.frames[0].shape == wanted.shape
+    assert np.abs(clip.frames[0].astype(int) - wanted).mean() < 12

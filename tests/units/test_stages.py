@@ -539,6 +539,14 @@ def test_onevision_learns_from_clips_in_its_three_stages(tower, tmp_path):
         assert model.generate([{"role": "user", "content": content}], max_new_tokens=2).text.strip() == word
 
 
+@pytest.mark.parametrize("layer", [99, -99])
+def test_a_layer_that_the_tower_does_not_have_is_refused(layer, tower):
+    vision = intermodal.load(tower)
+    language = fresh_decoder(DecoderConfig(32, 1, 2, 1, 16, 64, 0), ["a cat"], 300)
+    with pytest.raises(IntermodalError, match=f"layer {layer}: a tower of {vision.config.vision.depth} layers"):
+        stitch(vision, language, layer=layer)
+
+
 def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
     shape = DecoderConfig(width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, vocab_size=0, context=128, tied=True)
     decoder = fresh_decoder(shape, ["how many dogs are there ?", "one"], 64)
@@ -575,7 +583,7 @@ def test_the_stitch_verb_keeps_both_parents(tower, tmp_path):
 def test_adapters_train_alone_save_alone_and_merge_exactly(recipe, trained, tmp_path):
     from intermodal.train import lora
 
-    targets = ("model.layers.*.self_attn.*_proj", "projector.linear_2", "vision.encoder.layers.0.*.q_proj")
+    targets = ("model.layers.*.self_attn.*_proj", "projector.linear_2", "vision.encoder.layers.0.*.q_proj", "lm_head")
     settings = LoraConfig(targets, rank=4, alpha=8.0)
     stage = replace(recipe.stages[1], name="adapt", lora=settings, learn=(("*lora_*", 1.0),))
     whole = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,))
@@ -584,7 +592,7 @@ def test_adapters_train_alone_save_alone_and_merge_exactly(recipe, trained, tmp_
     assert before.keys() == after.keys()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     depth = recipe.model.decoder.depth
-    assert len(moved) == 4 * depth + 2, moved
+    assert len(moved) == 4 * depth + 3, moved
     adapted = intermodal.load(trained / "model")
     messages = open_talks("questions:scenes:core", side=32)[1].messages
     base = adapted.logits(messages)

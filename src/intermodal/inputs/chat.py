@@ -183,14 +183,19 @@ class ChatProcessor:
         if self.planner:
             plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
         plain = _without_media(self._with_boxes_written(messages, items, plans), as_text=self.planner is None)
+        if self.template.drops_strings:
+            plain = [{**message, "content": _as_parts(message["content"])} for message in plain]
         if reply:
             text, spans = self.template.render(plain, reply=True, **variables), []
         else:
             text, spans = self.template.render_marked(plain, **variables)
+        self._check_heard(plain, text)
         if self.planner:
             names = {kind: str(self.tokenizer.id_to_token(token)) for kind, token in self.planner.placeholders.items()}
             text, spans = rewrite(text, spans, plans, names)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        # as transformers' processors of pictures: a template that leaves the beginning-of-text token to the tokenizer (LLaVA 1.5's) gets it
+        begun = text.startswith(self.template.special.get("bos_token") or "\0")
+        encoding = self.tokenizer.encode(text, add_special_tokens=self.planner is not None and not begun)
         expanded = expand(encoding.ids, plans)
         learned = self._supervised(encoding, spans)
         supervised = [source >= 0 and learned[source] for source in expanded.source]
@@ -200,6 +205,17 @@ class ChatProcessor:
                     length = sum(len(piece) for piece in run)
                     supervised[start : start + length] = [True] * length
         return Conversation(text, expanded, spans, supervised, items, plans)
+
+    def _check_heard(self, messages: Messages, text: str) -> None:
+        """Raises TemplateError where a template says nothing of what a user wrote: some look for parts of another kind, or other keys."""
+        for message in messages:
+            if message["role"] == "user":
+                said = message["content"] if isinstance(message["content"], str) else ""
+                for words in (said, *(part["text"] for part in _parts([message]) if part["type"] == "text")):
+                    if words.strip() not in text:
+                        raise TemplateError(
+                            f"the chat template leaves out what the user said ({words.strip()[:40]!r}): it is not for such messages"
+                        )
 
     def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
         """Box parts as the text that this model writes for them."""
@@ -388,6 +404,10 @@ def _without_media(messages: Messages, as_text: bool) -> list[dict[str, Any]]:
                 value = "".join(part["text"] for part in value)
         out.append({**message, "content": value})
     return out
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 def _bare(part: dict[str, Any]) -> dict[str, Any]:

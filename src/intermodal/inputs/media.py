@@ -150,7 +150,10 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
             from .video import decode, sampling_of
 
             return decode(value, sampling_of(video, part.get("fps"), part.get("nframes")))
-        return _frames(value, float(part.get("fps", 2.0)))
+        fps = part.get("fps", 2.0)
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
+            raise MediaError(f"the fps of a video's frames is a positive number, and not {fps!r}")
+        return _frames(value, float(fps))
     raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url, video or box")
 
 

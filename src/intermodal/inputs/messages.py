@@ -24,6 +24,7 @@ def check_messages(messages: Any) -> None:
             raise SampleError(f"a message needs a role and a content, got {_short(message)}")
         content = message["content"]
         if isinstance(content, str):
+            _check_text(content)
             continue
         if not isinstance(content, list | tuple):
             raise SampleError(f"a message's content is a text or a list of parts, got {_short(content)}")
@@ -38,11 +39,21 @@ def _check_part(part: Any) -> None:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise SampleError(f"a text part needs a text, got {_short(part)}")
+        _check_text(part["text"])
     elif kind in MEDIA:
         if all(part.get(name) is None for name in (("video",) if kind == "video" else ("image", "image_url"))):
             raise SampleError(f"a part of type {kind} needs {kind!r}, got {_short(part)}")
     elif kind != "box":
         raise SampleError(f"a part is text, image, image_url, video or box, got {_short(part)}")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            f"a text holds half a character at {error.start} ({text[error.start]!a}, from a cut \\ud83d\\ude00 pair): no tokenizer takes it"
+        ) from None
 
 
 def placed(messages: Any, folder: Path) -> list[dict[str, Any]]:

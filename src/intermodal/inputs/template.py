@@ -76,6 +76,18 @@ class ChatTemplate:
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "special": self.special}
 
+    @cached_property
+    def drops_strings(self) -> bool:
+        """Whether a message whose content is a string, not a list of parts, would be left out, as the released LLaVA 1.5's and OneVision's
+        templates do: they pick the parts of type text, of which a string has none."""
+        says = ("what one asks", "what one answers")
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), says, strict=True)]
+        try:
+            text = self.render(messages)
+        except TemplateError:  # it may want something else of messages; that is told when there are some
+            return False
+        return not all(said in text for said in says)
+
     def render(self, messages: Sequence[dict[str, Any]], *, reply: bool = False, **variables: Any) -> str:
         """Messages -> text.
 

@@ -85,7 +85,8 @@ def decode(path: str | Path, sampling: Sampling) -> Clip:
         with av.open(str(file)) as container:
             for index, frame in enumerate(container.decode(container.streams.video[0])):
                 if index in keep:
-                    frames[index] = frame.to_ndarray(format="rgb24")
+                    # a phone's clip is stored as the sensor lay; players turn it by the angle that the file tells
+                    frames[index] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{file} is not a readable video: {error}") from error
     first = times[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,13 @@ class Generative(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) of the output layer."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D) of the output layer, with what an adapter on it adds: the loss is made from the weight, not by the layer's own forward."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        weight, head = self.lm_head.weight, cast(Any, self.lm_head)
+        for adapter in getattr(head, "active_adapters", ()):  # peft's
+            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        return weight
 
     def embed(self, batch: TokenBatch) -> tuple[Tensor, DeepStack | None]:
         """A pack's input to the decoder: (T, D), and what is added after its first layers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, IntermodalError, nearest
 from ..files import read_json
 from ..models.clip import CLIP, DualEncoder
+from ..models.decoder import DecoderConfig
 from . import open_clip
 from .files import read_weights, write_weights
 from .hub import model_folder
@@ -216,4 +217,16 @@ def _read(source: str | Path) -> _Found:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a setting that is missing or of another kind
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
-    return _Found(folder, folder, family, config, raw, codec(family).rules(family, config), read_weights(folder))
+    state = read_weights(folder)
+    config = _tied_as_in_file(config, raw, state)
+    return _Found(folder, folder, family, config, raw, codec(family).rules(family, config), state)
+
+
+def _tied_as_in_file(config: Any, raw: dict[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """The config, its output layer the embedding table where the file has no other and `text_config` alone says so: released OneVision
+    directories say false at the top (transformers PR 43617)."""
+    text = getattr(config, "text", None)
+    if not isinstance(text, DecoderConfig) or text.tied or any(key.endswith("lm_head.weight") for key in state):
+        return config
+    tied = (raw.get("text_config") or {}).get("tie_word_embeddings")
+    return replace(config, text=replace(text, tied=True)) if tied else config

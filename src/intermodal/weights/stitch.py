@@ -115,14 +115,19 @@ def _config(
     onevision: bool,
 ) -> LlavaConfig:
     """What is built of the two. `ids` are those of the image token and, for a OneVision, of the video token."""
-    clip, side = isinstance(vision, CLIP), vision.config.vision.image_size
+    clip, side, depth = isinstance(vision, CLIP), vision.config.vision.image_size, vision.config.vision.depth
+    layer = layer if layer is not None else -2 if clip else -1
+    if not -depth - 1 <= layer <= depth:
+        raise IntermodalError(
+            f"layer {layer}: a tower of {depth} layers has the hidden states 0 to {depth} (or -{depth + 1} to -1)"
+        )
     rows = max(language.config.vocab_size, *(index + 1 for index in ids))
     return LlavaConfig(
         "llava_onevision" if onevision else "llava_next" if anyres else "llava",
         vision.config.vision,
         replace(language.config, vocab_size=rows),
         tower="clip" if clip else "siglip",
-        layer=layer if layer is not None else -2 if clip else -1,
+        layer=layer,
         drop_first=clip,
         image_id=ids[0],
         video_id=ids[1] if onevision else None,
