@@ -539,6 +539,29 @@ def test_onevision_learns_from_clips_in_its_three_stages(tower, tmp_path):
         assert model.generate([{"role": "user", "content": content}], max_new_tokens=2).text.strip() == word
 
 
+def test_another_template_is_trained_with_and_saved(recipe, trained, tmp_path):
+    """A released LLaVA 1.5's template ends no reply: the audit refuses it, and `model.template` names another."""
+    folder, file = tmp_path / "endless", tmp_path / "mine.jinja"
+    shutil.copytree(trained / "model", folder)
+    own = (folder / "chat_template.jinja").read_text()
+    endless = (
+        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}{% endif %} {% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(endless)
+    stage = replace(recipe.stages[1], train=replace(recipe.stages[1].train, steps=1))
+    started = replace(recipe, model=replace(recipe.model, start=str(folder)), stages=(stage,))
+    with pytest.raises(IntermodalError, match="replies would not end"):
+        train_stages(started, tmp_path / "refused", quiet=True)
+    file.write_text(own)
+    train_stages(replace(started, model=replace(started.model, template=str(file))), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").read_text() == own
+    file.write_text("{% if %}")
+    for name, message in (("mine.jinja", "does not compile"), ("none.jinja", "cannot be read")):
+        with pytest.raises(IntermodalError, match=message):
+            train_stages(replace(started, model=replace(started.model, template=str(tmp_path / name))), tmp_path / "no", quiet=True)
+
+
 @pytest.mark.parametrize("layer", [99, -99])
 def test_a_layer_that_the_tower_does_not_have_is_refused(layer, tower):
     vision = intermodal.load(tower)

@@ -82,6 +82,9 @@ def _coloured(processor, conversation):
         style = "green" if conversation.supervised[index] else "bright_black"
         # a token alone may have lost the space before it
         after = processor.decode(ids[first : index + 1], special=True)
+        if after.endswith("\ufffd") and index + 1 < len(ids) and index + 1 not in media:
+            index += 1  # the rest of this character is in the tokens that follow
+            continue
         out.append(after[len(before) :] if after.startswith(before) else processor.decode([ids[index]], special=True), style=style)
         before = after
         index += 1

@@ -144,6 +144,14 @@ class ChatProcessor:
             files=files,
         )
 
+    def set_template(self, text: str) -> None:
+        """Take another chat template, also for what is saved. Raises TemplateError: it does not compile."""
+        template = ChatTemplate(text, self.template.special if self.template else {})
+        template.check()
+        self.template = template
+        self.files = {name: data for name, data in self.files.items() if name != "chat_template.json"}
+        self.files["chat_template.jinja"] = text.encode()
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Plain text -> ids; `special` adds what the tokenizer adds by itself (a beginning-of-text token)."""
         return self.tokenizer.encode(text, add_special_tokens=special).ids

@@ -73,6 +73,10 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not compile: {error}") from error
 
+    def check(self) -> None:
+        """Raises TemplateError: it does not compile."""
+        _ = self._compiled
+
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "special": self.special}
 

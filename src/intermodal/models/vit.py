@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batch import Images
 from ..config import Positive
-from ..errors import IntermodalError
+from ..errors import InputError, IntermodalError
 from ..nn.attention import Segments
 from ..nn.layers import AttentionPool, Encoder, TransformerConfig
 
@@ -43,7 +43,15 @@ def patchify(pixels_BCHW: Tensor, patch: int) -> Tensor:
 
 
 def embed_patches(layer: nn.Linear, patches_PK: Tensor) -> Tensor:
-    """Pixels come in float32; the tower's weights say in what it computes."""
+    """Pixels come in float32; the tower's weights say in what it computes.
+
+    Raises:
+        InputError: they are still bytes.
+    """
+    if not patches_PK.is_floating_point():
+        raise InputError(
+            "these pixels are bytes as data workers hand them over: make them numbers with the image processor's `normalised`"
+        )
     return layer(patches_PK.to(layer.weight.dtype))
 
 

@@ -60,16 +60,16 @@ class DataConfig:
     batch: Positive = 256
     """Pairs a step over all ranks."""
     workers: NotNegative = 1
-    """Processes that decode pictures and make tokens; 0 does it in the training process, which decodes those of an `hf:` stream anyway."""
+    """Processes that decode pictures and make tokens; 0 does it in the training process, which tries those of an `hf:` stream anyway."""
     prefetch: Positive = 4
-    """Batches that each worker keeps ready: the rank's whole share in float32, 0.6 MB a picture of 224 px."""
+    """Batches that each worker keeps ready: the rank's whole share in bytes, 0.15 MB a picture of 224 px."""
     seed: int = 0
     crop_scale: tuple[Share, Share] | None = None
     """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
     allow_urls: bool = False
     """Fetch pictures named by http(s) addresses."""
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.05
-    """Stop when more than this share of the samples read is unusable."""
+    """Stop when more than this share of the samples that all ranks have read is unusable, or of a source's files are cut short."""
     split_streams: bool = True
     """Each rank reads its own part of a stream (`hf:`). Else every rank reads and decodes all of it and keeps its slice of a batch: ranks
     then see the batches that one alone would, and a run can go on on another number of them."""
@@ -144,13 +144,16 @@ class StitchConfig:
     """A stitched model to go on from, or the parts of a new one."""
 
     start: str | None = None
-    """A directory or hub id of a stitched model; the fields below are then not read."""
+    """A directory or hub id of a stitched model; of the fields below only `template` is then read."""
     vision: str = "runs/demo/model"
     """The CLIP or SigLIP model that gives its tower."""
     language: str | None = None
     """The decoder's directory or GGUF file; None makes a fresh one of the shape below."""
     layer: int | None = None
     """Which hidden state of the tower is read; None takes LLaVA's choice for the tower's kind."""
+    template: str | None = None
+    """A file with the chat template to train with, and to save, in place of the model's own. A released LLaVA 1.5 needs one: its own
+    ends no reply, so nothing would be learned of when to stop."""
     anyres: tuple[tuple[int, int], ...] = ()
     """Grids of tiles, (down, across), that a picture may be cut into (LLaVA-NeXT); none gives LLaVA 1.5's one square."""
     onevision: bool = False

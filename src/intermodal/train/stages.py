@@ -74,6 +74,22 @@ def train_stages(
 
 def build_model(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource | StreamSource], seed: int = 0) -> Generative:
     """The model a recipe starts from: loaded, stitched from its parts, or native; `seed` draws what is fresh in it."""
+    model = _built(config, sources, seed)
+    if isinstance(config, StitchConfig) and config.template is not None:
+        _set_template(model, Path(config.template).expanduser())
+    return model
+
+
+def _set_template(model: Generative, file: Path) -> None:
+    if model.processor is None:
+        raise IntermodalError(f"model.template={file}: the model has no tokenizer to go with it")
+    try:
+        model.processor.set_template(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntermodalError(f"model.template={file} cannot be read: {error}") from None
+
+
+def _built(config: StitchConfig | NativeConfig, sources: Sequence[TalkSource | StreamSource], seed: int) -> Generative:
     if config.start is not None:
         model = load(config.start)
         if not isinstance(model, Generative):
