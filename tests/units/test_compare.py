@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_one_recipe_against_itself_with_other_settings(tmp_path):
     assert "count" not in first["questions"]  # there is one of everything in these scenes
     assert [run["drawn"]["count"] for run in (first, second)] == [4, 4]
     assert "native-2 with model.vq=eyes, model.decoder.depth=3" in (tmp_path / "report.md").read_text()
+
+
+def test_a_seed_reaches_the_data_and_the_weights_of_every_stage():
+    made = load_recipe(RECIPES / "llava.py", tiny=True)
+    seeded = lab._seeded(made, 7)
+    assert [(stage.data.seed, stage.train.seed) for stage in seeded.stages] == [(7, 7)] * len(made.stages)
+    assert [replace(stage, data=old.data, train=old.train) for stage, old in zip(seeded.stages, made.stages, strict=True)] == list(
+        made.stages
+    )
 
 
 WAITING_CHILD = """

@@ -191,6 +191,26 @@ def test_seeds_draw_differently_and_a_stop_text_ends_what_follows_a_picture(mode
     assert "".join(piece for piece in pieces[:-1] if isinstance(piece, str)) == stopped.text
 
 
+def test_pictures_are_drawn_by_settings_of_their_own(model):
+    """Greedy words beside drawn codes and the other way round; what shapes words (penalty, top-k, min-p) leaves the codes alone."""
+    settings = dict(max_new_tokens=3, max_images=1)
+    pictures = {}
+    for name, more in {
+        "greedy": {"image_temperature": 0.0},
+        "greedy, other words": {"image_temperature": 0.0, "repetition_penalty": 3.0, "temperature": 0.7},
+        "one": {"image_temperature": 1.0, "seed": 1},
+        "two": {"image_temperature": 1.0, "seed": 2},
+        "nearly none": {"image_temperature": 1.0, "image_top_p": 1e-6, "seed": 2},
+        "one of a few words": {"image_temperature": 1.0, "seed": 1, "top_k": 1, "min_p": 0.9},
+    }.items():
+        reply = model.generate(TALKS[0], **settings, **more)
+        assert reply.images, name
+        pictures[name] = reply.images[0].tobytes()
+    assert pictures["greedy"] == pictures["greedy, other words"] == pictures["nearly none"]
+    assert len({pictures[name] for name in ("greedy", "one", "two")}) == 3
+    assert pictures["one"] == pictures["one of a few words"]
+
+
 def test_only_words_and_ends_come_in_a_text(folder):
     """PITFALLS 8.8: no begin of sequence, no reserved token; "</" is a word, whatever the reference says."""
     model = intermodal.load(folder)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import intermodal
+from intermodal.config import override
 from intermodal.models.vqvae import VQVAE, VQConfig, initialise
 from intermodal.parallel.setup import start
+from intermodal.train.contrastive import train
 from intermodal.train.loop import Stopped
 from intermodal.train.recipe import AdversarialConfig, CodebookConfig, load_recipe
 from intermodal.train.vq_terms import PatchCritic, Perceptual, balance, entropy_term
@@ -74,6 +76,67 @@ def test_unit_codes_stay_on_the_sphere_with_averages_and_revival():
             total = 0.9 * sums[code] + 0.1 * z[ids == code].sum(0)
             torch.testing.assert_close(table[code], F.normalize(total, dim=0))
         assert (0.9 * counts + 0.1 * torch.bincount(ids, minlength=5) - state.counts)[ids.unique()].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("unit_codes", [False, True])
+@pytest.mark.parametrize("beta_on", ["codebook", "commitment"])
+def test_the_gradient_passes_straight_through_and_beta_weighs_one_term(beta_on, unit_codes):
+    """Van den Oord et al. 2017, equation 3, and the authors' `legacy` rule (PITFALLS 8.12), written out."""
+    torch.manual_seed(0)
+    quantize = initialise(VQVAE(replace(SHAPE, beta_on=beta_on, beta=0.3, unit_codes=unit_codes))).quantize
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 3)
+    table = quantize.embedding.weight.detach()
+    if unit_codes:
+        flat, table = F.normalize(flat, dim=-1), F.normalize(table, dim=-1)
+    nearest = torch.cdist(flat.double(), table.double()).argmin(1)
+    out, ids, loss = quantize(z)
+    assert torch.equal(ids.flatten(), nearest)
+    torch.testing.assert_close(out.detach().permute(0, 2, 3, 1).reshape(-1, 3), table[nearest])
+    torch.testing.assert_close(loss, 1.3 * (flat - table[nearest]).square().mean())
+    if unit_codes:
+        return
+    weight = torch.randn(out.shape)
+    (through,) = torch.autograd.grad((out * weight).sum(), z, retain_graph=True)
+    assert torch.equal(through, weight), "the codes' gradient is the latents'"
+    moved, table_moved = torch.autograd.grad(loss, (z, quantize.embedding.weight))
+    pull = 2 * (flat - table[nearest]) / flat.numel()
+    on_latents, on_codes = (1.0, 0.3) if beta_on == "codebook" else (0.3, 1.0)
+    torch.testing.assert_close(moved.permute(0, 2, 3, 1).reshape(-1, 3), on_latents * pull)
+    torch.testing.assert_close(table_moved, torch.zeros_like(table).index_add_(0, nearest, -on_codes * pull))
+
+
+@pytest.mark.parametrize("setting", ["codebook.entropy=5.0", "codebook.ema=null", "train.perceptual_weight=50.0"])
+def test_each_switch_changes_what_is_learned(setting, recipe, tmp_path):
+    if "perceptual" in setting:
+        train(load_recipe(RECIPE.with_name("siglip.py"), tiny=True), tmp_path / "eye", quiet=True)
+        recipe = override(recipe, [f"train.perceptual={tmp_path / 'eye' / 'model'}", "train.perceptual_weight=0.0"])
+    one, other = (
+        train_vqvae(made, tmp_path / name, quiet=True) for name, made in (("one", recipe), ("other", override(recipe, [setting])))
+    )
+    first, second = one.state_dict(), other.state_dict()
+    assert not torch.equal(first["encoder.conv_in.weight"], second["encoder.conv_in.weight"])
+
+
+def test_perplexity_is_that_of_the_shares_and_averages_alone_move_the_codes(recipe, tmp_path, monkeypatch):
+    counted, learned = [], []
+    update = CodebookState.update
+
+    def watched(state, vq, z, ids, world):
+        counted.append(torch.bincount(ids, minlength=vq.config.codes))
+        learned.append(vq.quantize.embedding.weight.grad)
+        norms = z.norm(dim=-1)
+        assert torch.allclose(norms, torch.ones_like(norms)) == vq.config.unit_codes
+        return update(state, vq, z, ids, world)
+
+    monkeypatch.setattr(CodebookState, "update", watched)
+    made = override(recipe, ["train.log_every=1", "train.steps=3", "codebook.ema=0.9", "model.unit_codes=true"])
+    train_vqvae(made, tmp_path, quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for counts, row in zip(counted, rows, strict=True):
+        shares = counts[counts > 0].double() / counts.sum()
+        assert row["perplexity"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
+    assert all(gradient is None for gradient in learned)
 
 
 def test_training_learns_and_says_so(recipe, tmp_path):
@@ -185,7 +248,6 @@ def test_the_critic_changes_what_is_learned_from_its_start_on(recipe, tmp_path):
 
 def test_likeness_to_a_trained_eye(recipe, tmp_path):
     from intermodal.errors import IntermodalError
-    from intermodal.train.contrastive import train
 
     train(load_recipe(RECIPE.with_name("siglip.py"), tiny=True), tmp_path / "eye", quiet=True)
     eye = Perceptual(str(tmp_path / "eye" / "model"), torch.device("cpu"))
