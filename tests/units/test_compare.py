@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from intermodal.cli.app import app
 from intermodal.config import SettingError
+from intermodal.data.scenes import SceneConfig, Scenes
+from intermodal.data.signs import SignConfig, Signs
 from intermodal.errors import IntermodalError
 from intermodal.evaluate import vqa
 from intermodal.lab import compare as lab
@@ -137,7 +140,6 @@ def test_both_sides_read_the_same_with_the_same_decoder():
 
 def test_what_only_pixels_hold_is_lost_by_what_does_not_hold_them(monkeypatch):
     """The read-out finds everything in features that are the pixels, and only the mean in features that say nothing."""
-    from intermodal.data.scenes import SceneConfig
     from intermodal.evaluate.judge import pixels_of
 
     monkeypatch.setattr(measure, "READ_OUT", (60, 20))
@@ -152,6 +154,42 @@ def test_what_only_pixels_hold_is_lost_by_what_does_not_hold_them(monkeypatch):
     all_kept, nothing = (measure.kept(model, config)["linear"] for model in ("pixels", "nothing"))
     assert all_kept > 40
     assert 3 < nothing < 15
+
+
+class Oracle:
+    """In place of a model: says of each picture what `knows` says."""
+
+    def __init__(self, knows):
+        self.knows, self.seen = knows, []
+
+    def generate_batch(self, talks, **settings):
+        pictures = [next(part["image"] for part in talk[0]["content"] if part["type"] == "image") for talk in talks]
+        self.seen += pictures
+        return [SimpleNamespace(text=self.knows(picture)) for picture in pictures]
+
+
+def test_signs_are_shown_at_each_height_and_counted_for_it():
+    source = Signs(SignConfig(side=48, words=8))
+    words = {
+        source.sign(index, height).image.tobytes(): (height, source.sign(index, height).word)
+        for height in (8, 20)
+        for index in range(5)
+    }
+    assert len(words) == 10
+    oracle = Oracle(lambda picture: words[picture.tobytes()][1] if words[picture.tobytes()][0] == 20 else "no")
+    assert measure.signs_read(oracle, source, (8, 20), 5) == {"8": 0.0, "20": 1.0}
+    assert [words[picture.tobytes()][0] for picture in oracle.seen] == [8] * 5 + [20] * 5
+
+
+def test_captions_are_right_when_they_are_the_scenes_own():
+    config = SceneConfig(side=32)
+    source = Scenes(replace(config, split="test", seed=3))
+    truth = {source.scene(index).image.tobytes(): source.facts(index) for index in range(6)}
+    assert vqa.captions(Oracle(lambda picture: truth[picture.tobytes()].caption()), config, 6, 3) == {"exact": 1.0, "things": 1.0}
+    assert vqa.captions(Oracle(lambda picture: "nothing of the kind"), config, 6, 3) == {"exact": 0.0, "things": 0.0}
+    first = source.scene(0).image.tobytes()
+    one = Oracle(lambda picture: truth[first].caption() if picture.tobytes() == first else "")
+    assert vqa.captions(one, config, 6, 3)["exact"] == pytest.approx(1 / 6)
 
 
 def test_spikes_stand_out_from_what_was_usual():
