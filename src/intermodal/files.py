@@ -1,12 +1,19 @@
-"""JSON files with errors in words."""
+"""The user's cache folder, and JSON files with errors in words."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+
+
+def cache_folder() -> Path:
+    """Where fetched data sets and indexes of shards live: `INTERMODAL_CACHE`, or the user's cache folder."""
+    root = os.environ.get("INTERMODAL_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "intermodal")
+    return Path(root).expanduser()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,19 +19,19 @@ LONGEST_FIELD = 1 << 30
 """Characters of a CSV field: a picture in base64 is far past the 131,072 that Python allows."""
 
 
-class TableSource:
+class TableSource(ABC):
     """Samples that are records: a subclass says what record a number is."""
 
     columns: dict[str, str]
     allow_urls: bool
 
+    @abstractmethod
     def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
         """(name, folder that its paths are relative to, the record or the line of JSON that it is).
 
         Args:
             words: columns that can hold no caption may be left out.
         """
-        raise NotImplementedError("a table's subclass reads its records")
 
     def __getitem__(self, index: int) -> Sample:
         key, folder, record = self._record(index)

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from .tuxpaint import cache_folder
+from ..files import cache_folder
 
 FORMAT = 1
 """Of kept indexes. Raise it when what is in them changes: those of another format are made anew."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
-import os
 import shutil
 import subprocess
 import tarfile
@@ -15,15 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import SampleError
+from ..files import cache_folder
 from .source import Sample
 
 PACKAGE = "tuxpaint-stamps-default"
-
-
-def cache_folder() -> Path:
-    """Where fetched data sets live: `INTERMODAL_CACHE`, or the user's cache folder."""
-    root = os.environ.get("INTERMODAL_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "intermodal")
-    return Path(root).expanduser()
 
 
 def fetch(target: Path | None = None) -> Path:

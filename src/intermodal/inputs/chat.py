@@ -217,13 +217,13 @@ class ChatProcessor:
     def _check_heard(self, messages: Messages, text: str) -> None:
         """Raises TemplateError where a template says nothing of what a user wrote: some look for parts of another kind, or other keys."""
         for message in messages:
-            if message["role"] == "user":
-                said = message["content"] if isinstance(message["content"], str) else ""
-                for words in (said, *(part["text"] for part in _parts([message]) if part["type"] == "text")):
-                    if words.strip() not in text:
-                        raise TemplateError(
-                            f"the chat template leaves out what the user said ({words.strip()[:40]!r}): it is not for such messages"
-                        )
+            parts = _as_parts(message["content"]) if message["role"] == "user" else []
+            for words in (part["text"].strip() for part in parts if part["type"] == "text"):
+                if words not in text:
+                    raise TemplateError(
+                        f"the chat template leaves out what the user said ({words[:40]!r}): give the model one that writes such messages, "
+                        "model.processor.set_template(text), in a recipe model.template=FILE"
+                    )
 
     def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
         """Box parts as the text that this model writes for them."""

@@ -21,8 +21,8 @@ WINDOW_BLOCK = 128
 # The CPU's kernel is slower in bf16 than in float32 on sequences up to about this length: forward a little, backward twice.
 FLOAT_LENGTH = 1024
 PRODUCT_LENGTH = 256
-"""Up to this length, under autocast on a CPU that multiplies bf16, all L x L scores are made as bf16 products: 1.4 to 3.3 times as fast as
-the kernel, forward and backward (49 to 197 tokens 3 times). Scores are rounded to bf16 then, as autocast rounds every product."""
+"""Up to this length, under autocast on a CPU that multiplies bf16, all L x L scores are made as bf16 products: 1.6 to 2.7 times as fast as
+the kernel, forward and backward (benchmarks/attention.py). Scores are rounded to bf16 then, as autocast rounds every product."""
 
 
 class Segments:
@@ -187,10 +187,14 @@ def attention(
         window = (window[0], 0) if window else None
     if q_THK.is_cuda and q_THK.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _varlen_cuda(q_THK, k_TGK, v_TGK, segments, kv, causal, window, scale)
-    products = window is None and not dropout and _multiplies_scores(q_THK, max(segments.longest, kv.longest))
-    if products and causal and len(set(segments.lengths)) > 1:
-        return _padded(q_THK, k_TGK, v_TGK, segments, scale)
-    return _grouped(q_THK, k_TGK, v_TGK, segments, kv, causal, window, dropout, scale, products)
+    if window is None and not dropout and _multiplies_scores(q_THK, max(segments.longest, kv.longest)):
+        q, k, v = (x.bfloat16() for x in (q_THK, k_TGK, v_TGK))  # before anything is moved: half the bytes
+        if causal and len(set(segments.lengths)) > 1:
+            out_THK = _padded(q, k, v, segments, scale)
+        else:
+            out_THK = _grouped(q, k, v, segments, kv, causal, window, dropout, scale, products=True)
+        return out_THK.to(v_TGK.dtype)
+    return _grouped(q_THK, k_TGK, v_TGK, segments, kv, causal, window, dropout, scale)
 
 
 def _varlen_cuda(q, k, v, segments: Segments, kv: Segments, causal, window, scale) -> Tensor:
@@ -237,21 +241,20 @@ def _padded(q, k, v, segments: Segments, scale) -> Tensor:
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """(N, H, L, K) x (N, G, L', K) -> (N, H, L, K), all in bf16. The queries of a group of heads stand below one another."""
+    """(N, H, L, K) x (N, G, L', K) -> (N, H, L, K), all of it bf16. The queries of a group of heads stand below one another."""
     (count, heads, length, width), kv_heads = q.shape, k.shape[1]
     with torch.autocast("cpu", enabled=False):
-        q_BLK = q.bfloat16().reshape(count * kv_heads, -1, width)
-        k_BLK, v_BLK = (x.bfloat16().reshape(count * kv_heads, -1, width) for x in (k, v))
+        q_BLK, k_BLK, v_BLK = (x.reshape(count * kv_heads, -1, width) for x in (q, k, v))
         alpha = width**-0.5 if scale is None else scale
         if causal:
             mask_LL = torch.full((length, length), -torch.inf, dtype=q_BLK.dtype).triu(1).repeat(heads // kv_heads, 1)
             scores = torch.baddbmm(mask_LL.expand(len(q_BLK), -1, -1), q_BLK, k_BLK.mT, alpha=alpha)
         else:
             scores = torch.bmm(q_BLK * alpha, k_BLK.mT)
-        return torch.bmm(scores.softmax(-1), v_BLK).view(count, heads, length, width).to(v.dtype)
+        return torch.bmm(scores.softmax(-1), v_BLK).view(count, heads, length, width)
 
 
-def _grouped(q, k, v, segments: Segments, kv: Segments, causal, window, dropout, scale, products) -> Tensor:
+def _grouped(q, k, v, segments: Segments, kv: Segments, causal, window, dropout, scale, products: bool = False) -> Tensor:
     """Sequences of equal length become one batched call; a batch that is sorted by length is never copied."""
     shapes = list(zip(segments.lengths, kv.lengths, strict=True))
     restore = None

@@ -43,7 +43,8 @@ def train(
 ) -> DualEncoder:
     """Train a recipe into the folder `run`; returns the trained model (whole, on its device, in eval mode).
 
-    The folder holds `recipe.json`, `metrics.jsonl`, `rejects.jsonl`, `checkpoints/` and, at the end, `model/`: a Hugging Face directory.
+    The folder holds `recipe.json`, `metrics.jsonl`, `rejects.jsonl`, `checkpoints/` and, at the end, `model/`: a Hugging Face directory,
+    or open_clip's for a CLIP with a bias.
 
     Args:
         resume: go on from the newest checkpoint in `run`, bit for bit where the number of ranks is the same.
