@@ -20,7 +20,7 @@ from intermodal.data.signs import SignConfig, Signs
 from intermodal.errors import IntermodalError
 from intermodal.evaluate import vqa
 from intermodal.lab import compare as lab
-from intermodal.lab import measure, report
+from intermodal.lab import logs, measure, report
 from intermodal.train.fit import with_stage_steps
 from intermodal.train.recipe import load_recipe
 
@@ -34,7 +34,7 @@ def compared(tmp_path_factory):
     arguments = ["compare", "--tiny", "--steps", "3", "--seeds", "1", "--out", str(out / "run"), "--json"]
     said = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert said.exit_code == 0, said.output
-    return out / "run", json.loads(said.output.splitlines()[-1]), arguments
+    return out / "run", json.loads(said.stdout), arguments  # nothing else is on stdout
 
 
 def test_every_row_of_the_lectures_table_is_measured(compared):
@@ -61,7 +61,7 @@ def test_a_comparison_goes_on_where_it_was(compared, monkeypatch):
     folder, result, arguments = compared
     monkeypatch.setattr(lab, "_alone", None)  # nothing is left to run
     said = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert json.loads(said.output.splitlines()[-1])["table"] == result["table"]
+    assert json.loads(said.stdout)["table"] == result["table"]
     stitched, native = (lab.Side(RECIPES / f"compare_{name}.py") for name in ("stitched", "native"))
     with pytest.raises(IntermodalError, match="another comparison"):
         lab.compare(stitched, native, folder, lab.Settings())
@@ -77,7 +77,7 @@ def test_one_recipe_against_itself_with_other_settings(tmp_path):
     other = ["--set-second", "model.decoder.depth=3", "--set-second", "model.decoder.qk_layernorm=false"]
     arguments = ["compare", str(RECIPES / "native.py"), str(RECIPES / "native.py"), *eyes, *other, "--tiny", "--steps", "2"]
     said = CliRunner().invoke(app, [*arguments, "--seeds", "1", "--out", str(tmp_path), "--json"], catch_exceptions=False)
-    result = json.loads(said.output.splitlines()[-1])
+    result = json.loads(said.stdout)
     first, second = (result["runs"][f"native-{number}"][0] for number in (1, 2))
     assert second["decoder_parameters"] > first["decoder_parameters"]
     assert {"colour", "where"} < first["questions"].keys()
@@ -194,62 +194,11 @@ def test_captions_are_right_when_they_are_the_scenes_own():
 
 def test_spikes_stand_out_from_what_was_usual():
     falling = list(np.linspace(4, 1, 40))
-    assert lab.spikes(falling) == 0
-    assert lab.spikes([*falling[:20], 9.0, *falling[20:], 7.0]) == 2
+    assert logs.spikes(falling) == 0
+    assert logs.spikes([*falling[:20], 9.0, *falling[20:], 7.0]) == 2
 
 
 def test_nouns_are_found_as_words():
     assert vqa.names("apple", "two red apples left of a car")
     assert vqa.names("car", "two red apples left of a car")
     assert not vqa.names("car", "a scarf")
-
-
-def test_findings_need_every_seed():
-    def run(value, drawn=None):
-        scores = {"things": 0.3}
-        return {
-            "questions": {"all": value},
-            "captions": {"exact": 0.1},
-            "signs": {"8": value},
-            "kept": {"linear": 10 * value},
-            "tokens_per_second": 5.0,
-            "drawn": drawn and {"drawn": scores, "drawn for another caption": {"things": 0.1}, "real": {"things": 0.9}},
-        }
-
-    said = report.findings({"a": [run(0.5), run(0.6)], "b": [run(0.2, True), run(0.4, True)]})
-    assert "a is ahead with every seed: questions, all; signs of all heights; linear read-out of pixels." in said
-    assert any("overlap: captions, exactly right; training tokens/s" in line for line in said)
-    assert any("b draws: the judge finds 30 % of the named things, and 10 %" in line for line in said)
-    overlapping = report.findings({"a": [run(0.5), run(0.3)], "b": [run(0.2), run(0.4)]})
-    assert not any("ahead" in line for line in overlapping)
-
-
-def test_recipes_that_ask_other_kinds_of_questions_are_reported():
-    """A kind that only one side was asked has a row, and no part in what is said of both."""
-
-    def run(**questions):
-        curve = [{"step": 1, "loss": 2.0, "score_norm": 7.0}, {"step": 2, "loss": 1.0, "score_norm": 9.0}]
-        numbers = (
-            "tokens_per_image",
-            "decoder_parameters",
-            "seconds",
-            "seconds_with_measuring",
-            "steps",
-            "tokens_per_second",
-            "peak_megabytes",
-            "loss_spikes",
-        )
-        row = {"questions": questions, "questions_majority": dict.fromkeys(questions, 0.25), "signs_guess": 0.125}
-        row |= {"captions": {"exact": 0.1, "things": 0.2}, "signs": {"8": 0.5}, "kept": {"linear": 10.0, "decoder": None}}
-        return row | dict.fromkeys(numbers, 3.0) | {"highest_score": 4.0, "curve": curve, "drawn": None}
-
-    results = {"first": [run(count=0.5, sign=0.4)], "second": [run(count=0.25, where=0.75)]}
-    rows = dict(report.table(results))
-    assert rows["questions, count (most common answer 25 %)"] == ["50 %", "25 %"]
-    assert rows["questions, sign (most common answer 25 %)"] == ["40 %", "none"]
-    assert rows["questions, where (most common answer 25 %)"] == ["none", "75 %"]
-    assert rows["highest norm of a token's scores"] == ["9", "9"]
-    assert report.findings(results)[0] == "first is ahead with every seed: questions, count."
-    assert report.title(results) == "First against second"
-    for draw in report.PLOTS.values():
-        assert report._figure(results, draw).startswith(b"\x89PNG")

@@ -146,9 +146,11 @@ def compare(
     first: Annotated[Path | None, typer.Argument(help="A recipe with stages; by default recipes/compare_stitched.py.")] = None,
     second: Annotated[Path | None, typer.Argument(help="Another; by default recipes/compare_native.py.")] = None,
     out: Out = Path("runs/compare"),
-    seconds: Annotated[float, typer.Option(help="Training of one run, eyes and decoder; there are two runs a seed.")] = 300.0,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Training of one run, eyes and decoder; there are two runs a seed.")
+    ] = 300.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Train everything exactly this many steps instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train eyes and every stage exactly this many steps instead.")] = None,
     set_first: Annotated[
         list[str] | None,
         typer.Option(help="A setting of the first recipe, `stages.fuse.optim.lr=1e-3`; may be given several times."),
@@ -165,7 +167,8 @@ def compare(
 ) -> None:
     """Compare two recipes by measurement: equal data, equal training time, several seeds; by default a stitched and a native model.
 
-    Writes a page, a Markdown table and JSON. A comparison that was stopped goes on with the runs that are missing.
+    Writes a page, a Markdown table and JSON. A comparison that was stopped goes on with the runs that are missing, and so does one that is
+    asked for more seeds; other settings or edited recipes want another --out.
 
     Examples:
 
@@ -174,9 +177,11 @@ def compare(
     `intermodal compare recipes/native.py recipes/native.py --set-second model.decoder.depth=8 --native-eyes recipes/native_vqvae.py
     --set-first model.vq=eyes --set-second model.vq=eyes`
     """
+    from rich.console import Console
+
     from ..errors import IntermodalError
-    from ..lab.compare import RECIPES, Settings, Side
     from ..lab.compare import compare as measure
+    from ..lab.sides import RECIPES, Settings, Side
 
     if (first is None) != (second is None):
         raise IntermodalError("give two recipes, or none for the project's own")
@@ -184,10 +189,10 @@ def compare(
         Side(first or RECIPES / "compare_stitched.py", tuple(set_first or ())),
         Side(second or RECIPES / "compare_native.py", tuple(set_second or ())),
     )
-    stitched_eyes, native_eyes = stitched_eyes or RECIPES / "compare_siglip.py", native_eyes or RECIPES / "compare_vqvae.py"
     small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
-    page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny)
+    console = Console(stderr=as_json)
+    page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny, console=console)
     say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
     if not as_json:
         typer.echo(f"report: {page}")

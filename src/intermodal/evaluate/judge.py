@@ -18,7 +18,7 @@ from ..data import sprites
 from ..data.compose import Scene
 from ..data.facts import Facts
 from ..data.scenes import SceneConfig, Scenes
-from ..models.clip import SigLIP
+from ..models.clip import DualEncoder
 from ..models.vit import SiglipVisionTower, VisionConfig
 from .retrieval import ranks
 
@@ -165,8 +165,8 @@ def shares(found: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def ranked(model: SigLIP, pictures: Sequence[Image.Image], facts: Sequence[Facts], at: int = 5) -> list[bool]:
-    """For each picture whether its own caption is among the first `at` of all that a SigLIP ranks for it: a second opinion."""
+def ranked(model: DualEncoder, pictures: Sequence[Image.Image], facts: Sequence[Facts], at: int = 5) -> list[bool]:
+    """For each picture whether its own caption is among the first `at` of all that a CLIP or SigLIP ranks for it: a second opinion."""
     captions = [fact.caption() for fact in facts]
     places = ranks(model.embed_images(list(pictures)), model.embed_texts(captions), [[index] for index in range(len(captions))])
     return (places < at).tolist()

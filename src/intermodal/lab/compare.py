@@ -10,62 +10,28 @@ import json
 import multiprocessing
 import os
 import resource
-import statistics
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..config import override
 from ..errors import IntermodalError
-from ..train.recipe import NativeConfig, StagedRecipe, StitchConfig, load_recipe
+from ..train.recipe import StagedRecipe, StitchConfig, VQRecipe
+from .logs import logged
+from .sides import Entry, Settings, Side, check, claim, entries, eyes_setting, with_eyes_at, write_whole
 
-EYES = "eyes"
-"""As `model.vision` or `model.vq`: trained first, from the comparison's recipe for it, within the run's time."""
 EYES_SHARE = 0.35
-RECIPES = Path(__file__).parents[3] / "recipes"
-SPIKE = 1.3
-"""A logged loss this many times the median of the ten before it counts as a spike."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    seconds: float = 300.0
-    """Training time of a run: eyes and decoder together."""
-    seeds: int = 3
-    questions: int = 60
-    """Of each kind, and as many captions."""
-    signs: int = 40
-    """Of each height."""
-    heights: tuple[int, ...] = (8, 10, 12, 14, 17, 20)
-    """Font sizes in pixels of the signs that are to be read."""
-    drawn: int = 48
-    """Held-out captions that a model which draws is to draw."""
-    judge_steps: int = 500
-    steps: int | None = None
-    """Train eyes and decoder exactly this many steps instead of fitting them to `seconds`."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two that are compared: a recipe file with stages, and settings of it by dotted path (`stages.fuse.optim.lr=1e-3`)."""
-
-    recipe: Path
-    overrides: tuple[str, ...] = ()
-
-    def load(self, tiny: bool) -> StagedRecipe:
-        """Raises IntermodalError: the recipe has no stages of conversations. Raises SettingError: an override that does not fit."""
-        made = load_recipe(self.recipe, tiny=tiny)
-        if not isinstance(made, StagedRecipe):
-            raise IntermodalError(
-                f"{self.recipe} is a {type(made).__name__}; only recipes with stages can be compared by what they answer"
-            )
-        return override(made, self.overrides)
+"""Of a run's time, for eyes that are trained first."""
+MODEL_FILES = ("config.json", "open_clip_config.json")
+"""A model's folder has one of them: of transformers' layout, or of open_clip's, which holds a CLIP with the sigmoid loss."""
 
 
 def compare(
@@ -74,63 +40,69 @@ def compare(
     out: Path,
     settings: Settings,
     *,
-    stitched_eyes: str | Path = RECIPES / "compare_siglip.py",
-    native_eyes: str | Path = RECIPES / "compare_vqvae.py",
+    stitched_eyes: Path | None = None,
+    native_eyes: Path | None = None,
     tiny: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train and measure both sides with every seed, and write `report.html`, `report.md` and `report.json`; returns the page's path.
 
+    Args:
+        stitched_eyes: recipe of the tower where `model.vision` is "eyes"; None takes recipes/compare_siglip.py.
+        native_eyes: recipe of the VQ-VAE where `model.vq` is "eyes"; None takes recipes/compare_vqvae.py.
+
     Raises:
-        IntermodalError: a recipe has no stages of conversations, or `out` holds another comparison.
+        IntermodalError: a recipe cannot be trained or compared, which is looked for before the first run, or `out` holds another
+            comparison.
         SettingError: an override that does not fit its recipe.
     """
-    console = console or Console()
-    sides = (first, second)
-    names = [side.load(tiny).name for side in sides]
-    if names[0] == names[1]:
-        names = [f"{names[0]}-{number}" for number in (1, 2)]
-    asked = {
-        "recipes": [str(side.recipe) for side in sides],
-        "overrides": [side.overrides for side in sides],
-        "eyes": [str(stitched_eyes), str(native_eyes)],
-        "tiny": tiny,
-    }
-    _claim(out, asked | asdict(settings))
-    eyes = {"stitched": str(stitched_eyes), "native": str(native_eyes)}
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for seed in range(settings.seeds):
-        for name, side in zip(names, sides, strict=True):
-            folder = out / f"{name}-seed{seed}"
-            if not (folder / "result.json").exists():
-                console.print(f"{name}, seed {seed} ...")
-                began = time.perf_counter()
-                _alone(_run, side, eyes, seed, folder, settings, tiny)
-                console.print(f"  {time.perf_counter() - began:.0f} s: {_line(json.loads((folder / 'result.json').read_text()))}")
-            results[name].append(json.loads((folder / "result.json").read_text()))
+    console, sides = console or Console(), (first, second)
+    both = entries(sides, {"stitched": stitched_eyes, "native": native_eyes}, tiny)
+    claim(out, both, settings)
+    runs = [(entry, seed, _folder(out, entry.name, seed)) for seed in range(settings.seeds) for entry in both]
+    missing = [(entry, seed, folder) for entry, seed, folder in runs if not (folder / "result.json").exists()]
+    if missing:
+        _alone(_check, both, settings)
+    for entry, seed, folder in missing:
+        console.print(f"{entry.name}, seed {seed} ...")
+        began = time.perf_counter()
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it would have to be measured in one piece
+        _alone(_run, entry, seed, folder, settings)
+        console.print(f"  {time.perf_counter() - began:.0f} s: {_line(json.loads((folder / 'result.json').read_text()))}")
+    results: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in both}
+    for entry, _, folder in runs:
+        results[entry.name].append(json.loads((folder / "result.json").read_text()))
     _judge_drawings(results, out, settings, console)
     from .report import write
 
     return write(out, results, settings, [side.overrides for side in sides])
 
 
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    file = out / "settings.json"
-    asked = json.loads(json.dumps(asked))
-    if file.exists() and json.loads(file.read_text()) != asked:
-        raise IntermodalError(f"{out} holds another comparison (its settings.json says which); give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked, indent=2) + "\n")
+def _folder(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name}-seed{seed}"
 
 
 def _alone(function, *arguments: Any) -> None:
-    """Run in a fresh process; an error there is raised here, and the process ends when this one does."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)) as pool:
-        pool.submit(function, *arguments).result()
+    """Run in a fresh process; an error there is raised here, and the process ends when this one does.
+
+    Raises:
+        IntermodalError: the process was killed.
+    """
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (os.getpid(),)) as pool:
+            pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise IntermodalError(
+            "a run's process was killed, perhaps for want of memory; the same command goes on with the runs that are missing"
+        ) from None
 
 
-def _end_with(parent: int) -> None:
-    """A killed process can end nobody: its child looks for it once a second, or it would train on for no one."""
+def _begin(parent: int) -> None:
+    """What a run has to tell goes to stderr: with --json a program reads stdout.
+
+    A killed process can end nobody: its child looks for it once a second, or it would train on for no one.
+    """
+    sys.stdout = sys.stderr
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -140,55 +112,74 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _line(result: dict[str, Any]) -> str:
+def _check(both: Sequence[Entry], settings: Settings) -> None:
+    for entry in both:
+        check(entry, settings)
+
+
+def _line(result: Mapping[str, Any]) -> str:
     asked = ", ".join(f"{kind} {value:.0%}" for kind, value in result["questions"].items())
     return f"{result['steps']} steps; {asked}; captions {result['captions']['exact']:.0%}"
 
 
-def _run(side: Side, eyes: dict[str, str], seed: int, folder: Path, settings: Settings, tiny: bool) -> None:
-    """Train one recipe with one seed and measure it; everything goes to `folder`/result.json."""
+def _run(entry: Entry, seed: int, folder: Path, settings: Settings) -> None:
+    """Train one side with one seed and measure it; everything goes to `folder`/result.json."""
     import torch
 
     from ..train.fit import fit_stages, with_stage_steps
     from ..train.stages import train_stages
     from . import measure
 
-    recipe = _seeded(side.load(tiny), seed)
     began = time.perf_counter()
-    recipe, eyes_steps = _with_eyes(recipe, eyes, seed, folder, settings, tiny)
-    left = settings.seconds - (time.perf_counter() - began)
+    recipe, eyes_steps = _with_eyes(entry, _seeded(entry.recipe, seed), seed, folder, settings)
+    longest = sum(stage.train.steps for stage in recipe.stages)
     if settings.steps is None:
-        recipe = fit_stages(recipe, folder / "trial", left)
+        recipe = fit_stages(recipe, folder / "trial", settings.seconds - (time.perf_counter() - began))
     else:
         recipe = with_stage_steps(recipe, [settings.steps] * len(recipe.stages))
     model = train_stages(recipe, folder / "model", quiet=True)
-    took, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    logs = [
-        json.loads(line)
-        for number, stage in enumerate(recipe.stages, 1)
-        for line in (folder / "model" / f"{number}-{stage.name}" / "metrics.jsonl").read_text().splitlines()
-    ]
+    took, peak = time.perf_counter() - began, _peak_megabytes()
+    steps = sum(stage.train.steps for stage in recipe.stages)
     result = {
         "family": model.family,
         "seed": seed,
         "seconds": took,
         "threads": torch.get_num_threads(),
+        "began_with": _began_with(entry),
         "eyes_steps": eyes_steps,
-        "steps": sum(stage.train.steps for stage in recipe.stages),
+        "steps": steps,
+        "out_of_steps": settings.steps is None and steps >= longest,
         "conversations": sum(stage.train.steps * stage.data.batch for stage in recipe.stages),
-        "tokens_per_second": statistics.median(
-            row["samples_per_second"] * row["tokens"] / recipe.stages[-1].data.batch for row in logs
-        ),
-        "peak_megabytes": peak / 1024,
-        "curve": [{key: row.get(key) for key in ("step", "loss", "score_norm", "highest_score", "gradient_norm")} for row in logs],
-        "loss_spikes": spikes([row["loss"] for row in logs]),
-        "highest_score": max(row.get("highest_score", 0.0) for row in logs),
+        "peak_megabytes": peak,
+        **logged(recipe, folder / "model"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "decoder_parameters": sum(p.numel() for p in model.model.parameters()),
         **measure.reading(model, recipe, settings, folder),
     }
     result["seconds_with_measuring"] = time.perf_counter() - began
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _peak_megabytes() -> float:
+    """Most memory that this process has held, without its data workers.
+
+    Not getrusage where there is another way: Linux counts into it what the parent held when this process began.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _began_with(entry: Entry) -> list[str]:
+    """Settings of the model that name trained weights, `model.vision=runs/a/model`: the time that those took is not in the comparison."""
+    model = entry.recipe.model
+    if model.start is not None:
+        return [f"model.start={model.start}"]
+    name, where = eyes_setting(model)
+    own = {} if entry.eyes is not None else {name: where}
+    own |= {"language": model.language} if isinstance(model, StitchConfig) and model.language is not None else {}
+    return [f"model.{part}={value}" for part, value in own.items()]
 
 
 def _seeded(recipe: StagedRecipe, seed: int) -> StagedRecipe:
@@ -199,50 +190,41 @@ def _seeded(recipe: StagedRecipe, seed: int) -> StagedRecipe:
     return replace(recipe, stages=stages)
 
 
-def _with_eyes(
-    recipe: StagedRecipe, eyes: dict[str, str], seed: int, folder: Path, settings: Settings, tiny: bool
-) -> tuple[StagedRecipe, int]:
+def _with_eyes(entry: Entry, recipe: StagedRecipe, seed: int, folder: Path, settings: Settings) -> tuple[StagedRecipe, int]:
     """The recipe with its tower or VQ-VAE trained, where it asks for that, and for how many steps."""
     from ..train.contrastive import train
     from ..train.fit import fit, with_steps
     from ..train.vqvae import train_vqvae
 
-    model = recipe.model
-    native = isinstance(model, NativeConfig)
-    if model.start is not None or (model.vq if isinstance(model, NativeConfig) else model.vision) != EYES:
+    eyes = entry.eyes
+    if eyes is None:
         return recipe, 0
-    made = load_recipe(eyes["native" if native else "stitched"], tiny=tiny)
-    made = replace(made, data=replace(made.data, seed=seed), train=replace(made.train, seed=seed))
+    eyes = replace(eyes, data=replace(eyes.data, seed=seed), train=replace(eyes.train, seed=seed))
     if settings.steps is None:
-        made = fit(made, folder / "eyes-trial", settings.seconds * EYES_SHARE)
+        eyes = fit(eyes, folder / "eyes-trial", settings.seconds * EYES_SHARE)  # pyright: ignore[reportArgumentType]
     else:
-        made = with_steps(made, settings.steps)
-    (train_vqvae if native else train)(made, folder / "eyes", quiet=True)
-    where = str(folder / "eyes" / "model")
-    chosen = replace(model, vq=where) if isinstance(model, NativeConfig) else replace(model, vision=where)
-    assert isinstance(chosen, NativeConfig | StitchConfig)
-    return replace(recipe, model=chosen), made.train.steps
-
-
-def spikes(losses: Sequence[float]) -> int:
-    """How many losses stand out from the ten before them."""
-    return sum(loss > SPIKE * statistics.median(losses[at - 10 : at]) for at, loss in enumerate(losses) if at >= 10)
+        eyes = with_steps(eyes, settings.steps)
+    if isinstance(eyes, VQRecipe):
+        train_vqvae(eyes, folder / "eyes", quiet=True)
+    else:
+        train(eyes, folder / "eyes", quiet=True)
+    return with_eyes_at(recipe, folder / "eyes" / "model"), eyes.train.steps
 
 
 def _judge_drawings(results: dict[str, list[dict[str, Any]]], out: Path, settings: Settings, console: Console) -> None:
-    """Score what was drawn, once all runs are done: by a classifier of real scenes and by a SigLIP of the comparison, if there is one."""
-    drew = [
-        folder for name, rows in results.items() for row in rows if (folder := out / f"{name}-seed{row['seed']}" / "drawn").exists()
-    ]
+    """Score what was drawn, once all runs are done: by a classifier of real scenes, and by a CLIP or SigLIP of the comparison, if there
+    is one."""
+    folders = [_folder(out, name, row["seed"]) for name, rows in results.items() for row in rows]
+    drew = [folder / "drawn" for folder in folders if (folder / "drawn").exists()]
     if not drew:
         return
-    towers = sorted(out.glob("*/eyes/model/config.json"))
+    eyes = [folder / "eyes" / "model" for folder in folders]
     if not all((folder / "scores.json").exists() for folder in drew):
         console.print("judging what was drawn ...")
-        _alone(_judge, drew, [str(file.parent) for file in towers], settings)
-    for rows_name, rows in results.items():
+        _alone(_judge, drew, [str(model) for model in eyes if any((model / name).exists() for name in MODEL_FILES)], settings)
+    for name, rows in results.items():
         for row in rows:
-            file = out / f"{rows_name}-seed{row['seed']}" / "drawn" / "scores.json"
+            file = _folder(out, name, row["seed"]) / "drawn" / "scores.json"
             row["drawn"] = json.loads(file.read_text()) if file.exists() else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,58 @@ from ..data.signs import SignConfig, Signs
 from ..data.talks import SceneTalks, SignTalks, user
 from ..evaluate.demo_native import DRAW_SEED, JUDGE_SEED, asked_kinds, decoded, reconstructed
 from ..evaluate.judge import Judge, fresh_tower, pixels_of, ranked, shares, train_judge, verdicts
-from ..evaluate.vqa import accuracy, ask, asked_of, captions, held_out_questions, majority
+from ..evaluate.vqa import Asked, accuracy, ask, asked_of, captions, held_out_questions, majority
 from ..models.chameleon import Chameleon
-from ..models.clip import SigLIP
+from ..models.clip import DualEncoder
 from ..models.generative import Generative
 from ..models.vit import SiglipVisionTower
 from ..train.recipe import StagedRecipe
 from ..train.vqvae import psnr
 from ..weights.load import load
+from .sides import Settings
 
 RIDGE = 1e-3
 READ_OUT = (800, 200)
 """Pictures that the linear read-out is fitted on, and tested on."""
 
 
-def reading(model: Generative, recipe: StagedRecipe, settings: Any, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Exam:
+    """What a model is asked about: pictures as its own recipe draws them."""
+
+    scenes: SceneConfig
+    signs: Signs
+    questions: list[Asked]
+
+
+def asked_about(recipe: StagedRecipe, settings: Settings, side: int) -> Exam:
+    """The scenes, signs and questions for a model of a recipe whose pictures have `side` pixels a side.
+
+    Raises:
+        IntermodalError: the recipe's scenes hardly ever answer a kind of question that it asks.
+    """
+    scenes = scene_config(recipe, side)
+    signs = Signs(replace(sign_config(recipe, side), seed=DRAW_SEED, least=min(settings.heights)))
+    return Exam(scenes, signs, held_out_questions(scenes, each=settings.questions, kinds=asked_kinds(recipe)))
+
+
+def reading(model: Generative, recipe: StagedRecipe, settings: Settings, folder: Path) -> dict[str, Any]:
     """Every measure of one model; pictures that it draws are left in `folder`/drawn, to be judged with those of other runs."""
-    config = scene_config(recipe, model.picture_side)
-    kinds = asked_kinds(recipe)
-    asked = held_out_questions(config, each=settings.questions, kinds=kinds)
-    signs = Signs(replace(sign_config(recipe, model.picture_side), seed=DRAW_SEED, least=min(settings.heights)))
-    answers = accuracy(asked, ask(model, asked))
+    exam = asked_about(recipe, settings, model.picture_side)
     out = {
-        "questions": answers,
-        "questions_majority": accuracy(asked, majority(config, asked)),
-        "captions": captions(model, config, settings.questions, seed=DRAW_SEED),
-        "signs": signs_read(model, signs, settings.heights, settings.signs),
-        "signs_guess": 1 / signs.config.words,
+        "native": isinstance(model, Chameleon),
+        "learns_to_draw": any(spec.startswith(("draws:", "steps:")) for stage in recipe.stages for spec in stage.data.train),
+        "asked_about": {"scenes": to_dict(exam.scenes), "signs": to_dict(exam.signs.config)},
+        "questions": accuracy(exam.questions, ask(model, exam.questions)),
+        "questions_majority": accuracy(exam.questions, majority(exam.scenes, exam.questions)),
+        "captions": captions(model, exam.scenes, settings.questions, seed=DRAW_SEED),
+        "signs": signs_read(model, exam.signs, settings.heights, settings.signs),
+        "signs_guess": 1 / exam.signs.config.words,
         "tokens_per_image": tokens_per_image(model),
-        "kept": kept(model, config),
+        "kept": kept(model, exam.scenes),
     }
     if isinstance(model, Chameleon):
-        draw(model, config, settings.drawn, folder / "drawn")
+        draw(model, exam.scenes, settings.drawn, folder / "drawn")
     return out
 
 
@@ -149,41 +169,48 @@ def draw(model: Chameleon, config: SceneConfig, count: int, folder: Path) -> Non
         for index, picture in enumerate(pictures):
             sheet.paste(picture, (index * config.side, 0))
         sheet.save(folder / f"{name}.png")
-    said = {"side": config.side, "began": sum(bool(reply.images) for reply in replies), "captions": [f.caption() for f in facts]}
+    said = {"side": config.side, "drew": [bool(reply.images) for reply in replies], "captions": [f.caption() for f in facts]}
     (folder / "said.json").write_text(json.dumps({**said, "scenes": to_dict(config)}, indent=1) + "\n")
 
 
 def judge_drawings(folders: Sequence[Path], models: Sequence[str], steps: int) -> None:
-    """Write `scores.json` into folders of `draw`: a classifier of real scenes names what it sees, and a SigLIP ranks the captions.
+    """Write `scores.json` into folders of `draw`: a classifier of real scenes names what it sees, and a CLIP or SigLIP ranks
+    the captions.
 
     Args:
-        models: SigLIP models of the comparison; the first gives the second judge, and its tower to the first.
+        models: trained eyes of the comparison; the first CLIP or SigLIP of the pictures' size is the second judge, and gives its tower to
+            the first where that can take it.
     """
-    siglips = [found for path in models if isinstance(found := load(path), SigLIP)]
-    judges: dict[SceneConfig, tuple[Judge, SigLIP | None]] = {}
+    encoders = [found for path in models if isinstance(found := load(path), DualEncoder)]
+    judges: dict[SceneConfig, tuple[Judge, DualEncoder | None]] = {}
     for folder in folders:
         said = json.loads((folder / "said.json").read_text())
         config = from_dict(SceneConfig, said["scenes"])
         if config not in judges:
-            judges[config] = _judges(config, siglips, steps)
-        judge, siglip = judges[config]
+            judges[config] = _judges(config, encoders, steps)
+        judge, encoder = judges[config]
         source = Scenes(replace(config, split="test", seed=DRAW_SEED))
         facts = [source.facts(index) for index in range(len(said["captions"]))]
         sheets = {name: _cut(folder / f"{name}.png", config.side) for name in ("drawn", "real", "codes", "noise")}
         sheets["drawn for another caption"] = sheets["drawn"][1:] + sheets["drawn"][:1]
-        scores: dict[str, Any] = {"began": said["began"], "count": len(facts)}
+        scores: dict[str, Any] = {
+            "began": sum(said["drew"]),
+            "count": len(facts),
+            "ranked_by": type(encoder).__name__ if encoder else None,
+        }
         for name, pictures in sheets.items():
-            rank = float(np.mean(ranked(siglip, pictures, facts))) if siglip is not None else None
-            scores[name] = {**shares(verdicts(judge, pictures, facts)), "siglip": rank}
+            own = ranked(encoder, pictures, facts) if encoder is not None else None
+            scores[name] = {**shares(verdicts(judge, pictures, facts)), "ranked": float(np.mean(own)) if own is not None else None}
         (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
 
 
-def _judges(config: SceneConfig, siglips: Sequence[SigLIP], steps: int) -> tuple[Judge, SigLIP | None]:
-    """The classifier for scenes of a kind, from the first SigLIP of their size where there is one; and that SigLIP."""
-    siglip = next((model for model in siglips if model.config.vision.image_size == config.side), None)
-    tower = fresh_tower(config.side) if siglip is None else siglip.vision
-    assert isinstance(tower, SiglipVisionTower)
-    return train_judge(replace(config, seed=JUDGE_SEED), tower=tower, steps=steps, progress=False), siglip
+def _judges(config: SceneConfig, encoders: Sequence[DualEncoder], steps: int) -> tuple[Judge, DualEncoder | None]:
+    """The classifier for scenes of a kind, from the tower of the first encoder of their size where that is a plain SigLIP's; and that
+    encoder."""
+    encoder = next((model for model in encoders if model.config.vision.image_size == config.side), None)
+    # a CLIP's tower has a class token before its patches, and a NaFlex one wants packed patches: the classifier takes neither
+    tower = encoder.vision if encoder is not None and type(encoder.vision) is SiglipVisionTower else fresh_tower(config.side)
+    return train_judge(replace(config, seed=JUDGE_SEED), tower=tower, steps=steps, progress=False), encoder
 
 
 def _cut(sheet: Path, side: int) -> list[Image.Image]:
