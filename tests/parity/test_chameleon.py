@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from too_long import check_too_long
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from typer.testing import CliRunner
 
 import intermodal
+from intermodal.cli.app import app
 from intermodal.errors import CheckpointError, IntermodalError
 from intermodal.inputs.codes import ImageTokens
 from intermodal.inputs.media import Clip, MediaError
@@ -400,3 +402,67 @@ def test_round_trip(made, settings, tmp_path):
 
 def test_too_long_counts_what_is_shown(made, monkeypatch):
     check_too_long(intermodal.load(made()[0]), CASES["image first"], user("And then?"), monkeypatch)
+
+
+def test_the_verb_adds_a_decoder_to_a_released_layout(made, tmp_path):
+    """From a directory that transformers wrote and the authors' VQGAN files, or a VQ-VAE's directory, to a picture."""
+    folder, _ = made()
+    ours = intermodal.load(folder)
+    asked = [user("draw")]
+    with torch.no_grad():  # a head that likes to begin a picture where the turn ends
+        last = ours.hidden(ours.processor(asked, reply=True))[-1]
+        ours.lm_head.weight[NAMES["<racm3:break>"]] = 9 * last / last.norm()
+    reads = intermodal.save(ours, tmp_path / "reads")
+    full = initialise(VQVAE(replace(ours.config.vq, decoder=True)))
+    full.quantize.load_state_dict(ours.vqmodel.quantize.state_dict())
+    vqgan.write_authors(full, tmp_path / "tokenizer")
+    intermodal.save(full, tmp_path / "vq")
+    run, codes = CliRunner().invoke, torch.arange(16).view(1, 4, 4)
+    assert "--vq-decoder" in run(app, ["generate", str(reads), "draw", "--max-new-tokens", "2"]).stderr
+    before = transformers.ChameleonForConditionalGeneration.from_pretrained(reads)
+    for number, where in enumerate(("tokenizer", "tokenizer/vqgan.ckpt", "vq")):
+        draws = tmp_path / f"draws-{number}"
+        done = run(app, ["convert", str(reads), str(draws), "--vq-decoder", str(tmp_path / where)])
+        assert done.exit_code == 0, done.exception
+        with torch.no_grad():
+            assert torch.equal(intermodal.load(draws).vqmodel.decode(codes), full.decode(codes))
+        after = transformers.ChameleonForConditionalGeneration.from_pretrained(draws)
+        ids = ours.processor(CASES["no image"]).ids[None]
+        assert torch.equal(after(input_ids=ids).logits, before(input_ids=ids).logits)
+    out = tmp_path / "out"
+    told = run(app, ["generate", str(draws), "draw", "--max-new-tokens", "2", "--max-images", "1", "--out", str(out)])
+    assert told.exit_code == 0, told.exception
+    assert told.stderr == ""
+    assert Image.open(out / "image-1.png").size == (SIDE, SIDE)
+
+
+def test_the_verb_refuses_a_decoder_of_another_vq_vae(made, tmp_path):
+    folder, _ = made()
+    right = replace(intermodal.load(folder).config.vq, decoder=True)
+
+    def refused(source, decoder):
+        failed = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), "--vq-decoder", str(decoder)])
+        assert isinstance(failed.exception, IntermodalError)
+        assert not (tmp_path / "out").exists()
+        return str(failed.exception)
+
+    for changes, told in (
+        ({"codes": CODES + 1}, f"codes {CODES} against {CODES + 1}"),
+        ({"code_width": 16}, "code_width 12 against 16"),
+        ({"resolution": 64}, f"resolution {SIDE} against 64"),
+        ({"latent_channels": 8}, "latent_channels 16 against 8"),
+        ({"multipliers": (1, 2)}, "multipliers (1, 2, 2) against (1, 2)"),
+        ({"decoder": False}, "no decoder either"),
+    ):
+        name = tmp_path / "-".join(changes)
+        intermodal.save(initialise(VQVAE(replace(right, **changes))), name)
+        assert told in refused(folder, name)
+    intermodal.save(initialise(VQVAE(right)), tmp_path / "other")
+    with torch.no_grad():
+        other = intermodal.load(tmp_path / "other")
+        other.quantize.embedding.weight += 1
+    intermodal.save(other, tmp_path / "other")
+    assert "another codebook" in refused(folder, tmp_path / "other")
+    assert "goes with a Chameleon" in refused(tmp_path / "other", tmp_path / "other")
+    assert "a VQ-VAE is wanted" in refused(folder, folder)
+    assert refused(folder, tmp_path / "none")

@@ -1,7 +1,9 @@
 """`intermodal eval` against CLIP_benchmark's own functions, on the same encoder, pictures and texts."""
 
+import io
 import json
 import random
+import tarfile
 from types import SimpleNamespace
 
 import hf_checkpoints as hf
@@ -11,6 +13,7 @@ import torch
 import intermodal
 from intermodal.batch import Images
 from intermodal.evaluate.run import evaluate_source
+from intermodal.evaluate.templates import read_templates
 
 pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed (make setup does it, without its dependencies)")
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -112,3 +115,36 @@ def test_zero_shot(encoder, tmp_path, monkeypatch):
     assert ours["top-5"] == pytest.approx(theirs["acc5"], abs=1e-6)
     assert ours["mean per class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-6)
     assert 0 < ours["top-5"] < 1
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_zero_shot_of_its_own_shards(encoder, tmp_path, monkeypatch):
+    """`.cls` numbers beside pictures, `classnames.txt`, `zeroshot_classification_templates.txt`, as its `webdataset_builder` writes them."""
+    monkeypatch.setattr(zeroshot_classification, "accuracy", top_k)
+    names, templates = ["red cat", "two dogs", "a car", "the mat"], ["a {c}", "the {c} on the mat"]
+    shown = [picture.convert("RGB") for picture in hf.pictures(30, seed=5)]
+    labels = torch.tensor([number % 7 % 4 for number in range(30)])
+    theirs = zeroshot_classification.evaluate(
+        Peer(encoder), Batches(encoder, shown, labels, names), Rows, names, templates, "cpu", amp=False
+    )
+    (tmp_path / "classnames.txt").write_text("\n".join(names))
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number, (picture, label) in enumerate(zip(shown, labels.tolist(), strict=True)):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            for ending, data in (("png", buffer.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"s{number:07d}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    ours = evaluate_source(
+        encoder,
+        str(tmp_path / "0.tar"),
+        "zeroshot",
+        classes=tmp_path / "classnames.txt",
+        templates=read_templates(tmp_path / "zeroshot_classification_templates.txt"),
+        progress=False,
+    )
+    assert ours["top-1"] == pytest.approx(theirs["acc1"], abs=1e-6)
+    assert ours["mean per class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-6)
+    assert 0 < ours["top-1"] < 1

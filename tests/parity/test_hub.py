@@ -1,35 +1,53 @@
 """Hub ids: what is asked of the hub, what is not, and what is said when it does not answer. The hub is a server of this machine."""
 
+import base64
+import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import hf_checkpoints as hf
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import intermodal
 from intermodal.errors import CheckpointError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NAME = "someone/tiny"
+NAME, DATA = "someone/tiny", "someone/pictures"
+REQUEST = re.compile(r"(?:/api/models|/api/datasets|/datasets)?/(someone/\w+)/(revision|tree|resolve)/(refs/pr/\d+|[^/]+)/?(.*)")
+
+
+def commit_of(name: str, revision: str) -> str:
+    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
 
 
 @dataclass
 class Hub:
-    """A repository `someone/tiny` on a server, and what was fetched from it."""
+    """A model `someone/tiny` on a server, what else is there, and what was fetched from it."""
 
     folder: Path
     cache: Path
     address: str = ""
     fetched: list[str] = field(default_factory=list)
+    more: dict[tuple[str, str], Path] = field(default_factory=dict)
+    """Folders of other repositories, and of other revisions of it, by name and revision."""
+
+    def found(self, name: str, revision: str) -> tuple[str, Path] | None:
+        """The commit and the folder of a revision that is asked for by its name or its commit."""
+        there = {(NAME, "main"): self.folder, **self.more}
+        return next(
+            ((commit_of(*at), folder) for at, folder in there.items() if at[0] == name and revision in (at[1], commit_of(*at))),
+            None,
+        )
 
     def run(self, code: str, *, offline: bool = False) -> str:
         """What Python code prints in a process of its own, for which this is the hub: its address is read at import."""
@@ -40,8 +58,15 @@ class Hub:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def embedding(self, **how) -> list[float]:
-        return json.loads(self.run(f"print(intermodal.load({NAME!r}).embed_texts(['a cat'])[0].tolist())", **how))
+    def embedding(self, name: str = NAME, **how) -> list[float]:
+        return json.loads(self.run(f"print(intermodal.load({name!r}).embed_texts(['a cat'])[0].tolist())", **how))
+
+    def refusal(self, call: str, **how) -> str:
+        """What is said of a call that cannot be done."""
+        return self.run(
+            f"import intermodal.errors\ntry:\n    {call}\nexcept intermodal.errors.IntermodalError as error:\n    print(error)",
+            **how,
+        )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -54,24 +79,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(with_content=True)
 
     def answer(self, with_content: bool):
-        path = urlsplit(self.path).path
-        files = {str(file.relative_to(self.hub.folder)): file for file in self.hub.folder.rglob("*") if file.is_file()}
-        name = path.removeprefix(f"/{NAME}/resolve/{COMMIT}/")
-        if path == f"/api/models/{NAME}/revision/main":
+        request = REQUEST.fullmatch(unquote(urlsplit(self.path).path))
+        name, what, revision, file = request.groups() if request else ("", "", "", "")
+        found = self.hub.found(name, revision)
+        if found is None:
+            known = name == NAME or any(name == other for other, _ in self.hub.more)
+            self.send(b"", with_content, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, 404)
+            return
+        commit, folder = found
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        if what == "revision":
             siblings = [{"rfilename": file} for file in files]
-            self.send(json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode(), with_content)
-        elif path == f"/api/models/{NAME}/tree/{COMMIT}":
-            tree = [{"type": "file", "path": name, "size": file.stat().st_size, "oid": name} for name, file in files.items()]
+            self.send(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode(), with_content)
+        elif what == "tree" and not file:
+            tree = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": name} for name, path in files.items()]
             self.send(json.dumps(tree).encode(), with_content)
-        elif name in files:
+        elif file in files:
             if with_content:
-                self.hub.fetched.append(name)
-            self.send(files[name].read_bytes(), with_content, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+                self.hub.fetched.append(file)
+            self.send(files[file].read_bytes(), with_content, {"ETag": f'"{commit}{file}"', "X-Repo-Commit": commit})
         else:
-            self.send_error(404)
+            self.send(b"", with_content, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, 404)
 
-    def send(self, content: bytes, with_content: bool, headers: dict[str, str] | None = None):
-        self.send_response(200)
+    def send(self, content: bytes, with_content: bool, headers: dict[str, str] | None = None, status: int = 200):
+        self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
@@ -160,14 +191,76 @@ print(json.dumps(model.processor.texts.ids(["a cat", "Two dogs!"])))
 
 
 def test_what_the_hub_does_not_have_is_said_and_names_that_cannot_be_ids(hub):
-    said = "try:\n    intermodal.load({!r})\nexcept intermodal.errors.CheckpointError as error:\n    print(error)"
-    code = f"import intermodal.errors\n{said.format('someone/other')}"
     for how in ({}, {"offline": True}):
-        assert hub.run(code, **how).startswith("cannot download someone/other from the hub, and no such directory exists")
+        said = hub.refusal("intermodal.load('someone/other')", **how)
+        assert said.startswith("cannot download someone/other from the hub, and no such directory exists")
     (hub.folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "open_clip_model.safetensors"):
         (hub.folder / name).unlink()
-    assert "holds no weights" in hub.run(f"import intermodal.errors\n{said.format(NAME)}")
-    for name in ("siglip-tiny", "./someone/tiny", "a/b/c"):
+    assert "holds no weights" in hub.refusal(f"intermodal.load({NAME!r})")
+    for name in ("siglip-tiny", "./someone/tiny", "a/b/c", "someone/tiny@", "hf-hub:tiny"):
         with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
             intermodal.load(name)
+
+
+@pytest.fixture
+def older(hub):
+    """An earlier revision of the model, by the tag `v1`: its weights are others."""
+    folder = hf.copy(hub.folder, hub.cache.parent / "older")
+    state = load_file(folder / "model.safetensors")
+    state["text_model.embeddings.token_embedding.weight"] = (
+        state["text_model.embeddings.token_embedding.weight"].flip(0).contiguous()
+    )
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    hub.more[NAME, "v1"] = hub.more[NAME, "refs/pr/7"] = folder
+    return folder
+
+
+@pytest.mark.parametrize("name", [f"{NAME}@v1", f"hf-hub:{NAME}@refs/pr/7"])
+def test_a_hub_id_may_name_a_revision(hub, older, whole, name):
+    want = intermodal.load(older).embed_texts(["a cat"])[0].tolist()
+    assert want != pytest.approx(intermodal.load(whole("siglip")[0]).embed_texts(["a cat"])[0].tolist(), abs=1e-2)
+    for how in ({}, {"offline": True}):
+        assert hub.embedding(name, **how) == pytest.approx(want, abs=1e-5)
+
+
+def test_a_tokenizers_revision_is_its_own_and_one_that_is_not_there_is_told(hub, older):
+    (older / "tokenizer_config.json").write_text("{}")
+    folder = hub.run(f"from intermodal.weights.hub import tokenizer_folder\nprint(tokenizer_folder('{NAME}@v1'))")
+    assert (Path(folder) / "tokenizer_config.json").read_text() == "{}"
+    for call in (
+        f"intermodal.load('{NAME}@v9')",
+        f"from intermodal.weights.hub import tokenizer_folder; tokenizer_folder('{NAME}@v9')",
+    ):
+        assert hub.refusal(call).startswith(f"{NAME} has no revision 'v9' on the hub")
+
+
+def test_a_data_set_has_configurations_splits_and_revisions(hub):
+    folder = hub.cache.parent / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "x.png")
+    picture = base64.b64encode((folder / "x.png").read_bytes()).decode()
+    card = ["---", "configs:"]
+    for config in ("a", "b"):
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split in ("train", "test"):
+            (folder / f"{config}-{split}.jsonl").write_text(json.dumps({"image": picture, "caption": f"{config} {split}"}) + "\n")
+            card += [f"  - split: {split}", f"    path: {config}-{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    hub.more[DATA, "main"] = hub.more[DATA, "v1"] = folder
+    code = """
+from intermodal.data.readers import SourceError, open_source
+for rest in {}:
+    try:
+        print(open_source("hf:someone/pictures" + rest).next().texts[0])
+    except SourceError as error:
+        print(str(error).replace("\\n", " "))
+"""
+    rests = ["@v1:a:train", ":b:test", "", "@v9:a:train", ":a:train:more", ":c:train"]
+    first, second, unnamed, gone, more, unknown = hub.run(code.format(rests)).splitlines()
+    assert (first, second) == ("a train", "b test")
+    assert unnamed.startswith("cannot stream someone/pictures: Config name is missing")
+    assert unnamed.endswith("of several configurations name one: hf:NAME:CONFIG:SPLIT")
+    assert "'v9' doesn't exist" in gone
+    assert "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT" in more
+    assert "'c' not found" in unknown

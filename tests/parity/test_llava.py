@@ -1,5 +1,6 @@
 """LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision against transformers on tiny random models."""
 
+import copy
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from chat_files import byte_tokenizer, write_chat_files
+from files_as_met import check_bf16, check_left_over, check_shards
 from packed import check_packed_equals_separate
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
@@ -354,7 +356,7 @@ def test_a_reply_that_spells_a_placeholder_can_be_said_again(made):
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"a {name} b"}, {"role": "user", "content": "and?"}]
     with pytest.raises(MediaError, match="placeholder"):
         ours.processor.conversation(said, reply=True)
-    said[1]["content"] = ours.processor.without_placeholders(said[1]["content"])
+    said[1]["content"] = ours.processor.sayable(said[1]["content"])
     assert said[1]["content"] == "a  b"
     assert ours.processor.conversation(said, reply=True).ids
 
@@ -419,6 +421,54 @@ def test_a_tied_head_that_only_the_text_config_tells_of(made, family, tmp_path):
     assert loaded.lm_head is None
     talk = [{"role": "user", "content": "hello"}]
     assert torch.equal(loaded.logits(talk), intermodal.load(folder).logits(talk))
+
+
+RELEASED = """{% for m in messages %}<|im_start|>{{ m['role'] + ' ' }}\
+{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>' }}{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\\n' + part['text'] }}{% endfor %}\
+{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""In the manner of the released OneVision's: pictures first, and a line break before every text."""
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, RELEASED, PARTS_ONLY])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_that_the_assistant_shows_are_read_and_its_words_are_learned(made, family, template):
+    model = intermodal.load(made(family)[0], dtype="float64")
+    processor = model.processor
+    processor.template = ChatTemplate(template, processor.template.special)
+    shows = [user(picture(30, 40, seed))["content"][0] for seed in (1, 2)]
+    words = [{"type": "text", "text": text} for text in ("see ", " or", "none")]
+    talk = [user("which ?"), {"role": "assistant", "content": [words[0], shows[0], words[1], shows[1]]}]
+    talk += [
+        user("and ?"),
+        {"role": "assistant", "content": [shows[0], words[2]]},
+        user("so ?"),
+        {"role": "assistant", "content": shows},
+    ]
+    conversation = processor.conversation(talk)
+    processor.audit(conversation)
+    learned = [token for token, on in zip(conversation.ids, conversation.supervised, strict=True) if on]
+    assert processor.decode(learned, special=True) == "see  or</s>none</s>"
+    check_packed_equals_separate(model, [talk, CASES["two turns"], talk[:2]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_in_bf16_and_in_shards(made, family, tmp_path):
+    folder, model = made(family)
+    talk = CASES["three images of odd sizes"]
+    for check in (check_bf16, check_shards):
+        check(
+            folder, copy.deepcopy(model), talk, lambda model, batch: theirs(family, model, batch, talk), tmp_path / check.__name__
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_with_buffers_of_old_releases(made, family, tmp_path):
+    folder, model = made(family)
+    talk = CASES["one image"]
+    keys = ["vision_tower.vision_model.embeddings.position_ids", "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"]
+    keys += ["language_model.model.rotary_emb.inv_freq"]
+    check_left_over(folder, talk, keys, tmp_path / "out", lambda model, batch: theirs(family, model, batch, talk), model)
 
 
 @pytest.mark.parametrize("fps", ["x", None, 0, True])

@@ -57,6 +57,9 @@ SIGLIP_RECIPES = {
     "own-statistics": {"size": {"height": 18, "width": 18}, "image_mean": [0.2, 0.4, 0.6], "image_std": [0.9, 0.5, 0.25]},
     "no-normalise": {"size": {"height": 18, "width": 18}, "do_normalize": False},
 }
+# the pixels of any setting are looked at here, also of those that are not the small tower's
+pytestmark = pytest.mark.filterwarnings("ignore:.*no picture can be embedded", "ignore:.*would not have one size")
+
 NAFLEX_RECIPES = {
     "16-of-256": {"patch_size": 16, "max_num_patches": 256},
     "16-of-64": {"patch_size": 16, "max_num_patches": 64},

@@ -1,6 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL against transformers on tiny random models: ids, pixels, positions, logits, generation, files."""
 
 import ast
+import copy
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from chat_files import QWEN_SPECIAL, QWEN_TEMPLATE, byte_tokenizer, write_chat_files
+from files_as_met import check_bf16, check_left_over, check_shards
 from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from vision_cached import check_cached_equals_uncached, check_keys, check_turns_
 
 import intermodal
 from intermodal.cli.app import app
+from intermodal.inputs.chat import NoSupervision
 from intermodal.inputs.media import Clip, MediaError, load_part
 from intermodal.inputs.messages import placed
 from intermodal.losses_tokens import next_token_loss
@@ -487,6 +490,81 @@ def test_box_parts_are_written_as_the_family_does(made):
     ):
         with pytest.raises(MediaError, match=message):
             processor.conversation([told[0], {"role": "assistant", "content": [wrong]}])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_in_bf16_and_in_shards(made, family, tmp_path):
+    folder, model = made(family)
+    talk = CASES["image and video"]
+
+    def logits(model, batch):
+        return theirs(family, model, batch, clips_of(talk), batch.positions)[0]
+
+    for check in (check_bf16, check_shards):
+        check(folder, copy.deepcopy(model), talk, logits, tmp_path / check.__name__)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_with_buffers_of_old_releases(made, family, tmp_path):
+    folder, model = made(family)
+    talk = CASES["one image"]
+    text, tower = ("model.language_model", "model.visual") if family == "qwen3_vl" else ("model", "visual")
+    keys = [f"{text}.layers.0.self_attn.rotary_emb.inv_freq", f"{text}.rotary_emb.inv_freq", f"{tower}.rotary_pos_emb.inv_freq"]
+
+    def logits(model, batch):
+        return theirs(family, model, batch, [], batch.positions)[0]
+
+    check_left_over(folder, talk, keys, tmp_path / "out", logits, model)
+
+
+def shown_by_the_assistant():
+    """Pictures and a clip among and around the assistant's words, and a message that is a picture alone."""
+    text = [{"type": "text", "text": words} for words in ("Look: ", " a cat, and ", "none")]
+    still, other = ({"type": "image", "image": picture(60, 90, seed)} for seed in (1, 2))
+    return [
+        user("Which?"), {"role": "assistant", "content": [text[0], still, text[1], other]},
+        user("And?"), {"role": "assistant", "content": [{"type": "video", "video": clip(4, 60, 60, 2.0, 3)}, still, text[2]]},
+        user("Again?"), {"role": "assistant", "content": [other]}, user("So?"), said("Bye."),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_that_the_assistant_shows_are_read_and_its_words_are_learned(made, family, tmp_path):
+    """It cannot draw: of what stands for a picture nothing is supervised, its frame and timestamps included."""
+    folder, _ = made(family)
+    model = intermodal.load(folder, dtype="float64")
+    processor, talk = model.processor, shown_by_the_assistant()
+    conversation = processor.conversation(talk)
+    processor.audit(conversation)
+    learned = [token for token, on in zip(conversation.ids, conversation.supervised, strict=True) if on]
+    assert processor.decode(learned, special=True) == "Look:  a cat, and <|im_end|>none<|im_end|>Bye.<|im_end|>"
+    check_packed_equals_separate(model, [talk, CASES["two turns"], talk[:2], CASES["no image"]])
+    # what is lost, doubled or moved is refused still
+    places = [index for index, on in enumerate(conversation.supervised) if on]
+    frame = conversation.ids.index(256 + QWEN_SPECIAL.index("<|vision_start|>"))
+    for change in ({places[0]: False}, {places[8]: False}, {places[-2]: False}, {places[-1]: False}, {frame: True}, {1: True},
+                   {frame + 1: True}, dict.fromkeys(places[:7], False), {places[20]: False, places[-3]: False}):  # fmt: skip
+        mask = [change.get(index, on) for index, on in enumerate(conversation.supervised)]
+        with pytest.raises(NoSupervision):
+            processor.audit(replace(conversation, supervised=mask))
+    with pytest.raises(NoSupervision, match="spell"):
+        processor.audit(replace(conversation, turns=[conversation.turns[0], *conversation.turns]))
+    with pytest.raises(NoSupervision, match="beyond them"):
+        processor.audit(replace(conversation, turns=conversation.turns[:-1]))
+    alone = processor.conversation(talk[4:6])
+    with pytest.raises(NoSupervision, match="no words"):
+        processor.audit(alone)
+    # as `intermodal inspect` shows it
+    picture(60, 90, 1).save(tmp_path / "a.png")
+    for part in talk[1]["content"]:
+        part.update({"image": "a.png"} if part["type"] == "image" else {})
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": [*talk[:2], *talk[6:]]}))
+    page = tmp_path / "look.html"
+    done = CliRunner().invoke(app, ["inspect", str(folder), str(tmp_path / "t.jsonl"), "--html", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "exactly the assistant's words" in " ".join(done.output.split())
+    assert f", {len('Look:  a cat, and ') + len('Bye.') + 2} learned, " in done.output
+    assert page.read_text().count("label on") == len("Look:  a cat, and ") + len("Bye.") + 2
 
 
 def _on_rank(rank, size, recipe, out):

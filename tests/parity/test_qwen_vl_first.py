@@ -11,15 +11,18 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 import transformers
+from files_as_met import check_left_over, copied
 from packed import check_packed_equals_separate
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from too_long import check_too_long
+from vision_cached import check_cached_equals_uncached, check_keys
 
 import intermodal
 from intermodal.errors import CheckpointError
 from intermodal.inputs.media import Clip, MediaError
 from intermodal.models.qwen_vl import sine_cosine
+from intermodal.nn.attention import Segments
 from intermodal.weights.tiktoken import SPECIAL, SPLIT, tokenizer_files
 
 WIDTH, HEADS, LAYERS, TOWER, TOWER_HEADS, SIDE, PATCH = 256, 2, 2, 48, 3, 42, 7
@@ -277,6 +280,82 @@ def test_generation(folder):
     for expected in ours.generate(prompts[0], max_new_tokens=64).ids:
         assert int(theirs(state, ids)[-1].argmax()) == expected
         ids.ids = torch.cat([ids.ids, torch.tensor([expected])])
+
+
+def test_pictures_that_the_assistant_shows_are_read_and_its_words_are_learned(folder):
+    """Their number and frame are the template's, not the assistant's."""
+    model = intermodal.load(folder, dtype="float64")
+    shown = {"type": "image", "image": picture(30, 40, 7)}
+    words = [{"type": "text", "text": text} for text in ("the ", " thing")]
+    talk = [user("Which?"), {"role": "assistant", "content": [words[0], shown, words[1], shown]}]
+    conversation = model.processor.conversation(talk)
+    model.processor.audit(conversation)
+    learned = [token for token, on in zip(conversation.ids, conversation.supervised, strict=True) if on]
+    assert model.processor.decode(learned, special=True) == "the  thing<|im_end|>"
+    check_packed_equals_separate(model, [talk, CASES["one image"]])
+
+
+def test_files_in_bf16_in_shards_and_with_the_buffer_of_the_release(folder, tmp_path):
+    """Scores are those of the published formulas over the same numbers."""
+    messages, state = CASES["two turns"], weights()
+    bf16 = copied(folder, tmp_path / "bf16")
+    halved = {key: value.bfloat16() for key, value in state.items()}
+    save_file(halved, bf16 / "model.safetensors")
+    ours = intermodal.load(bf16)
+    batch = ours.processor(messages)
+    with torch.no_grad():
+        expected = theirs({key: value.float() for key, value in halved.items()}, batch)
+        torch.testing.assert_close(ours(batch), expected, atol=1e-4, rtol=0)
+    intermodal.save(intermodal.load(bf16, dtype="bfloat16"), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == halved.keys()
+    assert all(torch.equal(again[key], value) for key, value in halved.items())
+    intermodal.save(intermodal.load(folder), tmp_path / "shards", shard_bytes=500_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    with torch.no_grad():
+        assert torch.equal(intermodal.load(tmp_path / "shards")(batch), intermodal.load(folder)(batch))
+    check_left_over(folder, messages, ["transformer.rotary_emb.inv_freq"], tmp_path / "left")
+
+
+@torch.no_grad()
+def test_cached_equals_uncached(folder):
+    """Keys and values: every token of a conversation with pictures, read in parts and one by one, scores as in one reading; and many
+    replies at once are those of each alone without any cache."""
+    model = intermodal.load(folder)
+    for case in ("two turns", "three images of odd sizes", "no image"):
+        batch = model.processor(CASES[case])
+        expected = model(batch)
+        whole, deep = model.embed(batch)
+        assert deep is None
+        for sizes in ([5, *[1] * (len(batch.ids) - 5)], [300, 1, len(batch.ids) - 301], [len(batch.ids) - 1, 1]):
+            if min(sizes) < 1:
+                continue
+            cache, at, got = model.model.cache(1), 0, []
+            for size in sizes:
+                segments = Segments([size])
+                cache.begin([0], segments)
+                got.append(
+                    model.unembed(model.model(whole[at : at + size], segments, batch.positions[at : at + size], cache=cache))
+                )
+                cache.commit()
+                at += size
+            torch.testing.assert_close(torch.cat(got), expected, atol=1e-5, rtol=1e-4)
+    model.processor.end_ids = ()
+    prompts = [CASES[case][:-1] for case in ("one image", "two turns", "no image")]
+    for prompt, reply in zip(prompts, model.generate_batch(prompts, max_new_tokens=16, slots=2), strict=True):
+        model.vision_cache = None
+        batch = model.processor(prompt, reply=True)
+        for token in reply.ids:
+            assert int(model.unembed(model.hidden(batch)[-1:])[0].argmax()) == token
+            batch.ids = torch.cat([batch.ids, torch.tensor([token])])
+            batch.positions, batch.segments = torch.arange(len(batch.ids)), Segments([len(batch.ids)])
+
+
+def test_a_cache_of_the_tower_changes_nothing(folder, tmp_path):
+    model = intermodal.load(folder)
+    talks = [CASES[case] for case in ("one image", "three images of odd sizes", "two turns")]
+    check_cached_equals_uncached(model, talks, tmp_path)
+    check_keys(model.processor, picture(40, 50, 1), picture(40, 50, 2))
 
 
 def test_packed_equals_separate(folder):

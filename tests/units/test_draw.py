@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import intermodal
 from intermodal.cli.app import app
-from intermodal.generate.draw import Canvas, guided, marks_of, pictures_of
+from intermodal.generate.draw import Canvas, guided, pictures_of
 from intermodal.generate.engine import Partial, Reply
 from intermodal.generate.sample import Sampling
 from intermodal.inputs.codes import ImageTokens
+from intermodal.inputs.marks import marks_of
+from intermodal.inputs.media import MediaError
+from intermodal.inputs.text import spelled
 from intermodal.models.chameleon import Chameleon, ChameleonConfig
 from intermodal.models.decoder import DecoderConfig
 from intermodal.models.vqvae import VQConfig, initialise
@@ -174,6 +177,76 @@ def test_no_picture_begins_without_room_or_a_decoder(model):
     assert BEGIN not in model.generate(TALKS[0], max_new_tokens=9).ids
 
 
+def test_the_begin_of_a_picture_may_end_a_reply(model):
+    """The authors' own default for replies of words: neither words nor codes come after it, whether the model draws or not."""
+    free = model.generate(TALKS[0], max_new_tokens=30)
+    assert free.images
+    for decoder in (model.vqmodel.decoder, None):
+        model.vqmodel.decoder = decoder
+        for settings in (dict(), dict(guidance=2.0), dict(max_images=0)):
+            reply = model.generate(TALKS[0], max_new_tokens=30, stop="<racm3:break>", **settings)
+            assert (reply.finish, reply.images) == ("stop", [])
+            assert reply.ids == free.ids[: free.ids.index(BEGIN) + 1]
+
+
+def test_the_end_of_a_picture_may_end_a_reply(model):
+    free = model.generate(TALKS[0], max_new_tokens=30)
+    reply = model.generate(TALKS[0], max_new_tokens=30, stop=["<eoss>"])
+    assert (reply.finish, len(reply.images)) == ("stop", 1)
+    assert reply.ids == free.ids[: free.ids.index(STOP) + 1]
+
+
+def test_a_model_that_would_draw_and_has_no_decoder_says_so(model, folder, tmp_path):
+    assert model.generate(TALKS[0], max_new_tokens=9).note == ""
+    model.vqmodel.decoder = None
+    reply = model.generate(TALKS[0], max_new_tokens=9)
+    assert "no decoder for picture codes" in reply.note
+    assert "--vq-decoder" in reply.note
+    silent = tmp_path / "reads"
+    model.config = replace(model.config, vq=replace(model.config.vq, decoder=False))
+    intermodal.save(model, silent)
+    config = json.loads((silent / "config.json").read_text())
+    config["intermodal"]["vq_decoder"] = False
+    (silent / "config.json").write_text(json.dumps(config))
+    run = CliRunner().invoke
+    for source, told in ((silent, True), (folder, False)):
+        for arguments, said in ((["generate", str(source), "draw", "--json"], None), (["chat", str(source)], "draw\n\n")):
+            done = run(app, [*arguments, "--max-new-tokens", "9"], input=said)
+            assert done.exit_code == 0, done.output
+            assert ("--vq-decoder" in done.stderr) == told
+        row = json.loads(run(app, ["generate", str(source), "draw", "--json", "--max-new-tokens", "9"]).stdout)
+        assert ("note" in row) == told
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"messages": ask("draw")}) + "\n")
+    run(app, ["generate", str(silent), "--jsonl", str(rows), "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "9"])
+    assert "--vq-decoder" in json.loads((tmp_path / "out.jsonl").read_text())["note"]
+
+
+@pytest.mark.parametrize("mark", ["<racm3:break>", "<eoss>", "<image>", "</s>", "<s>", TURN])
+def test_words_that_spell_a_mark_are_refused(model, mark):
+    """As a placeholder of media is in a stitched model: the tokenizer would read the mark, and a picture or a turn would seem to begin."""
+    assert mark in SPECIAL
+    halves = [{"type": "text", "text": text} for text in ("a " + mark[:2], mark[2:] + " b")]
+    for content in (f"say {mark} now", halves):
+        with pytest.raises(MediaError):
+            model.generate([{"role": "user", "content": content}], max_new_tokens=2)
+    with pytest.raises(MediaError):
+        model.generate([*ask("a"), {"role": "assistant", "content": mark}, *ask("b")], max_new_tokens=2)
+    assert model.generate(ask(f"{mark[:2]} {mark[2:]}"), max_new_tokens=2).ids
+    assert model.processor.sayable(f"a{mark[:2]}{mark}{mark[2:]}b") == "ab"
+    with pytest.raises(MediaError):  # as a conversation to learn from
+        model.processor.conversation([*ask("a"), {"role": "assistant", "content": mark}])
+
+
+def test_codes_are_marks_whatever_their_tokens_are_called():
+    pieces = {"a": 0, "<unk>": 1, "IMGIMGAZ": 2}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<unk>"])
+    assert spelled(tokenizer, "a unheard IMGIMGAZ", {1, 2}) == ["IMGIMGAZ"]
+    assert spelled(tokenizer, "a <unk>", {1, 2}) == ["<unk>"]
+
+
 def test_seeds_draw_differently_and_a_stop_text_ends_what_follows_a_picture(model):
     warm = dict(max_new_tokens=40, max_images=1, temperature=1.0)
     one, again, other = (model.generate(TALKS[0], seed=seed, **warm) for seed in (1, 1, 2))
@@ -267,6 +340,23 @@ def test_the_verb_writes_a_page(folder, tmp_path):
     assert "![picture 1](image-1.png)" in page
     assert Image.open(tmp_path / "o" / "image-1.png").size == (SIDE, SIDE)
     assert "wrote" in CliRunner().invoke(app, arguments).output
+
+
+def test_a_chat_draws_by_the_settings_of_generate(folder, monkeypatch):
+    given = []
+    stream = Chameleon.stream
+    monkeypatch.setattr(
+        Chameleon, "stream", lambda self, messages, **settings: given.append(settings) or stream(self, messages, **settings)
+    )
+    settings = {
+        "guidance": 2.0, "image_guidance": 1.5, "max_images": 1, "image_temperature": 0.5, "image_top_p": 0.75, "stop": ("<racm3:break>",),
+    }  # fmt: skip
+    options = [part for name, value in settings.items() if name != "stop" for part in (f"--{name.replace('_', '-')}", str(value))]
+    done = CliRunner().invoke(
+        app, ["chat", str(folder), *options, "--stop", "<racm3:break>", "--max-new-tokens", "3"], input="draw\n\n"
+    )
+    assert done.exit_code == 0, done.output
+    assert settings.items() <= given[0].items()
 
 
 def test_a_chat_keeps_what_is_drawn(folder, tmp_path):

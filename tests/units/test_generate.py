@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_chat import LLAMA3, tokenizer
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import intermodal
 from intermodal.cli.app import app
+from intermodal.config import SettingError
 from intermodal.errors import IntermodalError
 from intermodal.generate.batch import reply_to_file
 from intermodal.generate.engine import Reply, TooLong
@@ -268,11 +270,32 @@ def test_a_stop_text_may_be_a_special_token(model):
         (dict(temperature=float("nan")), "temperature"),
         (dict(temperature=1e-40), "temperature"),
         (dict(image_guidance=-1.0), "image_guidance"),
+        (dict(slots="4"), "slots"),
+        (dict(guidance="3"), "guidance='3' is out of range: a number from 0 up"),
+        (dict(max_images=None), "max_images=None is out of range: a whole number"),
+        (dict(max_new_tokens=2.5), "max_new_tokens=2.5 is out of range: a whole number"),
+        (dict(top_k=True), "top_k"),
+        (dict(stop=5), "stop=5"),
+        (dict(stop=[5]), "stop"),
+        (dict(seed=2**70), r"seed=\d+ is out of range: a whole number from -2\^63"),
+        (dict(temperature=10**400), "temperature"),
     ],
 )
 def test_settings_out_of_range(model, settings, name):
     with pytest.raises(IntermodalError, match=name):
         model.generate_batch([ask("a")], **settings)
+
+
+def test_a_seed_that_no_generator_takes_is_told_before_anything_is_loaded(tmp_path):
+    for verb in (["generate", str(tmp_path / "none"), "hi"], ["chat", str(tmp_path / "none")]):
+        told = CliRunner().invoke(app, [*verb, "--seed", str(2**70)]).exception
+        assert isinstance(told, SettingError)
+        assert "seed=" in str(told)
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    plain = model.generate(ask("a"), max_new_tokens=3, temperature=0.5, seed=3)
+    assert model.generate(ask("a"), max_new_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.int64(3)) == plain
 
 
 def test_one_conversation_that_is_too_long_is_named(model):

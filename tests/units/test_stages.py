@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 from torch.multiprocessing import ProcessRaisedException
 from typer.testing import CliRunner
 
@@ -31,6 +33,7 @@ from intermodal.models.decoder import DecoderConfig
 from intermodal.models.generative import LanguageModel
 from intermodal.train import stages as staged
 from intermodal.train.contrastive import train
+from intermodal.train.learning import patterns
 from intermodal.train.loop import NotFinite
 from intermodal.train.recipe import LoraConfig, load_recipe
 from intermodal.train.stages import train_stages
@@ -269,7 +272,9 @@ def test_two_ranks_equal_one_with_pictures_on_one_of_them(recipe, trained, tmp_p
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:3]))
     for name in ("mix", "text"):
         data = replace(recipe.stages[0].data, train=(str(tmp_path / f"{name}.jsonl"),), batch=2)
-        stages = (replace(recipe.stages[0], data=data, train=replace(recipe.stages[0].train, save_every=None, precision="fp64")),)
+        learn = (("projector.*", 1.0), ("model.layers.*", 1.0)) if name == "text" else recipe.stages[0].learn
+        train_ = replace(recipe.stages[0].train, save_every=None, precision="fp64")
+        stages = (replace(recipe.stages[0], data=data, learn=learn, train=train_),)
         one = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=stages)
         train_stages(one, tmp_path / f"{name}-one", quiet=True)
         on_ranks(2, _on_rank, one, tmp_path / f"{name}-two")
@@ -351,12 +356,90 @@ def test_a_stage_of_the_projector_alone_passes_over_words(recipe, trained, tmp_p
     data = replace(recipe.stages[0].data, train=(str(tmp_path / "text.jsonl"), "captions:scenes:core"), weights=(3.0, 1.0), batch=2)
     train = replace(recipe.stages[0].train, save_every=None, steps=6)
     stage = replace(recipe.stages[0], learn=(("projector.*", 1.0),), data=data, train=train)
-    train_stages(
-        replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,)), tmp_path / "run", quiet=True
-    )
+    begun = replace(recipe, model=replace(recipe.model, start=str(trained / "model")), stages=(stage,))
+    assert told(begun, tmp_path / "run") == "", "a step without a picture is no reason to speak"
     before, after = weights(trained / "model"), weights(tmp_path / "run" / "model")
     assert {key for key in before if not torch.equal(before[key], after[key])} <= {key for key in before if "projector" in key}
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def told(recipe, out):
+    """What a run says although it is quiet."""
+    said = StringIO()
+    train_stages(recipe, out, quiet=True, console=Console(file=said, width=200))
+    return said.getvalue()
+
+
+def _told_on_rank(rank, size, recipe, out):
+    return told(recipe, out)
+
+
+def staged_of(recipe, **changes):
+    """One stage of the recipe, three steps of two conversations."""
+    stage = recipe.stages[0]
+    data = replace(stage.data, batch=2, **changes.pop("data", {}))
+    train = replace(stage.train, steps=3, save_every=1, **changes.pop("train", {}))
+    return replace(recipe, stages=(replace(stage, data=data, train=train, **changes),))
+
+
+def test_what_should_learn_and_gets_no_gradient_is_named(recipe, tower, trained, tmp_path):
+    """LLaVA reads a CLIP before its last block: adapters on that one would be trained for nothing."""
+    blocks = intermodal.load(tower).config.vision.depth
+    read = replace(recipe, model=replace(recipe.model, layer=-2))
+    adapters = LoraConfig(("vision.encoder.layers.*.q_proj", "projector.linear_2"), rank=2)
+    lora = dict(lora=adapters, learn=(("*lora_*", 1.0),))
+    said = told(staged_of(read, **lora), tmp_path / "lora")
+    assert (
+        f"no gradient reached 2 parameters that should learn in step 1, which had pictures: vision.encoder.layers.{blocks - 1}.*\n"
+        in said
+    )
+    assert said.count("\n") == 1
+    for parallel in ("ddp", "fsdp"):
+        ranks = on_ranks(2, _told_on_rank, staged_of(read, **lora, train={"parallel": parallel}), tmp_path / parallel)
+        assert ranks == [said, ""]
+    whole = told(staged_of(read, learn=(("*", 1.0),)), tmp_path / "whole")
+    assert f": vision.encoder.layers.{blocks - 1}.*, vision.post_layernorm.*\n" in whole
+    assert (
+        told(
+            staged_of(read, learn=(("*", 1.0), (f"vision.encoder.layers.{blocks - 1}.*", 0.0), ("vision.post*", 0.0))),
+            tmp_path / "b",
+        )
+        == ""
+    )
+
+
+def test_a_stage_that_teaches_nothing_is_refused(recipe, trained, tmp_path):
+    """At its first step where pictures do not help, at its last where there were none; two ranks say so as one does."""
+    turns = [{"from": "human", "value": "how many dogs are there ?"}, {"from": "gpt", "value": "two"}]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"conversations": turns}) for _ in range(4)))
+    begun, words = (
+        replace(recipe, model=replace(recipe.model, start=str(trained / "model"))),
+        {"train": (str(tmp_path / "text.jsonl"),)},
+    )
+    behind = staged_of(begun, learn=(("vision.post_layernorm.*", 1.0),))
+    unshown = staged_of(begun, learn=(("projector.*", 1.0), ("vision.*", 1.0)), data=words)
+    for name, run, message, steps in (
+        ("behind", behind, r"align teaches nothing: .* in step 1, which had pictures: vision\.\*", 0),
+        ("unshown", unshown, r"align teaches nothing: .* \(nothing was shown to the model\): projector\.\*, vision\.\*", 2),
+    ):
+        with pytest.raises(IntermodalError, match=message):
+            train_stages(run, tmp_path / name, quiet=True)
+        assert not (tmp_path / name / "1-align" / "model").exists()
+        assert len(list((tmp_path / name / "1-align").glob("checkpoints/step-*"))) == steps
+    with pytest.raises(ProcessRaisedException, match=message):
+        on_ranks(2, _on_rank, run, tmp_path / "two")
+    with pytest.raises(IntermodalError, match="nothing was shown"):
+        train_stages(unshown, tmp_path / "unshown", resume=True, quiet=True)
+    partly = told(staged_of(begun, learn=(("projector.*", 1.0), ("model.norm.*", 1.0)), data=words), tmp_path / "partly")
+    assert "no gradient reached 4 parameters that should learn (nothing was shown to the model): projector.*\n" in partly
+
+
+def test_patterns_fit_whole_modules():
+    among = ["a.0.x.w", "a.0.x.b", "a.0.y.w", "a.1.x.w", "b.w", "c"]
+    assert patterns(["a.0.x.w", "a.0.x.b"], among) == ["a.0.x.*"]
+    assert patterns(["a.0.x.w", "a.0.x.b", "a.0.y.w", "c"], among) == ["a.0.*", "c"]
+    assert patterns(["a.0.x.w"], among) == ["a.0.x.w"]
+    assert patterns(among, among) == ["a.*", "b.*", "c"]
 
 
 def test_training_refuses_what_teaches_nothing(recipe, trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Json, say
+from .options import Guidance, ImageGuidance, ImageTemperature, ImageTopP, Json, MaxImages, Stop, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,15 +46,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the smallest set with this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a reply; may be given several times.")] = None,
+    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    max_images: Annotated[int, typer.Option(help="Most pictures in a reply, where the model draws.")] = 4,
-    image_temperature: Annotated[float, typer.Option(help="Of picture codes; 0 is greedy.")] = 1.0,
-    image_top_p: Annotated[float, typer.Option(help="The same for picture codes.")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="Pulls pictures towards the prompt; 1 is off, 3 the authors' choice.")] = 1.0,
-    image_guidance: Annotated[
-        float | None, typer.Option(help="A third stream that sees the shown pictures and no words pulls too; the authors use 1.2.")
-    ] = None,
+    max_images: MaxImages = 4,
+    image_temperature: ImageTemperature = 1.0,
+    image_top_p: ImageTopP = 1.0,
+    guidance: Guidance = 1.0,
+    image_guidance: ImageGuidance = None,
     fps: Fps = None,
     frames: Frames = None,
     slots: Annotated[int, typer.Option(min=1, help="Conversations under way at once.")] = 16,
@@ -71,34 +70,58 @@ def generate(
 
     `intermodal generate my-chameleon "draw a red apple left of a cat" --guidance 3 --out out/`
     """
-    from ..errors import IntermodalError
-
-    if (prompt is None) == (jsonl is None):
-        raise IntermodalError("give either a prompt or --jsonl FILE")
-    if jsonl is not None and out is None:
-        raise IntermodalError("--jsonl needs --out FILE for the replies")
+    _check_places(prompt, jsonl, out)
     settings: dict[str, Any] = dict(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        too_long=too_long,
-        max_images=max_images,
-        image_temperature=image_temperature,
-        image_top_p=image_top_p,
-        guidance=guidance,
-        image_guidance=image_guidance,
-    )
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, too_long=too_long, max_images=max_images,
+        image_temperature=image_temperature, image_top_p=image_top_p, guidance=guidance, image_guidance=image_guidance,
+    )  # fmt: skip
+    _check_settings(settings)
     loaded = load_talker(model, dtype, fps, frames)
+    _tell_of_drawing(loaded)
     if jsonl is not None and out is not None:
         _reply_to_file(loaded, jsonl, out, slots, settings, as_json)
     else:
         messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
         _reply_once(loaded, messages, out, settings, as_json)
+
+
+def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None) -> None:
+    """Refuse, before anything is loaded, what cannot be asked or written."""
+    from ..errors import IntermodalError
+
+    if (prompt is None) == (jsonl is None):
+        raise IntermodalError("give either a prompt or --jsonl FILE")
+    if jsonl is None:
+        _check_folder(out)
+    elif out is None:
+        raise IntermodalError("--jsonl needs --out FILE for the replies")
+    elif out.is_dir():
+        raise IntermodalError(f"--out {out} is a folder; with --jsonl it is the file of replies")
+
+
+def _check_folder(out: Path | None) -> None:
+    """Refuse a folder for replies where a file is in the way."""
+    from ..errors import IntermodalError
+
+    for place in (out, *out.parents) if out is not None else ():
+        if place.exists() and not place.is_dir():
+            raise IntermodalError(f"--out {out} is to be a folder for reply.md and its pictures, and {place} is a file")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings out of range before a model is loaded."""
+    from ..generate.sample import sampling_of
+
+    sampling_of(settings).check()
+
+
+def _tell_of_drawing(model: Any) -> None:
+    """Say beside the output that a model cannot draw whose vocabulary holds pictures: a reply of words does not."""
+    from ..generate.draw import CANNOT_DRAW, cannot_draw
+
+    if cannot_draw(model):
+        typer.echo(f"note: {CANNOT_DRAW}", err=True)
 
 
 def _reply_to_file(model: Any, jsonl: Path, out: Path, slots: int, settings: dict[str, Any], as_json: bool) -> None:
@@ -114,12 +137,13 @@ def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, se
     reply = model.generate(messages, **settings) if as_json else _say(model, messages, settings)
     written = list(map(str, _write(reply, out))) if out is not None else []
     if as_json:
-        row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage}
+        row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage} | ({"note": reply.note} if reply.note else {})
         typer.echo(json.dumps(row | ({"files": written} if written else {}), ensure_ascii=False))
     elif written:
         typer.echo("wrote " + ", ".join(written))
     elif reply.images:
-        typer.echo(f"{len(reply.images)} pictures were drawn; --out FOLDER keeps them")
+        many = len(reply.images)
+        typer.echo(("1 picture was drawn" if many == 1 else f"{many} pictures were drawn") + "; --out FOLDER keeps what is drawn")
 
 
 def chat(
@@ -128,7 +152,13 @@ def chat(
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this probability.")] = 1.0,
+    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Of the draws; every reply goes on from it.")] = 0,
+    max_images: MaxImages = 4,
+    image_temperature: ImageTemperature = 1.0,
+    image_top_p: ImageTopP = 1.0,
+    guidance: Guidance = 1.0,
+    image_guidance: ImageGuidance = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for what the model draws: one of its own for each reply.")
     ] = None,
@@ -143,27 +173,25 @@ def chat(
     """
     from rich.console import Console
 
-    console = Console()
-    talk = _Talk(load_talker(model, dtype, fps, frames).freeze(), console, out, *_sorted(media or []))
+    settings: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop or ()), seed=seed, too_long=too_long,
+        max_images=max_images, image_temperature=image_temperature, image_top_p=image_top_p, guidance=guidance,
+        image_guidance=image_guidance,
+    )  # fmt: skip
+    _check_settings(settings)
+    _check_folder(out)
+    console, loaded = Console(), load_talker(model, dtype, fps, frames).freeze()
+    _tell_of_drawing(loaded)
+    talk = _Talk(loaded, console, out, *_sorted(media or []))
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()
         except (EOFError, KeyboardInterrupt):
             break
-        word, _, rest = said.partition(" ")
         if not said:
             break
-        if word == "/new":
-            talk.messages, talk.images, talk.videos = [], [], []
-        elif word in ("/image", "/video"):
-            if rest:
-                (talk.images if word == "/image" else talk.videos).append(rest)
-            else:
-                console.print(f"{word} needs a path", style="red")
-        else:
-            # a seed of its own for each turn: the same question asked twice may be answered in another way
-            drawn = dict(temperature=temperature, top_p=top_p, seed=seed + (len(talk.messages) + 1) // 2)
-            talk.ask(said, dict(max_new_tokens=max_new_tokens, too_long=too_long, **drawn))
+        # a seed of its own for each turn: the same question asked twice may be answered in another way
+        talk.hear(said, {**settings, "seed": seed + (len(talk.messages) + 1) // 2})
 
 
 @dataclass
@@ -178,6 +206,18 @@ class _Talk:
     """Paths that go with the next question."""
     videos: list[str]
     messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def hear(self, said: str, settings: dict[str, Any]) -> None:
+        """A line of the user's: a command, or a question."""
+        word, _, rest = said.partition(" ")
+        if word == "/new":
+            self.messages, self.images, self.videos = [], [], []
+        elif word not in ("/image", "/video"):
+            self.ask(said, settings)
+        elif rest:
+            (self.images if word == "/image" else self.videos).append(rest)
+        else:
+            self.console.print(f"{word} needs a path", style="red")
 
     def ask(self, said: str, settings: dict[str, Any]) -> None:
         """One question and its reply; a question that cannot be answered is taken back."""
@@ -199,8 +239,9 @@ class _Talk:
             number = next(n for n in count(1) if not (self.out / f"reply-{n}").exists())
             written = _write(reply, self.out / f"reply-{number}")
             self.console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
-        parts = [{"type": kind, kind: value} for kind, value in reply.segments]
-        text = self.model.processor.without_placeholders(reply.text)
+        clean = self.model.processor.sayable
+        parts = [{"type": kind, kind: clean(value) if kind == "text" else value} for kind, value in reply.segments]
+        text = clean(reply.text)
         self.messages.append({"role": "assistant", "content": parts if reply.images else text})
         if reply.finish == "length":
             self.console.print("(cut off: --max-new-tokens, or the end of the context)", style="bright_black")
@@ -253,9 +294,11 @@ def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):
 
 
 def _write(reply, folder: Path) -> list[Path]:
-    """`reply.md` with the pictures beside it."""
+    """`reply.md` with the pictures beside it, in place of an earlier one and of the pictures that it shows."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, files = [], []
+    page, lines, files = folder / "reply.md", [], []
+    for name in re.findall(r"!\[picture \d+\]\((image-\d+\.png)\)", page.read_text("utf-8", "replace") if page.exists() else ""):
+        (folder / name).unlink(missing_ok=True)
     for kind, value in reply.segments:
         if kind == "image":
             files.append(folder / f"image-{len(files) + 1}.png")
@@ -263,6 +306,5 @@ def _write(reply, folder: Path) -> list[Path]:
             lines.append(f"![picture {len(files)}]({files[-1].name})")
         else:
             lines.append(value.strip())
-    page = folder / "reply.md"
-    page.write_text("\n\n".join(line for line in lines if line) + "\n")
+    page.write_text("\n\n".join(line for line in lines if line) + "\n", encoding="utf-8")
     return [page, *files]

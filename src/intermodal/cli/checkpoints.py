@@ -17,15 +17,27 @@ def convert(
     layout: Annotated[str, typer.Option(help="`hf` (transformers) or `open_clip`.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     image_size: Annotated[int | None, typer.Option(min=1, help="Resample the positions for pictures of this side.")] = None,
+    vq_decoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Chameleon only: add the decoder that draws, of the authors' tokenizer folder (vqgan.yaml and vqgan.ckpt) or a VQ-VAE's."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rewrite a checkpoint in another layout, type or image size.
+    """Rewrite a checkpoint in another layout, type or image size, or with a decoder for its picture codes.
 
-    Example: `intermodal convert open_clip_dir hf_dir --layout hf`
+    Examples:
+
+    `intermodal convert open_clip_dir hf_dir --layout hf`
+
+    `intermodal convert chameleon-7b chameleon-7b-draws --vq-decoder tokenizer/ --dtype bfloat16`
     """
     from ..weights.load import load, save
 
     model = load(source, dtype=dtype, image_size=image_size)
+    if vq_decoder is not None:
+        _add_decoder(model, source, vq_decoder)
     save(model, target, layout=layout)
     count = sum(p.numel() for p in model.parameters())
     say(
@@ -33,6 +45,33 @@ def convert(
         as_json,
         f"{target}: {type(model).__name__}, {count:,} parameters, layout {layout}",
     )
+
+
+def _add_decoder(model: Any, source: str, where: Path) -> None:
+    """Give a Chameleon the decoder of the VQ-VAE at `where`, if it is the one whose encoder the model has.
+
+    Raises:
+        IntermodalError: the model is no Chameleon, there is no VQ-VAE, or it is another one.
+    """
+    from ..errors import IntermodalError
+    from ..models.chameleon import Chameleon
+    from ..models.vqvae import VQVAE
+    from ..weights.chameleon import attach_decoder
+    from ..weights.load import load
+    from ..weights.vqgan import CKPT, YAML, read_authors
+
+    if not isinstance(model, Chameleon):
+        raise IntermodalError(
+            f"{source} is a {type(model).__name__}: --vq-decoder goes with a Chameleon, whose words include picture codes"
+        )
+    folder = where.parent if where.name in (CKPT, YAML) else where
+    vq = read_authors(folder) if (folder / YAML).exists() or (folder / CKPT).exists() else load(folder)
+    if not isinstance(vq, VQVAE):
+        raise IntermodalError(f"--vq-decoder {where} is a {type(vq).__name__}; a VQ-VAE is wanted")
+    try:
+        attach_decoder(model, vq)
+    except IntermodalError as error:
+        raise IntermodalError(f"--vq-decoder {where}: {error}") from error
 
 
 def stitch(
@@ -60,7 +99,7 @@ def stitch(
     latents: Annotated[int | None, typer.Option(min=1, help="resampler: tokens of a picture, 64 by default.")] = None,
     deepstack: Annotated[str | None, typer.Option(help="merger: blocks that also reach the decoder's first layers, 2,5,8.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the projector's weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the projector's weights.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Make a stitched model from a tower and a decoder, with a fresh connector between them, to be trained in stages.

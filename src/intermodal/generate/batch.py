@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import Progress
 
 from ..errors import IntermodalError
-from ..inputs.messages import placed
+from ..inputs.messages import placed, with_tools
 from ..models.generative import Generative
 from .engine import Reply, finished
 from .sample import Sampling, sampling_of
@@ -28,10 +28,10 @@ class Counts:
 def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16, progress: bool = True, **settings: Any) -> Counts:
     """Read `source` and append a line to `out` for each conversation, as it is finished: `{"line", "id", "reply", "finish", "usage"}`.
 
-    A line of `source` is `{"messages": [...]}`, with an "id" if wanted; paths of pictures are relative to the file. A line that cannot be
-    used gives `{"line", "error"}`, is counted, and is tried again by the next run. Pictures that the model draws are written beside
-    `out` and named, with the texts between them, in `"segments"`. `"of"` names the conversation and the settings, so that a reply is
-    never taken for that of another; the model is not looked at.
+    A line of `source` is `{"messages": [...]}`, with an "id" and "tools" if wanted; paths of pictures are relative to the file. A line
+    that cannot be used gives `{"line", "error"}`, is counted, and is tried again by the next run. Pictures that the model draws are
+    written beside `out` and named, with the texts between them, in `"segments"`. `"of"` names the conversation and the settings, so that
+    a reply is never taken for that of another; the model is not looked at.
 
     Raises:
         IntermodalError: `source` does not exist, a setting is wrong, or `out` is no such file, or one of other conversations or settings.
@@ -59,6 +59,7 @@ def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16
             else:
                 row |= samples.id_of(index) | {"reply": reply.text, "finish": reply.finish, "usage": reply.usage}
                 row |= {"segments": _with_files(reply, out, number)} if reply.images else {}
+                row |= {"note": reply.note} if reply.note else {}
                 counts.written += 1
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -84,10 +85,10 @@ class _Samples(Sequence):
 
 
 def read_sample(text: str, folder: Path) -> dict[str, Any]:
-    """One line of a file of conversations, with paths taken from `folder`.
+    """One line of a file of conversations, with paths taken from `folder`, its messages with its tools.
 
     Raises:
-        IntermodalError: not JSON, or no messages.
+        IntermodalError: not JSON, no messages, or tools that are none.
     """
     try:
         sample = json.loads(text)
@@ -95,7 +96,7 @@ def read_sample(text: str, folder: Path) -> dict[str, Any]:
         raise IntermodalError(f"not JSON: {error}") from None
     if not isinstance(sample, dict) or "messages" not in sample:
         raise IntermodalError('a line must be {"messages": [{"role": "user", "content": ...}, ...]}')
-    return {**sample, "messages": placed(sample["messages"], folder)}
+    return {**sample, "messages": with_tools(placed(sample["messages"], folder), sample.get("tools"))}
 
 
 def _name(text: str, sampling: Sampling) -> str:

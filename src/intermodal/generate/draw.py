@@ -8,17 +8,21 @@ the grid's number of codes comes, then its end, which is forced. Sources: chamel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..inputs.codes import CodePlanner, ImageTokens
+from ..inputs.marks import marks_of
 from .sample import Sampling, choose
+
+CANNOT_DRAW = (
+    "this model reads pictures and cannot draw any: its files hold no decoder for picture codes, as Hugging Face's Chameleon files do not; "
+    "add that of the VQGAN it was trained with: intermodal convert MODEL NEW --vq-decoder FOLDER"
+)
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Canvas:
         device: torch.device,
         draws: bool,
         marks: Collection[int] = (),
+        ends: Collection[int] = (),
     ):
         self.planner, self.sampling, self.tokens, self.bos = planner, sampling, planner.image_tokens, bos
         self.side, self.count = planner.grid, planner.grid**2
@@ -64,7 +69,9 @@ class Canvas:
         """Tokens of a picture with its begin and end."""
         words = torch.ones(vocabulary, dtype=torch.bool, device=device)
         codes = torch.tensor(self.tokens.ids, device=device)
-        never = [*planner.placeholders.values(), self.tokens.end, *marks]
+        self.ends = frozenset(ends)
+        """Tokens that end a reply. The begin of a picture may be one: then there comes none, drawn or not, and the reply is over."""
+        never = [*planner.placeholders.values(), self.tokens.end, *(set(marks) - self.ends)]
         words[codes] = words[torch.tensor(never, device=device)] = False
         words[self.tokens.begin] = True
         self.words, self.codes, self.draws = words, codes, draws
@@ -82,9 +89,8 @@ class Canvas:
         planner = model.processor.planner
         if not isinstance(planner, CodePlanner):
             return None
-        draws = planner.vq is not None and planner.vq.decoder is not None
-        marks = marks_of(model.processor.tokenizer) - set(ends)
-        return cls(planner, len(model.head_weight), model.processor.bos_id, sampling, model.device, draws, marks)
+        draws, marks = not cannot_draw(model), marks_of(model.processor.tokenizer)
+        return cls(planner, len(model.head_weight), model.processor.bos_id, sampling, model.device, draws, marks, ends)
 
     @property
     def streams(self) -> int:
@@ -96,9 +102,13 @@ class Canvas:
     def text_scores(self, row_V: Tensor, may_draw: bool) -> Tensor:
         """Scores with what cannot come in a text ruled out."""
         row_V = row_V.masked_fill(~self.words, -torch.inf)
-        if not (may_draw and self.draws):
+        if not (may_draw and self.draws) and self.tokens.begin not in self.ends:
             row_V[self.tokens.begin] = -torch.inf
         return row_V
+
+    def misses(self, row_V: Tensor) -> bool:
+        """Whether these scores of a text would begin a picture, which this model has no decoder for."""
+        return not self.draws and int(row_V.masked_fill(~self.words, -torch.inf).argmax()) == self.tokens.begin
 
     def start(self, prompt: list[int], said: list[int]) -> Drawing:
         """A picture begins: `said` ends with its begin token."""
@@ -127,11 +137,10 @@ class Canvas:
         return picture
 
 
-def marks_of(tokenizer: Tokenizer) -> set[int]:
-    """Tokens that are no words: special ones, and names like <reserved08706>. The reference takes every name that begins with "<" for
-    one (`vocab.py:60-74`), words like "</" and "<=" among them."""
-    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return special | {index for name, index in tokenizer.get_vocab().items() if re.fullmatch(r"<reserved\d+>", name)}
+def cannot_draw(model) -> bool:
+    """Whether a model's vocabulary holds pictures, and it has no decoder to draw them with. False of models that only say words."""
+    planner = model.processor.planner if model.processor else None
+    return isinstance(planner, CodePlanner) and (planner.vq is None or planner.vq.decoder is None)
 
 
 def pictures_of(ids: Sequence[int], tokens: ImageTokens) -> list[int]:

@@ -22,7 +22,7 @@ from ..inputs.vision_cache import MemoryCache
 from ..models.generative import Generative
 from ..nn.attention import Segments
 from ..nn.cache import Cache
-from .draw import Canvas, Drawing
+from .draw import CANNOT_DRAW, Canvas, Drawing
 from .sample import Sampling, choose
 
 LAY_OUT_AFTER = 4
@@ -42,6 +42,8 @@ class Reply:
     finish: str
     usage: dict[str, int]
     segments: list[tuple[str, Any]] = field(default_factory=list)
+    note: str = ""
+    """What the caller should know of the reply: that the model would have drawn and has no decoder to draw with."""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -91,6 +93,7 @@ class _Run:
     segments: list[tuple[str, Any]] = field(default_factory=list)
     drawing: Drawing | None = None
     finish: str | None = None
+    note: str = ""
 
     def close_text(self) -> None:
         if self.text:
@@ -102,7 +105,7 @@ class _Run:
         usage = {"prompt_tokens": len(self.prompt.ids), "completion_tokens": len(self.said)}
         usage |= {"dropped_messages": self.dropped} if self.dropped else {}
         text = "".join(value for kind, value in self.segments if kind == "text")
-        return Reply(text, self.said, self.finish or "length", usage, self.segments)
+        return Reply(text, self.said, self.finish or "length", usage, self.segments, self.note)
 
 
 Event = str | Partial | Reply
@@ -147,7 +150,7 @@ def _events(
     model: Generative, conversations: Sequence[Any], sampling: Sampling, slots: int, partial: bool = False
 ) -> Iterator[tuple[int, Event | IntermodalError]]:
     sampling.check()
-    if slots < 1:
+    if not isinstance(slots, int) or slots < 1:
         raise IntermodalError(f"slots={slots}: at least one conversation must be under way")
     processor = model.processor
     if processor is None:
@@ -211,7 +214,7 @@ def _begun(index: int, messages: Any, model: Generative, processor: ChatProcesso
     context = model.config_text.context
     conversation, dropped = fitting(processor, messages, context, sampling)
     prompt = processor.batch(conversation, cache=model.vision_cache).to(model.device)
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator().manual_seed(int(sampling.seed))
     # the last token's place, not the largest: by transformers' rule a long clip reaches past the words after it (PITFALLS D1)
     return _Run(index, prompt, generator, int(prompt.positions[..., -1].max()) + 1, context - len(prompt.ids), dropped)
 
@@ -257,12 +260,13 @@ def _advance(
         return
     row = scores[0]
     if canvas is not None:
+        run.note = run.note or (CANNOT_DRAW if canvas.misses(row) else "")
         row = canvas.text_scores(row, may_draw=run.room - len(run.said) >= canvas.length and _pictures(run) < sampling.max_images)
     seen: Tensor | tuple[int, ...] = ()
     if sampling.repetition_penalty != 1:
         seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
     run.said.append(choose(row, seen, sampling, run.generator))
-    if canvas is not None and run.said[-1] == canvas.tokens.begin:
+    if canvas is not None and run.said[-1] == canvas.tokens.begin and canvas.tokens.begin not in ends:
         before = _decoded(run, run.said[:-1], processor, last=True)
         delta, run.text = before[len(run.text) :], before
         run.close_text()
@@ -296,7 +300,9 @@ def _draw(run: _Run, scores: list[Tensor], sampling: Sampling, canvas: Canvas, p
     run.segments.append(("image", canvas.picture(drawing.codes)))
     run.drawing = None
     run.close_text()
-    if run.room <= len(run.said):
+    if canvas.tokens.end in canvas.ends:
+        run.finish = "stop"
+    elif run.room <= len(run.said):
         run.finish = "length"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..config import SettingError
 from ..errors import IntermodalError, nearest
 
 
@@ -46,28 +48,41 @@ class Sampling:
     question), until `max_new_tokens`, but at most half of the context, are free."""
 
     def check(self) -> None:
-        """Raises IntermodalError for a value out of range."""
-        wrong = {
-            "too_long": self.too_long not in ("error", "drop_oldest"),
-            "max_new_tokens": self.max_new_tokens < 1,
-            "temperature": self.temperature < 0,
-            "max_images": self.max_images < 0,
-            "image_temperature": self.image_temperature < 0,
-            "image_top_p": not 0 < self.image_top_p <= 1,
-            "guidance": self.guidance < 0,
-            "image_guidance": self.image_guidance is not None and self.image_guidance < 0,
-            "top_k": self.top_k < 0,
-            "top_p": not 0 < self.top_p <= 1,
-            "min_p": not 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty <= 0,
-            "stop": any(not text for text in self.stop),
+        """Raises SettingError for a value of another type or out of range; it says what is allowed."""
+        warmth, share = "0, or a number from 1e-6 up", "a number above 0, at most 1"  # by a temperature below that, scores overflow
+        allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "max_new_tokens": ("a whole number from 1 up", lambda value: value >= 1),
+            "temperature": (warmth, lambda value: value == 0 or value >= 1e-6),
+            "top_k": ("a whole number from 0 up", lambda value: value >= 0),
+            "top_p": (share, lambda value: 0 < value <= 1),
+            "min_p": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+            "repetition_penalty": ("a number above 0", lambda value: value > 0),
+            "stop": ("texts, none of them empty", lambda value: all(isinstance(text, str) and text for text in value)),
+            "seed": ("a whole number from -2^63 to 2^63 - 1", lambda value: -(2**63) <= value < 2**63),
+            "max_images": ("a whole number from 0 up", lambda value: value >= 0),
+            "image_temperature": (warmth, lambda value: value == 0 or value >= 1e-6),
+            "image_top_p": (share, lambda value: 0 < value <= 1),
+            "guidance": ("a number from 0 up", lambda value: value >= 0),
+            "image_guidance": ("a number from 0 up, or None", lambda value: value is None or value >= 0),
+            "too_long": ('"error" or "drop_oldest"', lambda value: value in ("error", "drop_oldest")),
         }
-        numbers = {f.name: getattr(self, f.name) for f in fields(self)}
-        wrong |= {name: True for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)}
-        wrong |= {name: True for name in ("temperature", "image_temperature") if 0 < numbers[name] < 1e-6}  # scores would overflow
-        for name, bad in wrong.items():
-            if bad:
-                raise IntermodalError(f"{name}={getattr(self, name)!r} is out of range")
+        for setting in fields(self):
+            value, (words, fits) = getattr(self, setting.name), allowed[setting.name]
+            if not (_of_kind(value, setting.default) and fits(value)):
+                raise SettingError(f"{setting.name}={value!r} is out of range: {words}")
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    """Whether a value is of its setting's type, which the default has; where that is None, a number or None. Numbers are finite."""
+    if isinstance(default, str | tuple):
+        return isinstance(value, type(default))
+    if default is None and value is None:
+        return True
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, Integral):
+        return abs(int(value)) <= 2**63
+    return not isinstance(default, int) and isinstance(value, Real) and math.isfinite(value)
 
 
 def sampling_of(settings: dict[str, Any]) -> Sampling:
@@ -81,7 +96,8 @@ def sampling_of(settings: dict[str, Any]) -> Sampling:
         if name not in names:
             raise IntermodalError(f"there is no setting {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     stop = settings.get("stop") or ()
-    return Sampling(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    stop = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Collection) else stop
+    return Sampling(**{**settings, "stop": stop})
 
 
 def penalised(scores_V: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:

@@ -7,10 +7,10 @@ placeholders are replaced in the ids by what the planner says. There is no secon
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from functools import cached_property, partial
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from ..batch import TokenBatch, Visual
-from ..errors import CheckpointError, IntermodalError
+from ..errors import CheckpointError
 from ..nn.attention import Segments
+from .audit import NoSupervision, check_heard, check_mask
 from .codes import CodePlanner
+from .marks import all_marks, refuse_marks, without_marks
 from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
-from .messages import check_messages
+from .messages import as_parts, check_messages, parts_of, tools_of, with_tools, without_media
 from .template import ChatTemplate, TemplateError
 from .text import content
+from .turns import Span, Turn, find_turns
 from .video import Sampling
 from .vision_cache import VisionCache, content_key
 
@@ -49,18 +52,14 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 Messages = Sequence[dict[str, Any]]
 
 
-class NoSupervision(IntermodalError):
-    """A conversation from which nothing can be learned, or whose loss mask is not the assistant's words."""
-
-
 @dataclass
 class Conversation:
     """One conversation as tokens, before packing, with what `inspect` shows about it."""
 
     text: str
     expanded: Expanded
-    spans: list[tuple[int, int]]
-    """Characters of `text` that the assistant said."""
+    turns: list[Turn]
+    """What of `text` the assistant said."""
     supervised: list[bool]
     items: list[Image.Image | Clip] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
@@ -68,6 +67,11 @@ class Conversation:
     @property
     def ids(self) -> list[int]:
         return self.expanded.ids
+
+    @property
+    def spans(self) -> list[Span]:
+        """Characters of `text` from the first to the last that the assistant said, message by message."""
+        return [turn.span for turn in self.turns]
 
 
 class ChatProcessor:
@@ -160,22 +164,38 @@ class ChatProcessor:
         """Ids -> text, without special tokens unless asked."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
-    def without_placeholders(self, text: str) -> str:
-        """A text without what stands for media in a rendered conversation: a reply that spells it would be taken for a picture."""
-        for token in (self.planner.placeholders if self.planner else {}).values():
-            text = text.replace(str(self.tokenizer.id_to_token(token)), "")
-        return text
+    def _placeholders(self) -> dict[str, str]:
+        """What stands for each kind of media in a rendered conversation."""
+        return {
+            kind: str(self.tokenizer.id_to_token(token))
+            for kind, token in (self.planner.placeholders if self.planner else {}).items()
+        }
 
-    def conversation(self, messages: Messages, *, reply: bool = False, **variables: Any) -> Conversation:
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Tokens that no words may spell, where the model's vocabulary holds pictures."""
+        return all_marks(self.tokenizer, self.planner) if isinstance(self.planner, CodePlanner) else frozenset()
+
+    def sayable(self, text: str) -> str:
+        """A reply's text as it may be said again in a conversation: what stands for media, or is a mark, would be read as that."""
+        for placeholder in self._placeholders().values():
+            text = text.replace(placeholder, "")
+        return without_marks(self.tokenizer, text, self.marks) if self.marks else text
+
+    def conversation(
+        self, messages: Messages, *, reply: bool = False, tools: Sequence[dict[str, Any]] | None = None, **variables: Any
+    ) -> Conversation:
         """Messages -> tokens with their loss mask.
 
         Args:
             messages: OpenAI-style; see `media.load_part` for what a part may hold.
             reply: end with the assistant's header, for generation; nothing is supervised then.
+            tools: JSON schemas of what the assistant may call, for the template; those that `messages.with_tools` gave the messages when
+                left out.
             variables: passed to the template.
 
         Raises:
-            SampleError: these are no messages.
+            SampleError: these are no messages, or no tools.
             TemplateError, MediaError: they do not fit the template or the model.
         """
         if self.template is None:
@@ -183,51 +203,44 @@ class ChatProcessor:
                 "this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)"
             )
         check_messages(messages)
-        items = [item for part in _parts(messages) if (item := load_part(part, self.video)) is not None]
+        if self.marks:
+            refuse_marks(self.tokenizer, messages, self.marks)
+        variables["tools"] = tools_of(with_tools(messages, tools))
+        items = [item for part in parts_of(messages) if (item := load_part(part, self.video)) is not None]
         if items and self.planner is None:
             raise TemplateError("this is a text-only model: it takes no pictures or videos")
         kinds = ["video" if isinstance(item, Clip) else "image" for item in items]
         plans: list[Plan] = []
         if self.planner:
             plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
-        plain = _without_media(self._with_boxes_written(messages, items, plans), as_text=self.planner is None)
+        plain = without_media(self._with_boxes_written(messages, items, plans), as_text=self.planner is None)
         if self.template.drops_strings:
-            plain = [{**message, "content": _as_parts(message["content"])} for message in plain]
+            plain = [message | {"content": as_parts(message["content"])} if "content" in message else message for message in plain]
+        draws = isinstance(self.planner, CodePlanner)
         if reply:
-            text, spans = self.template.render(plain, reply=True, **variables), []
+            text, turns = self.template.render(plain, reply=True, **variables), []
         else:
-            text, spans = self.template.render_marked(plain, **variables)
-        self._check_heard(plain, text)
+            ends = [str(self.tokenizer.id_to_token(token)) for token in self.end_ids]
+            text, turns = find_turns(self.template, plain, ends, draws, **variables)
+        check_heard(self.template, plain, text, reply=reply, **variables)
         if self.planner:
-            names = {kind: str(self.tokenizer.id_to_token(token)) for kind, token in self.planner.placeholders.items()}
-            text, spans = rewrite(text, spans, plans, names)
+            text, turns = _rewritten(text, turns, plans, self._placeholders())
         # as transformers' processors of pictures: a template that leaves the beginning-of-text token to the tokenizer (LLaVA 1.5's) gets it
         begun = text.startswith(self.template.special.get("bos_token") or "\0")
         encoding = self.tokenizer.encode(text, add_special_tokens=self.planner is not None and not begun)
         expanded = expand(encoding.ids, plans)
-        learned = self._supervised(encoding, spans)
+        learned = self._supervised(encoding, turns)
         supervised = [source >= 0 and learned[source] for source in expanded.source]
-        if isinstance(self.planner, CodePlanner):  # what the assistant draws is learned like what it says
+        if draws:  # what the assistant draws is learned like what it says
             for (start, run), source in zip(expanded.runs, expanded.placeholders, strict=True):
                 if learned[source]:
                     length = sum(len(piece) for piece in run)
                     supervised[start : start + length] = [True] * length
-        return Conversation(text, expanded, spans, supervised, items, plans)
-
-    def _check_heard(self, messages: Messages, text: str) -> None:
-        """Raises TemplateError where a template says nothing of what a user wrote: some look for parts of another kind, or other keys."""
-        for message in messages:
-            parts = _as_parts(message["content"]) if message["role"] == "user" else []
-            for words in (part["text"].strip() for part in parts if part["type"] == "text"):
-                if words not in text:
-                    raise TemplateError(
-                        f"the chat template leaves out what the user said ({words[:40]!r}): give the model one that writes such messages, "
-                        "model.processor.set_template(text), in a recipe model.template=FILE"
-                    )
+        return Conversation(text, expanded, turns, supervised, items, plans)
 
     def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
         """Box parts as the text that this model writes for them."""
-        if not any(part.get("type") == "box" for part in _parts(messages)):
+        if not any(part.get("type") == "box" for part in parts_of(messages)):
             return messages
         shown, out = -1, []
         for message in messages:
@@ -239,7 +252,7 @@ class ChatProcessor:
                     shown += kind != "box" and "text" not in part
                     written.append({"type": "text", "text": self._box(part, shown, items, plans)} if kind == "box" else part)
                 parts = written
-            out.append({**message, "content": parts})
+            out.append({**message, "content": parts} if "content" in message else message)
         return out
 
     def _box(self, part: dict[str, Any], shown: int, items: Sequence[Any], plans: Sequence[Plan]) -> str:
@@ -303,18 +316,21 @@ class ChatProcessor:
         visual = planner.visual(plans, planner.pixels(list(compress(items, new)), list(compress(plans, new))))
         return replace(visual, keys=tuple(keys), known=tuple(known))
 
-    def _supervised(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Tokens that hold a character of the assistant's words, and the end-of-turn token right after them."""
+    def _supervised(self, encoding: Any, turns: Sequence[Turn]) -> list[bool]:
+        """Tokens that hold a character of the assistant's words, and the end-of-turn token right after a turn that has some."""
         out = [False] * len(encoding.ids)
         offsets = encoding.offsets
         at = 0
-        for start, stop in spans:
-            while at < len(offsets) and offsets[at][1] <= start:
+        for turn in turns:
+            for start, stop in turn.words:
+                while at < len(offsets) and offsets[at][1] <= start:
+                    at += 1
+                while at < len(offsets) and offsets[at][0] < stop:
+                    out[at] = True
+                    at += 1
+            while turn.words and at < len(offsets) and offsets[at][0] < turn.span[1]:  # a picture after the last word
                 at += 1
-            while at < len(offsets) and offsets[at][0] < stop:
-                out[at] = True
-                at += 1
-            if at < len(offsets) and encoding.ids[at] in self.end_ids:
+            if turn.words and at < len(offsets) and encoding.ids[at] in self.end_ids:
                 out[at] = True
                 at += 1
         return out
@@ -323,37 +339,13 @@ class ChatProcessor:
         """Check the loss mask of a training sample.
 
         Raises:
-            NoSupervision: nothing is supervised, a turn has no end token, or the supervised tokens do not spell the assistant's words.
+            NoSupervision: nothing is supervised, or something else than the assistant's words and the ends of its turns.
         """
         if not any(conversation.supervised):
             raise NoSupervision("no token is supervised: the conversation holds no words of the assistant")
-        turns: list[list[list[int]]] = []  # for each run of supervised tokens its words, in pieces between what is drawn
-        last = -2
-        for index, (token, learned) in enumerate(zip(conversation.ids, conversation.supervised, strict=True)):
-            if learned:
-                if index != last + 1 or (turns and turns[-1][-1] and turns[-1][-1][-1] in self.end_ids):
-                    turns.append([[]])
-                if conversation.expanded.source[index] >= 0:
-                    turns[-1][-1].append(token)
-                elif turns[-1][-1]:
-                    turns[-1].append([])
-                last = index
-        names = [str(self.tokenizer.id_to_token(token)) for token in (self.planner.placeholders.values() if self.planner else ())]
-        media = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        said = [conversation.text[start:stop] for start, stop in conversation.spans]
-        if len(turns) != len(said):
-            raise NoSupervision(f"{len(said)} assistant messages, but {len(turns)} supervised runs of tokens")
-        for words, pieces in zip(said, turns, strict=True):
-            *before, turn = pieces
-            if not turn or turn[-1] not in self.end_ids:
-                ends = [self.tokenizer.id_to_token(token) for token in self.end_ids]
-                raise NoSupervision(
-                    f"no end-of-turn token ({', '.join(map(str, ends))}) follows {words[-40:]!r}: replies would not end"
-                )
-            spelled = [self.tokenizer.decode(piece, skip_special_tokens=False).strip() for piece in (*before, turn[:-1])]
-            wanted = [piece.strip() for piece in media.split(words)]
-            if [piece for piece in spelled if piece] != [piece for piece in wanted if piece]:
-                raise NoSupervision(f"the supervised tokens spell {spelled!r:.80}, the assistant said {words[:80]!r}")
+        draws = isinstance(self.planner, CodePlanner)
+        ends = {token: str(self.tokenizer.id_to_token(token)) for token in self.end_ids}
+        check_mask(conversation, partial(self.decode, special=True), ends, list(self._placeholders().values()), draws)
 
     def save(self, folder: Path) -> None:
         """Write the files as they were read, and take away another model's."""
@@ -397,28 +389,8 @@ def _end_ids(tokenizer: Tokenizer, special: dict[str, str], config: dict[str, An
     return list(dict.fromkeys(out))
 
 
-def _parts(messages: Messages) -> list[dict[str, Any]]:
-    return [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
-
-
-def _without_media(messages: Messages, as_text: bool) -> list[dict[str, Any]]:
-    """Messages as templates want them: media without their payload; for text-only templates the text alone."""
-    out = []
-    for message in messages:
-        value = message.get("content")
-        if isinstance(value, list):
-            value = [_bare(part) for part in value]
-            if as_text and all(part["type"] == "text" for part in value):
-                value = "".join(part["text"] for part in value)
-        out.append({**message, "content": value})
-    return out
-
-
-def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-def _bare(part: dict[str, Any]) -> dict[str, Any]:
-    if part.get("type", "text") == "text" and "text" in part:
-        return {"type": "text", "text": part["text"]}
-    return {"type": "video" if "video" in part else "image"}
+def _rewritten(text: str, turns: Sequence[Turn], plans: Sequence[Plan], names: dict[str, str]) -> tuple[str, list[Turn]]:
+    """The text with its media as the model writes them (`media.rewrite`), and where the turns are in it."""
+    text, moved = rewrite(text, [span for turn in turns for span in (turn.span, *turn.words)], plans, names)
+    spans = iter(moved)
+    return text, [Turn(next(spans), tuple(islice(spans, len(turn.words)))) for turn in turns]

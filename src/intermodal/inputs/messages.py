@@ -1,7 +1,10 @@
-"""What a list of chat messages must look like, checked in one place before anything is rendered, and paths in it made absolute."""
+"""What a list of chat messages must look like, checked in one place before anything is rendered; paths in it made absolute; the tools
+that a conversation offers."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,28 @@ from ..errors import SampleError
 
 MEDIA = ("image", "video", "image_url")
 ADDRESSES = ("data:", "http:", "https:", "file:")
+TOOLS = "tools of the conversation"
+"""Where each message of a conversation with tools has them: they are then with whatever part of the conversation is read, and a template
+does not see this key."""
 
 
 def check_messages(messages: Any) -> None:
     """Raise when messages are not OpenAI-style ones: a template would render a mistake as something else, silently.
 
     Raises:
-        SampleError: no list, an empty one, a message without a role or content, or a part that is neither text, a box nor a medium.
+        SampleError: no list, an empty one, a message without a role, or without a content where it calls no tools, a call without a name,
+            or a part that is neither text, a box nor a medium.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise SampleError(f'messages must be a list like [{{"role": "user", "content": "..."}}], got {_short(messages)}')
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise SampleError(f"a message needs a role and a content, got {_short(message)}")
-        content = message["content"]
+        calls, content = _checked_calls(message), message.get("content")
+        if content is None and calls:
+            continue
+        if "content" not in message:
+            raise SampleError(f"a message needs a role and a content, got {_short(message)}")
         if isinstance(content, str):
             _check_text(content)
             continue
@@ -30,6 +41,52 @@ def check_messages(messages: Any) -> None:
             raise SampleError(f"a message's content is a text or a list of parts, got {_short(content)}")
         for part in content:
             _check_part(part)
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of tools in a message, `[{"type": "function", "function": {"name": ..., "arguments": {...}}}]`; none of another role's."""
+    return list(message.get("tool_calls") or ()) if message.get("role") == "assistant" else []
+
+
+def _checked_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    if calls is None:
+        return []
+    if message["role"] != "assistant" or not isinstance(calls, list | tuple):
+        raise SampleError(f"tool_calls are a list, in a message of the assistant, got {_short(message)}")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise SampleError(f'a call of a tool is {{"function": {{"name": ..., "arguments": {{...}}}}}}, got {_short(call)}')
+    _check_text(json.dumps(calls, ensure_ascii=False, default=str))
+    return list(calls)
+
+
+def with_tools(messages: Any, tools: Sequence[dict[str, Any]] | str | None) -> Any:
+    """Messages that carry the tools they may call, JSON schemas as transformers' `apply_chat_template(messages, tools=...)` takes them; the
+    messages themselves where there are none. Data sets of columns keep the list as a text of JSON, which is read.
+
+    Raises:
+        SampleError: these are no schemas.
+    """
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise SampleError(f"tools are a list of JSON schemas, got a text that is no JSON ({error}): {_short(tools)}") from None
+    if not tools:
+        return messages
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise SampleError(f"tools are a list of JSON schemas, got {_short(tools)}")
+    _check_text(json.dumps(tools, ensure_ascii=False, default=str))
+    if not isinstance(messages, list | tuple):
+        return messages  # `check_messages` says what is wrong with them
+    return [{**message, TOOLS: tools} if isinstance(message, dict) else message for message in messages]
+
+
+def tools_of(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]] | None:
+    """The tools that messages carry."""
+    return next((message[TOOLS] for message in messages if TOOLS in message), None)
 
 
 def _check_part(part: Any) -> None:
@@ -65,11 +122,41 @@ def placed(messages: Any, folder: Path) -> list[dict[str, Any]]:
     check_messages(messages)
     out = []
     for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
+        content = message.get("content")
+        if isinstance(content, list | tuple):
             content = [{key: _placed(value, folder) if key in MEDIA else value for key, value in part.items()} for part in content]
-        out.append({**message, "content": content})
+        out.append({**message, "content": content} if "content" in message else message)
     return out
+
+
+def parts_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of all messages that have parts."""
+    return [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+
+
+def without_media(messages: Sequence[dict[str, Any]], as_text: bool) -> list[dict[str, Any]]:
+    """Messages as templates want them: media without their payload, tools left out; for text-only templates the text alone."""
+    out = []
+    for message in messages:
+        bare, value = {name: said for name, said in message.items() if name != TOOLS}, message.get("content")
+        if isinstance(value, list):
+            value = [_bare(part) for part in value]
+            if as_text and all(part["type"] == "text" for part in value):
+                value = "".join(part["text"] for part in value)
+            bare["content"] = value
+        out.append(bare)
+    return out
+
+
+def as_parts(value: Any) -> Any:
+    """A text as a list of one part; anything else as it is."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _bare(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type", "text") == "text" and "text" in part:
+        return {"type": "text", "text": part["text"]}
+    return {"type": "video" if "video" in part else "image"}
 
 
 def _placed(value: Any, folder: Path) -> Any:

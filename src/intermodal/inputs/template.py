@@ -1,19 +1,12 @@
-"""Chat templates: a checkpoint's jinja text, rendered in a sandbox, with the place of the assistant's words known exactly.
-
-The words are found by rendering twice: once as the user would, once with each assistant message between two characters that occur
-nowhere else. Without those characters the second rendering must equal the first, or the template is refused for training; nothing
-is guessed from token counts. Source of the environment: Hugging Face `utils/chat_template_utils.py`.
-"""
+"""Chat templates: a checkpoint's jinja text, rendered in a sandbox. Source of the environment: Hugging Face
+`utils/chat_template_utils.py`."""
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import islice
 from typing import Any, ClassVar
 
 from ..errors import IntermodalError
@@ -109,71 +102,3 @@ class ChatTemplate:
             return self._compiled.render(messages=messages, add_generation_prompt=reply, **names)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise TemplateError(f"the chat template refused these messages: {error}") from error
-
-    def render_marked(self, messages: Sequence[dict[str, Any]], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """(text, spans): the text of `render` and, for each assistant message, where its words are in it, in characters.
-
-        Raises:
-            TemplateError: the template changes the assistant's words, or leaves a message out.
-        """
-        plain = self.render(messages, **variables)
-        everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
-        marks = list(islice((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything), 2))
-        words = [_parts(message) for message in messages if message.get("role") == "assistant"]
-        for trim in (False, True):
-            marked = self.render(_with_marks(messages, marks, trim), **variables)
-            if marked.replace(marks[0], "").replace(marks[1], "") != plain:
-                continue
-            spans, at, start = [], 0, 0
-            for character in marked:
-                if character == marks[0]:
-                    start = at
-                elif character == marks[1]:
-                    spans.append((start, at))
-                else:
-                    at += 1
-            found = [plain[start:stop] for start, stop in spans]
-            if len(found) == len(words) and all(_says(text, parts, trim) for text, parts in zip(found, words, strict=True)):
-                return plain, spans
-        raise TemplateError(
-            "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
-            "train with a template that writes assistant messages as they are"
-        )
-
-
-def _parts(message: dict[str, Any]) -> list[str | None]:
-    """What a message says: its texts, and None for what is not text."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] if part.get("type") == "text" else None for part in content or []]
-
-
-def _says(found: str, parts: Sequence[str | None], trim: bool) -> bool:
-    """Whether a rendered message is its texts in order, with anything where media are."""
-    if None not in parts:
-        words = "".join(text for text in parts if text is not None)
-        return found == (words.strip() if trim else words)
-    pattern = "".join(".+?" if text is None else re.escape(text) for text in parts)
-    return re.fullmatch(pattern, found, re.DOTALL) is not None
-
-
-def _with_marks(messages: Sequence[dict[str, Any]], marks: Sequence[str], trim: bool) -> list[dict[str, Any]]:
-    """The messages with each assistant's words between two marks, without the white space around them if `trim`."""
-    (begin, end), out = marks, copy.deepcopy(list(messages))
-    for message in out:
-        if message.get("role") != "assistant":
-            continue
-        content = message.get("content")
-        if isinstance(content, str):
-            message["content"] = begin + (content.strip() if trim else content) + end
-            continue
-        texts = [part for part in content or [] if part.get("type") == "text"]
-        if content and len(texts) < len(content):  # a message that draws begins and ends with its first and last part
-            message["content"] = [{"type": "text", "text": begin}, *content, {"type": "text", "text": end}]
-        elif texts:
-            if trim:
-                texts[0]["text"], texts[-1]["text"] = texts[0]["text"].lstrip(), texts[-1]["text"].rstrip()
-            texts[0]["text"] = begin + texts[0]["text"]
-            texts[-1]["text"] += end
-    return out

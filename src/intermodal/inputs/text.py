@@ -8,7 +8,7 @@ import re
 import string
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -309,6 +309,17 @@ class SentencePieceEncoder:
         return [[*self.model.encode(text), self.model.eos_id()] for text in texts]
 
 
+def spelled(tokenizer: Tokenizer, text: str, marks: Collection[int]) -> list[str]:
+    """Which of these tokens a plain text spells, so that it would be read as the token itself: their names, in order.
+
+    An unknown word, which becomes the token of unknown words, spells nothing.
+    """
+    found = tokenizer.encode(text, add_special_tokens=False)
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+    names = [(token, text[start:stop].strip()) for token, (start, stop) in zip(found.ids, found.offsets, strict=True)]
+    return [name for token, name in names if token in marks and (token != unknown or name == tokenizer.id_to_token(token))]
+
+
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A small lower-casing tokenizer for a model made from scratch; ids 0 and 1 are `<unk>` and `</s>`.
 
@@ -336,7 +347,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def fresh(tokenizer: Tokenizer, family: str, *, context: int) -> TextTokenizer:
     """A tokenizer from `train_tokenizer` with a family's rules and the files that let transformers load it."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    settings["model_max_length"] = context  # pyright: ignore[reportArgumentType]
     eos = tokenizer.get_vocab()["</s>"]
     return TextTokenizer(
         FastEncoder(tokenizer),
@@ -347,6 +357,34 @@ def fresh(tokenizer: Tokenizer, family: str, *, context: int) -> TextTokenizer:
         eos_last=True,
         files={
             "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
-            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+            "tokenizer_config.json": _for_tower(settings, family, context),
         },
     )
+
+
+def borrowed(tokenizer: TextTokenizer, family: str) -> TextTokenizer:
+    """Another model's tokenizer in a fresh one: the files that are kept say what transformers has to do for the new text tower."""
+    files = dict(tokenizer.files)
+    if "tokenizer_config.json" in files:
+        files["tokenizer_config.json"] = _for_tower(json.loads(files["tokenizer_config.json"]), family, tokenizer.context)
+    tokenizer.files = files
+    return tokenizer
+
+
+def _for_tower(settings: dict[str, Any], family: str, context: int) -> bytes:
+    """A tokenizer_config.json for a text tower of this context. SigLIP's reads its padding as text, and transformers' own processors would
+    mask it with the attention mask that a tokenizer gives where `model_input_names` does not leave it out."""
+    names = {} if family == "clip" else {"model_input_names": ["input_ids"]}
+    return json.dumps({**settings, "model_max_length": context, **names}, indent=2).encode()
+
+
+def in_transformers(files: dict[str, bytes], family: str) -> bool:
+    """Whether transformers' Auto classes read a dual encoder's tokenizer files as they are.
+
+    For `siglip2` they build a `Siglip2Tokenizer`, Gemma's BPE, whatever class the files name (`tokenization_auto.py`,
+    `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`), so that any other tokenizer's ids are other ones there.
+    """
+    if family != "siglip2" or "tokenizer.json" not in files:
+        return True
+    named = str(json.loads(files.get("tokenizer_config.json", b"{}")).get("tokenizer_class", ""))
+    return named.startswith(("Gemma", "Siglip2"))

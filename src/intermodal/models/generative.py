@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
+from ..inputs.messages import with_tools
 from ..nn.cache import Cache
 from ..nn.laid_out import KeptLayout, LaidOutLinear, Layout, can_lay_out
 from ..nn.layers import Linear, linear
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..generate.engine import Event, Reply
     from ..inputs.chat import ChatProcessor
     from ..inputs.vision_cache import VisionCache
+
+Tools = Sequence[dict[str, Any]] | None
 
 
 class Generative(nn.Module):
@@ -165,29 +168,41 @@ class Generative(nn.Module):
         return self.unembed(self.hidden(batch))
 
     @torch.no_grad()
-    def logits(self, messages: Sequence[dict[str, Any]]) -> Tensor:
+    def logits(self, messages: Sequence[dict[str, Any]], *, tools: Tools = None) -> Tensor:
         """(T, V) float32 scores of one whole conversation, teacher-forced."""
-        return self(self.processor(messages).to(self.device)).float()  # pyright: ignore[reportOptionalCall]
+        return self(self.processor(messages, tools=tools).to(self.device)).float()  # pyright: ignore[reportOptionalCall]
 
-    def generate(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Reply:
-        """Reply to one conversation; settings are those of `generate.sample.Sampling`."""
-        return self.generate_batch([messages], **settings)[0]
+    def generate(self, messages: Sequence[dict[str, Any]], *, tools: Tools = None, **settings: Any) -> Reply:
+        """Reply to one conversation; settings are those of `generate.sample.Sampling`.
+
+        Args:
+            tools: JSON schemas of what the model may call, for its chat template. A call comes as text, in the model's own form.
+        """
+        return self.generate_batch([messages], tools=tools, **settings)[0]
 
     def generate_batch(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], *, slots: int = 16, progress: bool = False, **settings: Any
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        *,
+        tools: Tools = None,
+        slots: int = 16,
+        progress: bool = False,
+        **settings: Any,
     ) -> list[Reply]:
-        """Reply to many conversations, `slots` of them at a time; each as if it were alone."""
+        """Reply to many conversations, `slots` of them at a time; each as if it were alone. `tools` are for all of them."""
         from ..generate.engine import replies
         from ..generate.sample import sampling_of
 
+        if tools:
+            conversations = [with_tools(messages, tools) for messages in conversations]
         return replies(self, conversations, sampling_of(settings), slots=slots, progress=progress)
 
-    def stream(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Iterator[Event]:
+    def stream(self, messages: Sequence[dict[str, Any]], *, tools: Tools = None, **settings: Any) -> Iterator[Event]:
         """Pieces of text as they come, pictures as they grow (`Partial`), then the `Reply`."""
         from ..generate.engine import stream
         from ..generate.sample import sampling_of
 
-        return stream(self, messages, sampling_of(settings))
+        return stream(self, with_tools(messages, tools), sampling_of(settings))
 
 
 class LanguageModel(Generative):

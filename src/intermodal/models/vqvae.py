@@ -6,13 +6,16 @@ Sources: chameleon `inference/vqgan.py`; taming-transformers `modules/diffusionm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Len
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import Positive
 from ..errors import IntermodalError
 
 EPS = 1e-6
@@ -20,31 +23,31 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class VQConfig:
-    resolution: int = 512
+    resolution: Positive = 512
     """Pixels of a side in training; it decides only where `attention` sits."""
-    channels: int = 3
-    width: int = 128
+    channels: Positive = 3
+    width: Positive = 128
     """Channels at the finest level."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    multipliers: Annotated[tuple[Positive, ...], Len(1)] = (1, 1, 2, 2, 4)
     """Channels of each level in multiples of `width`; each level after the first halves the side."""
-    res_blocks: int = 2
-    attention: tuple[int, ...] = ()
+    res_blocks: Positive = 2
+    attention: tuple[Positive, ...] = ()
     """Sides (at `resolution`) of the levels that have attention after each residual block."""
     mid_attention: bool = True
-    latent_channels: int = 256
+    latent_channels: Positive = 256
     double_latent: bool = False
-    code_width: int = 256
-    codes: int = 8192
-    groups: int = 32
+    code_width: Positive = 256
+    codes: Positive = 8192
+    groups: Positive = 32
     """Of every GroupNorm."""
-    stem: int = 1
+    stem: Positive = 1
     """Pixels of a side that are folded into channels before the first convolution: a cheap first level for models made here. The field's
     checkpoints have 1."""
     unit_codes: bool = False
     """Codes and latents are compared on the unit sphere (l2-normalised). The field's checkpoints do not."""
-    beta: float = 0.25
+    beta: Annotated[float, Ge(0)] = 0.25
     """Weight of the term that the rule below puts it on."""
-    beta_on: str = "codebook"
+    beta_on: Literal["codebook", "commitment"] = "codebook"
     """The authors' `legacy` rule weighs the codebook's term (PITFALLS 8.12); "commitment" is the paper's and LlamaGen's."""
     decoder: bool = True
     """False: Hugging Face's Chameleon files, which carry no decoder."""
@@ -54,13 +57,27 @@ class VQConfig:
         """Pixels of a side that one code stands for."""
         return self.stem * 2 ** (len(self.multipliers) - 1)
 
+    @property
+    def sides(self) -> list[int]:
+        """Pixels of a side of each level at `resolution`, the finest first."""
+        return [self.resolution // self.stem // 2**level for level in range(len(self.multipliers))]
+
     def check(self) -> None:
-        """Raises IntermodalError for a shape that cannot be built."""
+        """Raises IntermodalError for a shape that cannot be built; the message begins with the field."""
         for multiplier in self.multipliers:
             if self.width * multiplier % self.groups:
-                raise IntermodalError(f"{self.width * multiplier} channels do not divide into {self.groups} groups")
+                raise IntermodalError(
+                    f"width={self.width} times {multiplier} of multipliers is {self.width * multiplier} channels, which do not divide into "
+                    f"groups={self.groups}: both must be such that they do"
+                )
         if self.beta_on not in ("codebook", "commitment"):
-            raise IntermodalError(f"beta_on is {self.beta_on!r}: codebook or commitment")
+            raise IntermodalError(f"beta_on={self.beta_on!r}: codebook or commitment")
+
+    def differences(self, other: VQConfig) -> list[str]:
+        """Where the two shapes differ, as "codes 8192 against 512": weights of one fit the other only where nothing does."""
+        mine, theirs = asdict(self), asdict(other)
+        weights = [name for name in mine if name not in ("beta", "beta_on", "decoder")]
+        return [f"{name} {mine[name]} against {theirs[name]}" for name in weights if mine[name] != theirs[name]]
 
 
 class ResBlock(nn.Module):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
-from ..config import NotNegative, Positive, SettingError, validated
+from ..config import NotNegative, Positive, SettingError, not_all_zero, smallest_first, validated
 from ..errors import IntermodalError, nearest
 from ..models.decoder import DecoderConfig
 from ..models.text import TextConfig
@@ -21,7 +21,10 @@ from ..models.vqvae import VQConfig
 
 Share = Annotated[float, Gt(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-Amount = Annotated[float, Ge(0)]
+Amount = Annotated[float, Ge(0), Lt(float("inf"))]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+
+Weights = Annotated[tuple[Amount, ...], Predicate(not_all_zero)]
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class ModelConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(192, 3, 3, 768, vocab_size=1024, context=24, eos_id=1))
     embed_width: Positive = 192
     """CLIP only; SigLIP embeds in the vision tower's width."""
-    init_scale: Annotated[float, Gt(0)] | None = None
+    init_scale: Annotated[float, Gt(0), Lt(float("inf"))] | None = None
     """Factor on the cosine at the start; None takes 1/0.07 for CLIP with the softmax loss, else 10."""
-    init_bias: float = -10.0
+    init_bias: Annotated[float, Gt(float("-inf")), Lt(float("inf"))] = -10.0
     """SigLIP, and CLIP with the sigmoid loss. -10 is the paper's for a batch of 32,768; a small one learns sooner from about
     -log(batch)."""
     tokenizer: str | None = None
@@ -55,7 +58,7 @@ class DataConfig:
     train: tuple[str, ...] = ("scenes:core",)
     """Sources: `scenes:core`, `scenes:all`, `sprites:core`, `tuxpaint`, a folder of pictures, .tar shards, .parquet, .jsonl, .csv;
     `{000..009}` and `*` expand."""
-    weights: tuple[Amount, ...] | None = None
+    weights: Weights | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 256
     """Pairs a step over all ranks."""
@@ -63,8 +66,8 @@ class DataConfig:
     """Processes that decode pictures and make tokens; 0 does it in the training process, which tries those of an `hf:` stream anyway."""
     prefetch: Positive = 4
     """Batches that each worker keeps ready: the rank's whole share in bytes, 0.15 MB a picture of 224 px."""
-    seed: int = 0
-    crop_scale: tuple[Share, Share] | None = None
+    seed: Seed = 0
+    crop_scale: Annotated[tuple[Share, Share], Predicate(smallest_first)] | None = None
     """Random crop of this share of the area before resizing (open_clip trains with 0.9 to 1.0)."""
     allow_urls: bool = False
     """Fetch pictures named by http(s) addresses."""
@@ -108,7 +111,7 @@ class LoopConfig:
     for telling a difference between two runs from rounding, they, the gradients and the loss are float64; what is exported is fp32."""
     checkpoint_activations: bool = False
     threads: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
     log_every: Positive = 10
     save_every: Positive | None = None
     """Steps between checkpoints; the last step is always saved."""
@@ -191,7 +194,7 @@ class NativeConfig:
 class TalksConfig:
     train: tuple[str, ...] = ("captions:scenes:core",)
     """Sources of conversations, as `data.talks.open_talks` reads them."""
-    weights: tuple[Amount, ...] | None = None
+    weights: Weights | None = None
     """How often each source is drawn; by size when left out."""
     batch: Positive = 64
     """Conversations a step over all ranks."""
@@ -199,7 +202,7 @@ class TalksConfig:
     """Most tokens of one forward: a step's conversations are packed into as few packs of this size as they fit in."""
     workers: NotNegative = 1
     prefetch: Positive = 4
-    seed: int = 0
+    seed: Seed = 0
     side: int | None = None
     """Pixels of a side for sources that draw their pictures; None takes the tower's size, or 64 where it takes any."""
     allow_urls: bool = False
@@ -263,36 +266,37 @@ class StagedRecipe:
 class CodebookConfig:
     """How a VQ-VAE's codes move, beside the loss."""
 
-    ema: float | None = 0.99
+    ema: Decay | None = 0.99
     """Codes are exponential averages of their latents (VQ-VAE, appendix A.1); None learns them by gradient."""
-    revive: int | None = 100
+    revive: Positive | None = 100
     """A code unused for this many steps takes a latent of the step; None lets it die."""
-    entropy: float = 0.0
+    entropy: Amount = 0.0
     """Weight of the entropy term (MAGVIT-2): sure assignments, even use."""
-    alarm: float = 0.02
+    alarm: Amount = 0.02
     """Warn when the perplexity falls below this share of the codes."""
 
 
 @dataclass(frozen=True)
 class VQTrainConfig(LoopConfig):
     reconstruction: Literal["l1", "l2"] = "l2"
-    quantisation: float = 1.0
+    quantisation: Amount = 1.0
     """Weight of the quantisation loss."""
     perceptual: str | None = None
     """A CLIP or SigLIP directory whose tower says how alike two pictures look (LPIPS in form); None leaves the term out."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: Amount = 1.0
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
     """A critic of patches beside a VQ-VAE (VQGAN, section 3.1)."""
 
-    weight: float = 0.0
+    weight: Amount = 0.0
     """Of the painter's term, after it has been balanced with the likeness; 0 trains no critic."""
-    start: int = 500
+    start: NotNegative = 500
     """The step from which on it counts: before, there is little to criticise."""
-    width: int = 32
-    layers: int = 2
+    width: Positive = 32
+    """A multiple of 4, so that its norms' groups divide the channels."""
+    layers: Positive = 2
     """Convolutions that halve the side."""
 
 
@@ -302,7 +306,9 @@ class VQRecipe:
 
     name: str
     start: str | None = None
-    """A trained VQ-VAE to go on from; `model` is then not read but for its resolution and size."""
+    """A trained VQ-VAE to go on from; of `model` only `resolution`, the side of the pictures, is then read."""
+    held_out: tuple[str, ...] | None = None
+    """Sources never trained on that are measured at the end; None takes the test side of the drawn ones in `data.train`."""
     model: VQConfig = field(default_factory=VQConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)

@@ -35,6 +35,7 @@ from ..weights.load import codec, load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
 from .attention_scores import attention_scores
+from .learning import Unreached, keep_word_rows
 from .loop import Trainer
 from .optim import choose_learning, optimizer_of
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
@@ -145,6 +146,8 @@ class StageTrainer(Trainer):
         quiet: bool,
     ):
         self.whole, self.before = whole, before
+        self.unreached: Unreached | None = None
+        self.told_of_gradients = False
         run = replace(stage, name=f"{whole.name}/{stage.name}")
         super().__init__(run, folder, world, resume, console, quiet)
 
@@ -252,6 +255,7 @@ class StageTrainer(Trainer):
         self._check_finite(total, bad or fetched.batches[0])
         if not self.sharded:
             sum_gradients(self.model, self.world)
+        self._look_for_gradients(fetched.batches)
         rate, norm = self._update([key for batch in fetched.batches for key in batch.keys])
         if not logging:
             return {}
@@ -266,6 +270,29 @@ class StageTrainer(Trainer):
             **self._modality_losses(shares, codes),
             **statistics.values(self.world),
         }
+
+    def _look_for_gradients(self, batches: Sequence[TokenBatch]) -> None:
+        """Tell once of what should learn and gets no gradient: at the first step in which some rank saw media, for words alone reach no
+        tower and no projector; at the last step where none did. All ranks come to the same, so none waits for another.
+
+        Raises:
+            IntermodalError: nothing gets one.
+        """
+        if self.told_of_gradients:
+            return
+        if self.unreached is None:  # now that a checkpoint, if any, is restored
+            self.unreached = Unreached(self.model, self.optimizer)
+        self.unreached.look()
+        sees = bool(self.model.tower_parameters())
+        shown = self.world.any(any(batch.visual is not None for batch in batches)) if sees else True
+        if shown or self.step + 1 == self.recipe.train.steps:
+            self.told_of_gradients = True
+            when = (
+                f"in step {self.step + 1}{', which had pictures' if sees else ''}" if shown else "(nothing was shown to the model)"
+            )
+            told = self.unreached.report(self.recipe.name, when)
+            if told and self.world.main:
+                self.console.print(f"[yellow]{told}[/yellow]", soft_wrap=True)
 
     def _modality_losses(self, shares: Tensor, codes: Tensor | None) -> dict[str, float]:
         """Loss a token of words and of picture codes, over all packs of all ranks; nothing where the vocabulary has no codes."""
@@ -350,29 +377,6 @@ def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcesso
     other = copy.copy(processor)
     other.planner = replace(planner, vq=copy.deepcopy(planner.vq).cpu() if planner.vq is not None else None)
     return other
-
-
-def keep_word_rows(model: Generative, optimizer: torch.optim.Optimizer) -> None:
-    """Let only the rows of picture codes and their marks learn in the tables over the vocabulary; nothing of the tables decays.
-
-    Raises:
-        IntermodalError: the model's vocabulary holds no pictures, or something else than those tables learns.
-    """
-    if not isinstance(model, Chameleon):
-        raise IntermodalError(f"image_rows_only is for models whose vocabulary holds pictures, and a {model.family}'s does not")
-    tables = {"model.embed_tokens.weight", "lm_head.weight"}
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if others := sorted(learning.keys() - tables):
-        raise IntermodalError(
-            f"image_rows_only keeps words as they are, but {others[0]} learns too; learn only {', '.join(sorted(tables))}"
-        )
-    tokens = model.config.image_tokens
-    rows = torch.zeros(len(model.head_weight), 1, dtype=torch.bool)
-    rows[[*tokens.ids, tokens.begin, tokens.end]] = True
-    for parameter in learning.values():
-        parameter.register_hook(lambda gradient: gradient * rows.to(gradient.device))
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
 
 
 def sum_gradients(model: torch.nn.Module, world: World) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data.loader import PictureFetcher
+from ..config import SettingError, validated
+from ..data.loader import Loader, Mixture, PictureFetcher, Rejects
 from ..data.readers import open_source
-from ..data.source import Reject
+from ..data.source import Reject, Source
+from ..data.sprites import HELD_OUT_STYLE
+from ..data.stream import StreamSource
 from ..errors import IntermodalError
 from ..inputs.image import BICUBIC, HALF, ImageProcessor
-from ..models.vqvae import VQVAE, initialise
+from ..models.vqvae import VQVAE, VQConfig, initialise
 from ..nn.layers import at_least_float32
 from ..parallel.setup import World, start
 from ..weights.load import load, save
@@ -29,17 +34,73 @@ from .recipe import AdversarialConfig, CodebookConfig, VQRecipe
 from .stages import sum_gradients
 from .vq_terms import PatchCritic, Perceptual, balance, entropy_term
 
+HELD_OUT_BATCHES = 16
+"""How many batches of pictures never trained on are measured at the end, over all their sources."""
+UNSEEN = {"scenes": "split=test", "sprites": f'styles=["{HELD_OUT_STYLE}"]', "signs": "fonts=test"}
+"""The setting that makes the test side of a drawn source of it."""
+
 
 def train_vqvae(
     recipe: VQRecipe, run: str | Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
 ) -> VQVAE:
-    """Train a recipe into the folder `run`; returns the trained model, which is also in `run/model`.
+    """Train a recipe into the folder `run`; returns the trained model, which is also in `run/model`. What its codes keep of pictures that
+    were never trained on is in `run/held_out.json`.
 
     Raises:
+        SettingError: as `checked_settings`.
         IntermodalError: as `train.contrastive.train`.
     """
-    world = start()
+    recipe, world = checked_settings(recipe), start()
     return VQTrainer(recipe, Path(run), world, resume, console or Console(), quiet or not world.main).run()
+
+
+def checked_settings(recipe: VQRecipe) -> VQRecipe:
+    """The recipe, its values of their types, in their ranges, and such that they go together.
+
+    Raises:
+        SettingError: names the field that is not, and what it may be.
+    """
+    recipe = validated(recipe)
+    config, critic = recipe.model, recipe.adversarial
+    if recipe.start is None:  # else the shape is that of the model that is gone on with
+        try:
+            config.check()
+        except IntermodalError as error:
+            raise SettingError(f"model.{error}") from None
+        if config.channels != 3:
+            raise SettingError(f"model.channels={config.channels}: pictures have 3")
+        if not config.decoder:
+            raise SettingError("model.decoder=false: a VQ-VAE is trained by its reconstructions, which a decoder makes")
+        if set(config.attention) - set(config.sides):
+            sides = ", ".join(map(str, config.sides))
+            raise SettingError(f"model.attention={list(config.attention)}: the levels have sides of {sides} pixels, and no others")
+        _check_side(config.resolution, config)
+    if critic.layers > 1 and critic.width % 4:
+        raise SettingError(f"adversarial.width={critic.width} is not a multiple of 4, which the critic's norms need")
+    if config.resolution < 2**critic.layers:
+        most = config.resolution.bit_length() - 1
+        raise SettingError(
+            f"adversarial.layers={critic.layers}: {config.resolution} pixels can be halved {most} times, not more often"
+        )
+    return recipe
+
+
+def _check_side(side: int, config: VQConfig) -> None:
+    if side % config.shrink:
+        raise SettingError(
+            f"model.resolution={side} is not a multiple of {config.shrink}, the pixels of a side that one code stands for "
+            f"(stem={config.stem}, halved between {len(config.multipliers)} levels)"
+        )
+
+
+def unseen(specs: Sequence[str]) -> tuple[str, ...]:
+    """The test sides of those sources that are drawn; a source that is one already has no other."""
+    out = []
+    for spec in specs:
+        setting = UNSEEN.get(spec.partition("?")[0].partition(":")[0])
+        if setting and setting not in spec:
+            out.append(f"{spec}{'&' if '?' in spec else '?'}{setting}")
+    return tuple(out)
 
 
 @dataclass
@@ -131,25 +192,24 @@ class VQTrainer(Trainer):
         recipe, data = self.recipe, self.recipe.data
         if recipe.train.parallel != "ddp":
             raise IntermodalError("a VQ-VAE is small and stays whole on every rank: train.parallel=ddp")
-        if recipe.start is not None:
-            vq = load(recipe.start)
-        else:
-            vq = initialise(VQVAE(recipe.model), recipe.train.seed)
+        vq = _begun(recipe)
         self.model = VQTraining(vq, recipe.codebook, recipe.adversarial).to(self.world.device, self.dtype).train()
         self.perceptual = Perceptual(recipe.train.perceptual, self.world.device, self.dtype) if recipe.train.perceptual else None
         if recipe.codebook.ema is not None:
             vq.quantize.embedding.weight.requires_grad_(False)
-            beta = recipe.model.beta  # the averages move the codes: only the commitment is left of the loss
-            vq.config = vq.quantize.config = replace(vq.config, beta_on="commitment", beta=beta)
+            # the averages move the codes: only the commitment is left of the loss
+            vq.config = vq.quantize.config = replace(vq.config, beta_on="commitment")
         vq.encoder.checkpoint_activations = recipe.train.checkpoint_activations
         if vq.decoder is not None:
             vq.decoder.checkpoint_activations = recipe.train.checkpoint_activations
         self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
         side = recipe.model.resolution
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
-        pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)
-        self.loader = self._loader(sources, PixelFetcher(sources, pictures, data.seed, data.crop_scale))
-        self.used = torch.zeros(recipe.model.codes, device=self.world.device)
+        self.pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)
+        self.loader = self._loader(sources, PixelFetcher(sources, self.pictures, data.seed, data.crop_scale))
+        names = unseen(data.train) if recipe.held_out is None else recipe.held_out
+        self.held_out = {spec: open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in names}
+        self.used = torch.zeros(vq.config.codes, device=self.world.device)
         """Counts since the last logged step."""
         self.revived = 0
         self.alarmed = False
@@ -183,9 +243,7 @@ class VQTrainer(Trainer):
         if not logging:
             return {}
         mse = self.world.sum(F.mse_loss(drawn.detach().clamp(-1, 1), pixels)) / self.world.size
-        shares = self.used / self.used.sum()
-        perplexity = torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
-        use = (self.used > 0).float().mean().item()
+        use, perplexity = codebook_use(self.used)
         values = {
             "loss": (self.world.sum(loss.detach()) / self.world.size).item(),
             "psnr": psnr(mse.item()),
@@ -197,11 +255,11 @@ class VQTrainer(Trainer):
             "gradient_norm": norm.item(),
             **{name: value.item() for name, value in terms.items()},  # of this rank
         }
-        if perplexity < recipe.codebook.alarm * recipe.model.codes and self.step > recipe.optim.warmup and not self.alarmed:
+        if perplexity < recipe.codebook.alarm * vq.config.codes and self.step > recipe.optim.warmup and not self.alarmed:
             self.alarmed = True
             if self.world.main:
                 self.console.print(
-                    f"[yellow]the codebook collapses: perplexity {perplexity:.1f} of {recipe.model.codes} codes; try codebook.ema, "
+                    f"[yellow]the codebook collapses: perplexity {perplexity:.1f} of {vq.config.codes} codes; try codebook.ema, "
                     f"codebook.revive, model.unit_codes or codebook.entropy[/yellow]"
                 )
         self.used.zero_()
@@ -229,7 +287,95 @@ class VQTrainer(Trainer):
         vq.float().eval()
         if self.world.main:
             save(vq, self.folder / "model")
+            try:
+                self._measure(vq)
+            except IntermodalError as error:  # the model is trained and kept, whatever the pictures are
+                self.console.print(f"the held-out pictures cannot be measured: {error}", style="yellow", markup=False)
         return vq
+
+    def _measure(self, vq: VQVAE) -> None:
+        """Measure pictures that were never trained on, source by source and together, and keep it in `held_out.json`."""
+        found = {spec: self._kept(vq, source) for spec, source in self.held_out.items()}
+        if not found:
+            if not self.quiet:
+                self.console.print(
+                    "nothing is held out, so the PSNR is that of the training pictures: held_out='[\"FOLDER\"]' measures others"
+                )
+            return
+        rows = {spec: kept.row() for spec, kept in found.items()}
+        together = sum(found.values(), Kept()).row()
+        (self.folder / "held_out.json").write_text(json.dumps({**together, "sources": rows}, indent=2) + "\n")
+        if not self.quiet:
+            parts = "; ".join(f"{spec}: {row['psnr']:.1f} dB" for spec, row in rows.items())
+            self.console.print(
+                f"{together['pictures']} held-out pictures: PSNR {together['psnr']:.1f} dB, codes used {together['codebook_use']:.0%}, "
+                f"perplexity {together['perplexity']:.0f} ({parts})",
+                markup=False,
+            )
+
+    @torch.no_grad()
+    def _kept(self, vq: VQVAE, source: Source | StreamSource) -> Kept:
+        """Look at a source's share of the held-out batches."""
+        data = self.recipe.data
+        batches = -(-HELD_OUT_BATCHES // len(self.held_out))
+        if not isinstance(source, StreamSource):
+            batches = max(1, min(batches, len(source) // data.batch))
+        fetcher = PixelFetcher([source], self.pictures, data.seed, None)
+        rejects = Rejects(None, data.max_reject_share)
+        loader = iter(Loader(Mixture([source], None, data.seed), fetcher, batch=data.batch, workers=0, rejects=rejects))
+        kept = Kept()
+        for _, fetched in zip(range(batches), loader, strict=False):
+            pixels = fetched.pixels.to(self.world.device)
+            drawn, ids, _ = vq(pixels)
+            error = (drawn.clamp(-1, 1) - pixels).double().square().sum().item()
+            kept += Kept(len(pixels), pixels.numel(), error, torch.bincount(ids.flatten(), minlength=vq.config.codes).double())
+        return kept
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What codes keep of pictures, as sums that can be added up."""
+
+    pictures: int = 0
+    values: int = 0
+    """Numbers that the pictures are made of, three a pixel."""
+    error: float = 0.0
+    """Of the reconstructions: the sum of squares, in pixels from -1 to 1."""
+    counts: Tensor | float = 0.0
+    """(codes,) how often each code came."""
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(
+            self.pictures + other.pictures, self.values + other.values, self.error + other.error, self.counts + other.counts
+        )
+
+    def row(self) -> dict[str, float]:
+        assert isinstance(self.counts, Tensor)
+        use, perplexity = codebook_use(self.counts)
+        return {"pictures": self.pictures, "psnr": psnr(self.error / self.values), "codebook_use": use, "perplexity": perplexity}
+
+
+def _begun(recipe: VQRecipe) -> VQVAE:
+    """The model as it is before the first step.
+
+    Raises:
+        SettingError: what `start` names cannot be trained, or not on pictures of this side.
+    """
+    if recipe.start is None:
+        return initialise(VQVAE(recipe.model), recipe.train.seed)
+    vq = load(recipe.start)
+    if not isinstance(vq, VQVAE):
+        raise SettingError(f"start={recipe.start} is a {type(vq).__name__}; a VQ-VAE is wanted")
+    if vq.decoder is None:
+        raise SettingError(f"start={recipe.start} has no decoder, and a VQ-VAE is trained by its reconstructions")
+    _check_side(recipe.model.resolution, vq.config)
+    return vq
+
+
+def codebook_use(counts: Tensor) -> tuple[float, float]:
+    """How often each code came -> the share of codes that did, and their perplexity."""
+    shares = counts / counts.sum()
+    return (counts > 0).float().mean().item(), torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
 
 
 def psnr(mse: float) -> float:

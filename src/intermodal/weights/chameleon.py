@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..inputs.chat import CHAT_FILES, ChatProcessor
 from ..inputs.codes import BEGIN, DIGITS, END, CodePlanner, ImageTokens
@@ -26,6 +24,8 @@ _DEFAULTS: dict[str, Any] = dict(
     max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=False, mlp_bias=False, swin_norm=False,
 )  # fmt: skip
 LANCZOS = 1
+SAME_CODES = 0.01
+"""How far, of its own norm, a codebook may be from the one it was saved from: bf16 rounds by less than half of it."""
 PLACEHOLDER, TURN = "<image>", "<reserved08706>"
 TEMPLATE = (
     "{{- bos_token -}}{%- for message in messages -%}{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
@@ -163,13 +163,19 @@ def attach_decoder(model: Chameleon, source: VQVAE) -> Chameleon:
     """Give a Chameleon that reads pictures the decoder of the VQGAN it was trained with (`weights.vqgan.read_authors`).
 
     Raises:
-        CheckpointError: it is another VQGAN: its codebook is not the model's.
+        CheckpointError: it is another VQGAN: of another shape, or its codebook is not the model's.
     """
     mine, theirs = model.vqmodel, source
     if source.decoder is None:
         raise CheckpointError("that VQ-VAE has no decoder either")
+    differences = mine.config.differences(theirs.config)
+    if differences:
+        raise CheckpointError(
+            f"that VQ-VAE is of another shape than the one this model reads pictures with: {', '.join(differences)}; take the VQGAN that "
+            "the model was trained with"
+        )
     table, other = mine.quantize.embedding.weight.float().cpu(), theirs.quantize.embedding.weight.float().cpu()
-    if table.shape != other.shape or not torch.allclose(table, other, atol=1e-2):
+    if (table - other).norm() > SAME_CODES * other.norm():
         raise CheckpointError("the decoder belongs to another codebook than this model's: it would draw noise")
     vq: VQConfig = replace(model.config.vq, decoder=True)
     mine.config, model.config = vq, replace(model.config, vq=vq)

@@ -125,6 +125,9 @@ def rules(family: str, config: LlavaConfig) -> list[Rule]:
     tied = config.text.tied
     heads = ("language_model.lm_head.weight", "lm_head.weight")
     table += [Ignore(head) for head in heads] if tied else [Rename(heads[0], "lm_head.weight"), Alias(heads[1], "lm_head.weight")]
+    # rotary tables, computed today, which releases up to transformers 4.31 saved
+    decoders = ("language_model.model", "model.language_model")
+    table += [Ignore(f"{decoder}.{where}rotary_emb.inv_freq") for decoder in decoders for where in ("", "layers.{n}.self_attn.")]
     return [
         *table,
         Rename("language_model.model.{rest}", "model.{rest}"),

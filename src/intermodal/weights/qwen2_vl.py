@@ -129,6 +129,12 @@ def rules(family: str, config: QwenVLConfig) -> list[Rule]:
             Alias("model.visual.blocks.{rest}", "visual.blocks.{rest}"),
             Alias("model.language_model.{rest}", "model.{rest}"),
         ]
+    # rotary tables, computed today, where a file has them
+    table[:0] = [
+        Ignore(f"{prefix}.inv_freq")
+        for names in {(tower, text), ("model.visual", "model.language_model")}
+        for prefix in (f"{names[0]}.rotary_pos_emb", f"{names[1]}.rotary_emb", f"{names[1]}.layers.{{n}}.self_attn.rotary_emb")
+    ]
     return [*table, Rename(f"{tower}.blocks.{{rest}}", "visual.blocks.{rest}"), Rename(f"{text}.{{rest}}", "model.{rest}")]
 
 

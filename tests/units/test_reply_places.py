@@ -1,0 +1,38 @@
+"""Where the verbs that talk write what they draw."""
+
+from types import SimpleNamespace
+
+from PIL import Image
+from typer.testing import CliRunner
+
+from intermodal.cli.app import app
+from intermodal.cli.chat import _reply_once, _write
+from intermodal.generate.engine import Reply
+
+
+def test_a_page_is_not_mixed_with_an_earlier_one(tmp_path):
+    out, picture = tmp_path / "o", Image.new("RGB", (4, 4))
+    _write(Reply("", [], "stop", {}, [("image", picture)] * 3), out)
+    (out / "image-9.png").write_bytes(b"not ours")
+    page, *files = _write(Reply("a", [], "stop", {}, [("image", picture), ("text", "a")]), out)
+    assert [file.name for file in files] == ["image-1.png"]
+    assert sorted(file.name for file in out.iterdir()) == ["image-1.png", "image-9.png", "reply.md"]
+    assert page.read_text() == "![picture 1](image-1.png)\n\na\n"
+
+
+def test_a_place_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    run, none = CliRunner().invoke, str(tmp_path / "none")
+    for out in ("file", "file/inside"):
+        for verb in (["generate", none, "draw"], ["chat", none]):
+            assert "is a file" in str(run(app, [*verb, "--out", str(tmp_path / out)]).exception)
+    jsonl = ["--jsonl", str(tmp_path / "in.jsonl"), "--out", str(tmp_path)]
+    assert "it is the file of replies" in str(run(app, ["generate", none, *jsonl]).exception)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_picture_is_one(monkeypatch, capsys):
+    for count, said in ((1, "1 picture was drawn"), (2, "2 pictures were drawn")):
+        reply = Reply("", [], "stop", {}, [("image", Image.new("RGB", (4, 4)))] * count)
+        _reply_once(SimpleNamespace(stream=lambda messages, reply=reply: [reply]), [], None, {}, False)
+        assert f"{said}; --out FOLDER" in capsys.readouterr().out
