@@ -3,7 +3,8 @@
 
     intermodal train recipes/clip_vit_b32.py 'data.train=["shards/{000..099}.tar"]' model.tokenizer=clip-vit-base-patch32/ --out runs/b32
 
-A worker holds its rank's whole share of a batch, 0.6 MB a picture: on one rank 2.5 GB, eight times; on eight ranks 2.5 GB for all eight.
+Each of a rank's eight workers holds its whole share of a batch, 0.15 MB a picture: on one rank 0.6 GB a worker, on eight ranks an eighth
+of that.
 Not run to the end here: it wants GPUs. The `tiny` version is tested.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,6 +17,16 @@ from .errors import IntermodalError, nearest
 T = TypeVar("T")
 Positive = typing.Annotated[int, Ge(1)]
 NotNegative = typing.Annotated[int, Ge(0)]
+
+
+def smallest_first(values: Sequence[float]) -> bool:
+    """For `Predicate`: a range whose ends stand in order."""
+    return list(values) == sorted(values)
+
+
+def not_all_zero(values: Sequence[float]) -> bool:
+    """For `Predicate`: shares of which at least one counts."""
+    return any(values)
 
 
 class SettingError(IntermodalError):
@@ -50,7 +61,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not all(path.split(".")):
             raise SettingError(f"{assignment!r} is not an override: write it as path=value, for example data.batch=256")
         try:
             value = json.loads(text)
@@ -105,11 +116,18 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     try:
         return TypeAdapter(hint).validate_json(to_json(value, inf_nan_mode="constants"), strict=True, extra="forbid")
     except (ValidationError, PydanticSerializationError) as error:
-        why = f" ({error.errors()[0]['msg']})" if isinstance(error, ValidationError) else ""
+        why = f" ({_why(error)})" if isinstance(error, ValidationError) else ""
         wanted = _words(hint)
         if isinstance(value, str) and wanted.startswith("a list of str"):  # what a shell's user writes first
             why = f"; write '{path}={json.dumps([value])}'"
         raise SettingError(f"{path} wants {wanted}, got {value!r}{why}") from None
+
+
+def _why(error: Any) -> str:
+    """A ValidationError's first reason. A predicate's is its function's name (`smallest_first`)."""
+    first = error.errors()[0]
+    broken = re.fullmatch(r"Predicate '(\w+)' failed", first["msg"])
+    return f"Input should be {broken[1].replace('_', ' ')}" if broken else first["msg"]
 
 
 def validated(config: T, path: str = "") -> T:

@@ -1,4 +1,4 @@
-"""The user's cache folder, and JSON files with errors in words."""
+"""The user's cache folder, and text and JSON files with errors in words."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, IntermodalError
 
 
 def cache_folder() -> Path:
     """Where fetched data sets and indexes of shards live: `INTERMODAL_CACHE`, or the user's cache folder."""
     root = os.environ.get("INTERMODAL_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "intermodal")
     return Path(root).expanduser()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, with or without a byte order mark. Raises IntermodalError: it is in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise IntermodalError(
+            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8, of Latin-1 for example by "
+            f"iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import InputError
+
 TILE = 1024
 BLOCKS = 64
 """A rank's texts travel in this many blocks, each of at least `LEAST_BLOCK` rows: smaller buffers against more messages."""
@@ -72,7 +74,11 @@ def sigmoid_loss(
 
     Returns:
         (sum over this rank's rows, B).
+
+    Raises:
+        InputError: pictures and texts are not pairs: another number of rows or another width, or groups of another number.
     """
+    _check_pairs(image, text, groups)
     job = _Job(ring or NoRing(), groups, duplicates, tile)
     return _Sigmoid.apply(image, text, log_scale, bias, job), image.shape[0]  # pyright: ignore[reportReturnType]
 
@@ -92,8 +98,18 @@ def softmax_loss(
     `duplicates` "positive" spreads the target evenly over a row's positives; "ignore" takes them out of the row's softmax. Other
     arguments and the result are those of `sigmoid_loss`.
     """
+    _check_pairs(image, text, groups)
     job = _Job(ring or NoRing(), groups, duplicates, tile)
     return _Softmax.apply(image, text, log_scale, job), image.shape[0]  # pyright: ignore[reportReturnType]
+
+
+def _check_pairs(image: Tensor, text: Tensor, groups: Tensor | None) -> None:
+    if image.ndim != 2 or image.shape != text.shape:
+        raise InputError(
+            f"a contrastive loss takes pairs, (B, E) of pictures and (B, E) of texts, not {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if groups is not None and groups.shape != image.shape[:1]:
+        raise InputError(f"`groups` has one integer a pair, ({len(image)},), not {tuple(groups.shape)}")
 
 
 @dataclass

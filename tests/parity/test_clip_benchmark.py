@@ -119,7 +119,7 @@ def test_zero_shot(encoder, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_zero_shot_of_its_own_shards(encoder, tmp_path, monkeypatch):
-    """`.cls` numbers beside pictures, `classnames.txt`, `zeroshot_classification_templates.txt`, as its `webdataset_builder` writes them."""
+    """`.cls` numbers beside pictures and files of class names and templates, as its `webdataset_builder` writes them."""
     monkeypatch.setattr(zeroshot_classification, "accuracy", top_k)
     names, templates = ["red cat", "two dogs", "a car", "the mat"], ["a {c}", "the {c} on the mat"]
     shown = [picture.convert("RGB") for picture in hf.pictures(30, seed=5)]

@@ -91,11 +91,10 @@ def test_what_the_settings_may_say():
     ],
 )
 def test_pictures_of_another_size_are_told_at_once_and_refused(folder_of, settings, words):
-    """Texts can be embedded all the same."""
+    """No error before a picture comes: the texts of such a directory can be embedded."""
     with pytest.warns(UserWarning, match=words):
         model = intermodal.load(folder_of("clip", **settings))
-    assert model.embed_texts(["a dog"]).isfinite().all()
-    with pytest.raises((InputError, CheckpointError), match="image_size=|would not have one size"):
+    with pytest.raises((InputError, CheckpointError), match=r"image_size=|would not have one size"):
         model.embed_images([Image.new("RGB", (40, 30))])
 
 

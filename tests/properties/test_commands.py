@@ -197,8 +197,20 @@ def test_a_run_stopped_twice_ends_as_one_that_was_not_bit_for_bit(start, alone, 
         ("train", "no-such-recipe.py"),
         ("train", RECIPE, "--tiny", "--resume", "--out", "{empty}"),
         ("eval", "{empty}", "scenes:core"),
+        ("eval", "{empty}", "--template", "a {{}}"),
+        ("eval", "{empty}", "--task", "zeroshot", "--template", "a {{}}", "--templates", "openai"),
+        ("search", "{empty}", "{empty}", "a dog", "--device", "meta"),
+        ("data", "preview", "sprites:core", "--out", "{empty}/x.xyz"),
     ],
-    ids=["no recipe", "nothing to resume", "no model"],
+    ids=[
+        "no recipe",
+        "nothing to resume",
+        "no model",
+        "the other task's",
+        "two kinds of templates",
+        "no device",
+        "no picture format",
+    ],
 )
 def test_an_error_of_the_users_is_one_line_and_code_1(start, tmp_path, words):
     """However narrow the terminal is."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from intermodal.errors import InputError
 from intermodal.losses import sigmoid_loss, softmax_loss
 
 
@@ -102,3 +103,21 @@ def test_a_second_backward_is_refused(loss):
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call the loss again"):
         total.backward()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_what_are_no_pairs_is_refused(loss):
+    """Five pictures and four texts: the sigmoid loss was a number, softmax a NaN."""
+
+    def lose(image, text, **options):
+        scalars = (torch.zeros(()), torch.zeros(())) if loss == "sigmoid" else (torch.zeros(()),)
+        return {"sigmoid": sigmoid_loss, "softmax": softmax_loss}[loss](image, text, *scalars, **options)
+
+    with pytest.raises(InputError, match=r"takes pairs.*not \(5, 8\) and \(4, 8\)"):
+        lose(torch.ones(5, 8), torch.ones(4, 8))
+    with pytest.raises(InputError, match=r"not \(5, 8\) and \(5, 7\)"):
+        lose(torch.ones(5, 8), torch.ones(5, 7))
+    with pytest.raises(InputError, match=r"not \(8,\) and \(8,\)"):
+        lose(torch.ones(8), torch.ones(8))
+    with pytest.raises(InputError, match=r"one integer a pair, \(5,\), not \(4,\)"):
+        lose(torch.ones(5, 8), torch.ones(5, 8), groups=torch.arange(4), duplicates="ignore")

@@ -254,6 +254,21 @@ def test_gradients_are_clipped_by_the_norm_of_the_whole_model(tmp_path, two):
     assert max((unclipped[name] - p).abs().max() for name, p in wanted.items()) > 1e-4, "clipping makes a difference here"
 
 
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_clipping_shortens_long_gradients_and_leaves_short_ones(tmp_path, limit):
+    """What the optimizer gets: Adam's updates would be the same for gradients made longer."""
+    trainer, seen = PairTrainer(clipped_recipe("ddp", limit), tmp_path, World(), False, Console(quiet=True), True), []
+
+    def note(*_):
+        seen.append(sum(p.grad.square().sum() for p in trainer.model.parameters() if p.grad is not None).sqrt().item())
+
+    trainer.optimizer.register_step_pre_hook(note)
+    trainer.run()
+    before = logged(tmp_path, "gradient_norm")
+    assert seen == pytest.approx([min(norm, limit) for norm in before], rel=1e-4)
+    assert all(CLIP < norm < 1e3 for norm in before)
+
+
 def stream_on_rank(rank, size, folder, source, resume, split=True):
     settings = {} if split else {"train": {"precision": "fp64"}}
     recipe = tiny(
@@ -444,13 +459,44 @@ def test_what_was_trained_loads_in_transformers(tmp_path, family):
     kind = {"siglip": transformers.SiglipModel, "clip": transformers.CLIPModel}[family]
     theirs = kind.from_pretrained(tmp_path / "run" / "model").eval()
     texts, picture = ["a dog", "two cats"], np.zeros((20, 30, 3), np.uint8) + np.arange(30, dtype=np.uint8)[:, None]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    padded = {"padding": "max_length", "max_length": recipe.model.text.context, "truncation": True, "return_tensors": "pt"}
+    # all that the processor returns goes in: an attention mask would hide SigLIP's padding, which is part of its texts
+    tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "run" / "model").tokenizer
+    read = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    assert read["input_ids"].shape[1] == recipe.model.text.context
     pixels = model.processor.images([Image.fromarray(picture)]).pixels
     with torch.no_grad():
-        found = theirs(input_ids=tokenizer(texts, **padded)["input_ids"], pixel_values=pixels)
+        found = theirs(**read, pixel_values=pixels)
     torch.testing.assert_close(found.text_embeds, model.embed_texts(texts), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.image_embeds, model.embed_images([Image.fromarray(picture)]), rtol=0, atol=1e-5)
+
+
+def test_a_trained_naflex_says_which_of_transformers_classes_reads_its_texts(tmp_path):
+    """The Auto classes build Gemma's tokenizer for every siglip2 folder; the plain class gives the ids that were trained on."""
+    import transformers
+
+    recipe = load_recipe(RECIPES / "siglip2_naflex.py", tiny=True)
+    recipe = replace(recipe, train=replace(recipe.train, steps=2, precision="fp32", threads=1))
+    with pytest.warns(UserWarning, match=r"siglip2 folder.*PreTrainedTokenizerFast.from_pretrained"):
+        model = train(recipe, tmp_path / "run", quiet=True)
+    folder, texts = tmp_path / "run" / "model", ["a dog", "two cats"]
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    read = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    assert read["input_ids"].tolist() == model.processor.texts.ids(texts)
+    with torch.no_grad():
+        found = transformers.Siglip2Model.from_pretrained(folder).eval().get_text_features(**read).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(found), model.embed_texts(texts), rtol=0, atol=1e-5)
+
+
+def test_a_borrowed_tokenizer_says_what_the_new_tower_wants(tmp_path):
+    """CLIP's own files pad to another length, and with a mask: a SigLIP that takes them has its context, and reads its padding."""
+    import transformers
+
+    clip = load_recipe(RECIPES / "clip.py", tiny=True)
+    train(replace(clip, train=replace(clip.train, steps=1, threads=1)), tmp_path / "clip", quiet=True)
+    model = train(tiny(1, model={"tokenizer": str(tmp_path / "clip" / "model")}), tmp_path / "run", quiet=True)
+    tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "run" / "model").tokenizer
+    read = tokenizer(["a dog"], padding="max_length", truncation=True)
+    assert {name: [*values] for name, values in read.items()} == {"input_ids": model.processor.texts.ids(["a dog"])}
 
 
 def test_the_scale_stays_in_its_range(tmp_path):

@@ -66,11 +66,38 @@ def test_overrides_are_typed():
         ("train.loss=sigmod", 'train.loss wants one of "sigmoid", "softmax", got \'sigmod\''),
         ("data.batch.size=3", "single value"),
         ("data.batch", "path=value"),
+        ("=3", "path=value"),
+        ("data..batch=3", "path=value"),
+        (".data=3", "path=value"),
+        ("data.crop_scale=[1.0, 0.5]", r"data.crop_scale wants .*got \[1.0, 0.5\] \(Input should be smallest first\)"),
+        ("data.weights=[0, 0]", r"data.weights wants .*got \[0, 0\] \(Input should be not all zero\)"),
+        ("optim.lr=Infinity", r"optim.lr wants float, got inf"),
+        ("optim.lr=NaN", r"optim.lr wants float, got nan"),
+        ("model.init_bias=-Infinity", r"model.init_bias wants float, got -inf"),
+        ("model.text.dropout=1.5", r"model.text.dropout wants float, got 1.5"),
+        ("model.vision.norm_eps=-1", r"model.vision.norm_eps wants float, got -1"),
     ],
 )
 def test_wrong_overrides_name_the_field(assignment, words):
     with pytest.raises(SettingError, match=words):
         override(Recipe("x"), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("data.batch=1", "data.batch=1: a pair is told from the other pairs"),
+        ("model.vision.channels=4", "model.vision: channels 4: pictures have 3"),
+        ("model.text.heads=7", "model.text: width 32 is not a multiple of heads 7"),
+    ],
+)
+def test_settings_that_do_not_go_together_stop_a_run_before_it_begins(tmp_path, assignment, words):
+    from intermodal.train.contrastive import train
+
+    recipe = override(load_recipe(ROOT / "recipes" / "siglip.py", tiny=True), [assignment])
+    with pytest.raises(SettingError, match=words):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,14 @@ def evaluate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Zero-shot: a file with a class name a line, or folder<TAB>name to say what a folder's class is called.",
+            help="Zero-shot: a file with a class name a line, or folder<TAB>name to say what a folder's class is called; "
+            "a tar's .cls is the number of a line, the first being 0.",
         ),
     ] = None,
     template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; give several for an ensemble.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Zero-shot: a file with such a prompt a line, or `openai`: CLIP's eighty for ImageNet.")
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(min=1, help="So many samples, drawn at random; by default all, or 1000 of a source without an end."),
@@ -44,22 +48,33 @@ def evaluate(
 
     `intermodal eval openai/clip-vit-base-patch32 my_folder --task zeroshot --template 'a photo of a {}.'`
 
-    `intermodal eval openai/clip-vit-base-patch32 imagenet/val --task zeroshot --classes names.tsv --template 'a photo of a {}.'`
-    """
-    from ..evaluate.run import evaluate_source
+    `intermodal eval openai/clip-vit-base-patch32 imagenet/val --task zeroshot --classes names.tsv --templates openai`
 
+    `intermodal eval openai/clip-vit-base-patch32 'wds/test/{0..9}.tar' --task zeroshot --classes wds/classnames.txt --templates openai`
+    """
+    from ..errors import IntermodalError
+    from ..evaluate.run import evaluate_source
+    from ..evaluate.templates import read_templates
+
+    if template and templates:
+        raise IntermodalError("--template and --templates: give one of them; a file of --templates takes any number of lines")
     scores = evaluate_source(
         model,
         source,
         task,
         classes=classes,
-        templates=template,
+        templates=read_templates(templates) if templates else template,
         count=count,
         by_class=by_class,
         allow_urls=allow_urls,
         device=device,
         progress=not as_json,
     )
+    say(scores, as_json, "\n".join(_rows(scores)))
+
+
+def _rows(scores: dict[str, Any]) -> list[str]:
+    """What `eval` found, in lines for people."""
     whole = "a source without an end" if scores["of"] is None else scores["of"]
     shown = {**scores, "samples": f"{scores['samples']} of {whole}"}
     shown.pop("of")
@@ -68,7 +83,7 @@ def evaluate(
     for name, row in scores.get("per class", {}).items():
         mistake = f"  taken for {row['taken for']}" if row["taken for"] else ""
         rows.append(f"  {name:40s} {row['top-1']:.3f} of {row['samples']}{mistake}")
-    say(scores, as_json, "\n".join(rows))
+    return rows
 
 
 def embed(
@@ -118,7 +133,7 @@ def search(
     """
     from ..evaluate.embed import search as rank
 
-    hits, rejects = rank(model, folder, sentence, top, device=device)
+    hits, rejects = rank(model, folder, sentence, top, device=device, tell=lambda line: typer.echo(line, err=True))
     for reject in rejects[:5]:
         typer.echo(f"skipped {reject.key}: {reject.reason}", err=True)
     if len(rejects) > 5:

@@ -23,7 +23,9 @@ class FolderSource:
         found = list(folder.rglob("*"))
         self.files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
-            raise SourceError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+            shard = next((f for f in found if f.suffix == ".tar"), None)
+            hint = f"; for the tar shards in it write {shard.parent}/*.tar" if shard else ""
+            raise SourceError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
         self.by_language = self._texts_by_language([f for f in found if f.suffix == ".txt" and "." in f.stem])
         """Names of a picture's captions by language, sorted, by the picture's path without its ending."""
         self.captions: dict[str, list[str]] = {}

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..inputs.image import open_image
-from .records import CLASS_NUMBER, IMAGE_SUFFIXES, NAME_A_COLUMN, caption_names, columns_of, image_of, lines_of, texts_of
+from .records import (
+    CLASS_NUMBER,
+    IMAGE_SUFFIXES,
+    NAME_A_COLUMN,
+    caption_names,
+    class_label,
+    columns_of,
+    image_of,
+    lines_of,
+    texts_of,
+)
 from .source import NamedBytes, Sample, SourceError
 from .stream import StreamSource
 
 
 def open_pairs(
-    rest: str, *, seed: int, allow_urls: bool = False, to_talk: Callable[[str, Sample], Any] | None = None
+    rest: str,
+    *,
+    seed: int,
+    allow_urls: bool = False,
+    classes: Sequence[str] | None = None,
+    to_talk: Callable[[str, Sample], Any] | None = None,
 ) -> StreamSource:
-    """`owner/name[:split][?image=COLUMN&text=COLUMN]`: pictures with captions, streamed.
+    """`owner/name[@revision][:config][:split][?image=COLUMN&text=COLUMN]`: pictures with captions, streamed.
 
     Args:
+        classes: what a tar's `.cls` means, by its number.
         to_talk: makes something else of each sample and its key (a conversation).
     """
     name, _, query = rest.partition("?")
-    return open_hub(name, seed=seed, to_sample=partial(_pair, columns_of(query), allow_urls, to_talk))
+    return open_hub(name, seed=seed, to_sample=partial(pair_of, columns_of(query), allow_urls, to_talk, classes=classes))
 
 
-def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, record: dict[str, Any]) -> Any:
+def pair_of(
+    columns: dict[str, str],
+    allow_urls: bool,
+    to_talk: Any,
+    key: str,
+    record: dict[str, Any],
+    *,
+    classes: Sequence[str] | None = None,
+) -> Any:
+    """A streamed record as a sample whose picture was tried, or what `to_talk` makes of it. Raises SampleError."""
     if "__key__" in record:
-        record = _of_a_tar(record, columns)
+        record = _of_a_tar(record, columns, classes)
     image = image_of(record, columns.get("image"), Path(), allow_urls)
     image = NamedBytes(image, key) if isinstance(image, bytes) else image
     decoded = open_image(image)  # what cannot be is told now, while another record can take its place
@@ -38,9 +64,11 @@ def _pair(columns: dict[str, str], allow_urls: bool, to_talk: Any, key: str, rec
     return Sample(key, image, texts)  # encoded it is a tenth in memory and on its way to a worker, who decodes it again
 
 
-def _of_a_tar(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def _of_a_tar(record: dict[str, Any], columns: dict[str, str], classes: Sequence[str] | None) -> dict[str, Any]:
     """A tar's members by their endings (None: other samples of the shard have such a one), with the picture and the captions that
-    `TarSource` takes under the names that are looked for first, where no column was asked for. What is in its `.json` is beside them."""
+    `TarSource` takes under the names that are looked for first, where no column was asked for. What is in its `.json` is beside them.
+
+    Raises SampleError: its `.cls` is none of `classes`."""
     members = {name: value for name, value in record.items() if value is not None}
     inside = members.get("json")
     record = {**inside, **members} if isinstance(inside, dict) else members
@@ -50,24 +78,38 @@ def _of_a_tar(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]
     written = caption_names(name for name, value in members.items() if isinstance(value, str))
     if written and "text" not in columns:
         record = {**record, "caption": [line for name in written for line in lines_of(members[name])]}
+    elif classes is not None and "cls" in members and "text" not in columns:
+        record = {**record, "caption": class_label(members["cls"], classes)}
     return record
 
 
 def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]], Any]) -> StreamSource:
-    """`owner/name[:split]`, streamed by `datasets`; also a local folder of shards that `datasets` knows how to stream.
+    """`owner/name[@revision][:config][:split]`, streamed by `datasets`; also a local folder of shards that `datasets` knows how to
+    stream. One part after the name is a split, `train` where there is none.
 
     Args:
         to_sample: what a record becomes, from its key and content.
+
+    Raises:
+        SourceError: more parts than that, or `datasets` cannot stream it.
     """
     import datasets
 
-    name, _, split = rest.partition(":")
+    address, *parts = rest.split(":")
+    if len(parts) > 2:
+        raise SourceError(f"hf:{rest}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with @REVISION after the name")
+    name, _, revision = (address, "", "") if os.path.exists(address) else address.partition("@")
+    config = parts[0] if len(parts) == 2 else None
     try:
-        stream = datasets.load_dataset(name, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(
+            name, config, split=(parts[-1] if parts else "") or "train", revision=revision or None, streaming=True
+        )
     except Exception as error:  # the hub's client raises many kinds
-        raise SourceError(f"cannot stream {name}: {error}") from error
+        hint = "; of several configurations name one: hf:NAME:CONFIG:SPLIT" if config is None and "onfig" in str(error) else ""
+        raise SourceError(f"cannot stream {address}: {error}{hint}") from error
     assert isinstance(stream, datasets.IterableDataset)
     for column, feature in (stream.features or {}).items():
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
-    return StreamSource(name, stream, to_sample, seed=seed)
+    # another configuration is other data, which a run must not be resumed on; names without one are as they were
+    return StreamSource(f"{address}:{config}" if config else address, stream, to_sample, seed=seed)

@@ -23,7 +23,7 @@ def pack(
     """Write a source to a WebDataset shard: a PNG whose longer side is at most `side`, and a JSON with its captions, a sample.
 
     What cannot be used is named in a file beside `out` that ends in `.rejects.jsonl`, shards that are cut short among it. The shard is
-    written under another name and moved to `out` once it is whole: `out` may be what is read, and an interrupted call leaves it as it is.
+    written under another name and moved to `out` once it is whole: an interrupted call leaves an `out` that was there as it is.
 
     Args:
         count: of how many samples; None takes all, of a stream one pass.
@@ -33,9 +33,12 @@ def pack(
         How many samples were written, and how many samples or shards could not be used.
 
     Raises:
-        SourceError: the source is endless and `count` is not given, or nothing in it could be used.
+        SourceError: the source is endless and `count` is not given, `out` is one of its files, or nothing in it could be used.
     """
     source = open_source(spec, side=side, allow_urls=allow_urls)
+    same = (file for file in getattr(source, "files", []) if file.suffix == out.suffix and file.exists())
+    if out.exists() and any(out.samefile(file) for file in same):
+        raise SourceError(f"{out} is read as {spec} and would be replaced by its small pictures: give another --out")
     stream = isinstance(source, StreamSource)
     if count is None and not stream and len(source) >= ENDLESS:
         raise SourceError(f"{spec} has no end: say how many samples with --count")

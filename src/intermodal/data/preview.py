@@ -18,7 +18,7 @@ from .drawn import SpriteSource
 from .readers import open_source
 from .scenes import Scenes
 from .signs import Signs
-from .source import Reject
+from .source import Reject, SourceError
 from .stream import StreamSource, first_samples
 
 
@@ -29,8 +29,13 @@ def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool 
         How many are shown, and how many samples or shards could not be used; shards that are cut short are named on stderr.
 
     Raises:
-        SourceError: the source does not open.
+        SourceError: the source does not open, or `out` ends like no picture.
     """
+    known = Image.registered_extensions()  # reading it loads Pillow's formats, which `SAVE` is then of
+    if known.get(out.suffix.lower()) not in Image.SAVE:
+        raise SourceError(
+            f"{out}: a sheet cannot be written as {out.suffix or 'a file without an ending'!r}; take .png, .jpg or .webp"
+        )
     source = open_source(spec, side=side, allow_urls=allow_urls)
     problems = getattr(source, "problems", [])
     for name, reason in problems:

@@ -8,7 +8,7 @@ import http.client
 import json
 import re
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,7 +27,8 @@ LONGEST_NAME = 100
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]+)*", re.IGNORECASE)
 NAME_A_COLUMN = "name it with ?text=COLUMN"
 CLASS_NUMBER = (
-    "a .cls is the number of a class and no caption: write the class's name, or a caption, into a .txt beside each picture"
+    "a .cls is the number of a class and no caption: write the class's name, or a caption, into a .txt beside each picture; "
+    "zero-shot `eval` takes it as a line of --classes FILE (the first is 0)"
 )
 
 
@@ -89,6 +90,17 @@ def caption_names(suffixes: Iterable[str]) -> list[str]:
     """Of the endings of a sample's files those that hold its captions: `txt`; where there is none `en.txt`, `de.txt` and so on."""
     known = sorted(suffixes)
     return ["txt"] if "txt" in known else [suffix for suffix in known if suffix.endswith(".txt")]
+
+
+def class_label(number: Any, classes: Sequence[str]) -> list[str]:
+    """The label that a `.cls` (a number, or its digits) stands for, as the only caption. Raises SampleError: it stands for none."""
+    try:
+        at = int(number)
+    except ValueError:
+        raise SampleError(f"its .cls is {number!r} and no number") from None
+    if not 0 <= at < len(classes) or not classes[at]:
+        raise SampleError(f"its .cls is {at}, and line {at} of the {len(classes)} class names (the first is 0) names none")
+    return [classes[at]]
 
 
 def lines_of(text: str) -> list[str]:

@@ -114,7 +114,8 @@ class StreamSource:
                     break
                 empty_passes += 1
                 if empty_passes > 1:
-                    raise SampleError(f"{self.name}: a whole pass over the stream gave no usable sample")
+                    why = f"; the last reason: {self.rejects[-1][1].reason}" if self.rejects else ""
+                    raise SampleError(f"{self.name}: a whole pass over the stream gave no usable sample{why}")
                 self.epoch += 1
                 self.number = 0
                 self._restart()

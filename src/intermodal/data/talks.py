@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SampleError, nearest
-from ..inputs.messages import placed
+from ..inputs.messages import placed, with_tools
 from .facts import Facts
 from .hub import open_hub, open_pairs
 from .questions import SIGN_QUESTION, questions
@@ -19,6 +19,7 @@ from .scenes import Scenes
 from .signs import Signs
 from .source import Sample, Source
 from .stream import StreamSource
+from .tar_streams import is_streamed, open_shards
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FILES = (".jsonl", ".json")
@@ -71,8 +72,10 @@ def open_talks(spec: str, *, side: int = 64, seed: int = 0, allow_urls: bool = F
         make = CaptionTalks if kind == "captions" else DrawTalks
         if rest.startswith("hf:"):
             return open_pairs(rest[3:], seed=seed, allow_urls=allow_urls, to_talk=partial(_pair_talk, make))
+        if is_streamed(rest):
+            return open_shards(rest, seed=seed, to_talk=partial(_pair_talk, make))
         source = open_source(rest, side=side, seed=seed, allow_urls=allow_urls)
-        assert isinstance(source, Source)  # streams are the hub's, above
+        assert isinstance(source, Source)  # streams are above
         return make(source)
     if kind in ("questions", "blind"):
         source = open_source(rest, side=side, seed=seed)
@@ -180,7 +183,7 @@ def record_talk(key: str, record: dict[str, Any]) -> Talk:
     unshown = sum(1 for _ in left)
     if unshown:
         raise SampleError(f"the record has {unshown} pictures more than its messages show")
-    return Talk(key, placed(messages, Path()))
+    return Talk(key, with_tools(placed(messages, Path()), record.get("tools")))
 
 
 def _bytes(value: Any) -> Any:
@@ -320,7 +323,7 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
     if isinstance(record, list):
         return record
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return record["messages"]
+        return with_tools(record["messages"], record.get("tools"))
     if isinstance(record, dict) and ("texts" in record or "text_list" in record):
         return [{"role": "assistant", "content": _document(record)}]
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SampleError
-from .records import CLASS_NUMBER, IMAGE_SUFFIXES, TEXT_COLUMNS, caption_names, json_object, lines_of, texts_of
+from .records import CLASS_NUMBER, IMAGE_SUFFIXES, TEXT_COLUMNS, caption_names, class_label, json_object, lines_of, texts_of
 from .source import NamedBytes, Sample, SourceError
 from .tar_index import shard_indexes
 
@@ -23,7 +23,8 @@ TAR_CAPTIONS = f"a caption is a .txt (one a line) or a .json with one of {', '.j
 class TarSource:
     """WebDataset shards: members whose names are equal up to the first dot are a sample, a picture and its captions.
 
-    Captions are the lines of its `.txt`; of its `.en.txt`, `.de.txt` and so on where there is none; else what its `.json` holds.
+    Captions are the lines of its `.txt`; of its `.en.txt`, `.de.txt` and so on where there is none; else what its `.json` holds. With
+    `classes` a `.cls` without a `.txt` is the number of one of them, which is then the caption.
 
     The headers are read once, and where they are is kept for the next time (`tar_index`); after that any sample is one seek away. A
     shard that is cut short gives the samples before the cut and one problem that names it.
@@ -32,8 +33,8 @@ class TarSource:
         SourceError: no shard holds anything.
     """
 
-    def __init__(self, files: Sequence[Path]):
-        self.files = list(files)
+    def __init__(self, files: Sequence[Path], classes: Sequence[str] | None = None):
+        self.files, self.classes = list(files), classes
         self.name = files[0].name if len(files) == 1 else f"{files[0].name}..{files[-1].name}"
         self.shards = shard_indexes(self.files)
         self.problems = [(str(file), shard.problem) for file, shard in zip(self.files, self.shards, strict=True) if shard.problem]
@@ -64,6 +65,11 @@ class TarSource:
     def captions_at(self, index: int) -> list[str]:
         number, name, parts, members = self._member(index)
         written = caption_names(parts)
+        if self.classes is not None and "cls" in parts and not written:
+            try:
+                return class_label(self._read(number, *parts["cls"]), self.classes)
+            except SampleError as error:
+                raise SampleError(f"{name}: {error}") from error
         if written or "json" not in parts:
             texts = [line for suffix in written for line in lines_of(self._read(number, *parts[suffix]).decode("utf-8", "replace"))]
         else:

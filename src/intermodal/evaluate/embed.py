@@ -21,12 +21,15 @@ from ..data.readers import FolderSource, SourceError, open_source
 from ..data.source import Apart, Reject
 from ..data.stream import StreamSource
 from ..errors import IntermodalError, SampleError
+from ..files import read_json, read_lines
 from ..inputs.image import open_image
 from ..models.clip import DualEncoder
 from ..weights.load import load_encoder
 
 PART = 2048
 """Items of one part file."""
+WEIGHTS = "intermodal.weights"
+"""In what `embed` writes: the fingerprint of the model's weights, in a parquet's metadata or the JSON file beside a .npy."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def embed_source(
     length = items.length
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    _same_job(parts, {"weights": _fingerprint(encoder), "source": spec, "length": length, "files": _files(items.files)})
+    weights = _fingerprint(encoder)
+    _same_job(parts, {"weights": weights, "source": spec, "length": length, "files": _files(items.files)})
     made = found = 0
     for start in track(range(0, length, PART), "embedding", transient=True, disable=not progress or length < PART):
         file = parts / f"{start:010d}.parquet"
@@ -97,7 +101,7 @@ def embed_source(
         _clear(parts)  # a call that can read them, say with --allow-urls, begins anew
         first = "; ".join(f"{reject['key']}: {reject['reason']}" for reject in rejects[:3])
         raise IntermodalError(f"{spec}: none of its {length} items can be embedded{f'; the first reasons: {first}' * bool(first)}")
-    _join(parts, out, rejects)
+    _join(parts, out, rejects, weights)
     return made, found, len(rejects)
 
 
@@ -110,6 +114,8 @@ def encoder_on(model: str | DualEncoder, device: str | None) -> DualEncoder:
     if not isinstance(model, str):
         return model
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":  # PyTorch's device of tensors without content
+        raise IntermodalError("--device meta holds no weights to compute with; give cpu, cuda or cuda:0")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the second: a torch that is built without
@@ -126,14 +132,16 @@ def problems_of(source: Any) -> list[Reject]:
 def _items(encoder: DualEncoder, spec: str, allow_urls: bool = False) -> Items:
     """The pictures of a source, or the lines of a file."""
     if spec.endswith(".txt"):
-        lines = Path(spec).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(Path(spec))
         return Items(len(lines), lambda i: (f"{spec}:{i + 1}", lines[i]), encoder.embed_texts, [], [Path(spec)])
-    path = Path(spec).expanduser()
+    path = os.path.expanduser(spec)
     source = (
-        FolderSource(path) if path.is_dir() else open_source(spec, side=encoder.config.vision.image_size, allow_urls=allow_urls)
+        FolderSource(Path(path))
+        if os.path.isdir(path)
+        else open_source(spec, side=encoder.config.vision.image_size, allow_urls=allow_urls)
     )
     if isinstance(source, StreamSource) or len(source) >= ENDLESS:
-        raise SourceError(f"{spec} has no end: embed takes a folder, a table or shards")
+        raise SourceError(f"{spec} is a stream or has no end: embed takes a folder, a table or shards that are files")
 
     def item(index: int) -> tuple[str, Any]:
         if isinstance(source, Apart):  # a picture without a caption is embedded too
@@ -188,16 +196,17 @@ def _rejected(parts: Path) -> list[dict[str, str]]:
     return [reject for file in sorted(parts.glob("*.rejects.json")) for reject in json.loads(file.read_text())]
 
 
-def _join(parts: Path, out: Path, rejects: list[dict[str, str]]) -> None:
-    """One file from the parts; the parts go once it is whole."""
+def _join(parts: Path, out: Path, rejects: list[dict[str, str]], weights: str) -> None:
+    """One file from the parts, with the fingerprint of the weights; the parts go once it is whole."""
     table = pa.concat_tables([pq.read_table(file) for file in sorted(parts.glob("*.parquet"))])
     partial = out.with_name(out.name + ".partial")
     if out.suffix == ".parquet":
-        pq.write_table(table, partial)
+        pq.write_table(table.replace_schema_metadata({WEIGHTS: weights}), partial)
     else:
         with partial.open("wb") as file:
             np.save(file, _matrix(table))
         out.with_name(out.name + ".keys.json").write_text(json.dumps(table["key"].to_pylist()))
+        _model_file(out).write_text(json.dumps({WEIGHTS: weights}) + "\n")
     os.replace(partial, out)
     listing = out.with_name(out.name + ".rejects.jsonl")
     listing.unlink(missing_ok=True)
@@ -218,41 +227,80 @@ def _matrix(table: pa.Table) -> np.ndarray:
 
 
 def search(
-    model: str | DualEncoder, where: str, sentence: str, top: int, *, device: str | None = None
+    model: str | DualEncoder,
+    where: str,
+    sentence: str,
+    top: int,
+    *,
+    device: str | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> tuple[list[tuple[str, float]], list[Reject]]:
     """The `top` pictures nearest to a sentence as (key, cosine), and what could not be read.
 
     Args:
         where: a folder, a table, shards, or parquet or .npy written by `embed`.
+        tell: is given a warning where it is not known which model made the vectors.
+
+    Raises:
+        IntermodalError: the vectors are another model's, or there is nothing to rank.
     """
     encoder = encoder_on(model, device)
     rejects: list[Reject] = []
-    if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
-        table = pq.read_table(where)
-        keys, image = table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy())
-    elif where.endswith(".npy"):
-        names = Path(where + ".keys.json")
-        if not names.exists():
-            raise IntermodalError(
-                f"{where} has no {names.name} beside it, which `embed` writes: there is no telling whose rows they are"
-            )
-        keys, image = json.loads(names.read_text()), torch.from_numpy(np.load(where))
+    kept = _kept(where)
+    if kept is not None:
+        keys, image, weights = kept
+        _same_model(encoder, where, image, weights, tell)
     else:
         keys, rows = [], []
         for key_batch, vectors in _embedded(encoder, where, rejects):
             keys += key_batch
             rows.append(vectors)
         image = torch.cat(rows) if rows else torch.empty(0, encoder.config.embed_width)
-    if image.ndim == 2 and image.shape[1] != encoder.config.embed_width and len(image):
-        raise IntermodalError(
-            f"{where} holds vectors of {image.shape[1]} numbers, the model's have {encoder.config.embed_width}: they are another model's"
-        )
     if not len(image):
         first = f"; the first reason: {rejects[0].key}: {rejects[0].reason}" if rejects else ""
         raise IntermodalError(f"{where} holds no readable picture{first}")
     scores = image @ encoder.embed_texts([sentence])[0]
     best = scores.topk(min(top, len(scores)))
     return [(keys[i], float(s)) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)], rejects
+
+
+def _model_file(out: Path) -> Path:
+    return out.with_name(out.name + ".model.json")
+
+
+def _kept(where: str) -> tuple[list[str], torch.Tensor, str | None] | None:
+    """Keys, vectors (N, E) and the fingerprint of the weights (None: an older file) that `embed` wrote; None of any other source."""
+    if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
+        table = pq.read_table(where)
+        weights = (table.schema.metadata or {}).get(WEIGHTS.encode())
+        return table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy()), weights and weights.decode()
+    if not where.endswith(".npy"):
+        return None
+    names, beside = Path(where + ".keys.json"), _model_file(Path(where))
+    if not names.exists():
+        raise IntermodalError(
+            f"{where} has no {names.name} beside it, which `embed` writes: there is no telling whose rows they are"
+        )
+    weights = read_json(beside).get(WEIGHTS) if beside.exists() else None
+    return json.loads(names.read_text()), torch.from_numpy(np.load(where)), weights
+
+
+def _same_model(
+    encoder: DualEncoder, where: str, image_NE: torch.Tensor, weights: str | None, tell: Callable[[str], object]
+) -> None:
+    """Refuse vectors of another model. Raises IntermodalError."""
+    if len(image_NE) and image_NE.shape[1] != encoder.config.embed_width:
+        raise IntermodalError(
+            f"{where} holds vectors of {image_NE.shape[1]} numbers, the model's have {encoder.config.embed_width}: "
+            f"they are another model's"
+        )
+    if weights is None:
+        tell(f"note: {where} does not say which model made its vectors; with another one than this the ranking has no meaning")
+    elif weights != _fingerprint(encoder):
+        raise IntermodalError(
+            f"{where} holds vectors of another model, or of this one before it was trained on: a sentence says nothing about them; "
+            f"search with that model, or run `embed` again"
+        )
 
 
 def _embedded(encoder: DualEncoder, where: str, rejects: list[Reject], batch: int = 64) -> Iterator[tuple[list[str], torch.Tensor]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
@@ -19,7 +19,11 @@ from ..inputs.image import open_image
 from ..models.clip import DualEncoder
 from .embed import encoder_on, problems_of
 from .retrieval import recall
-from .zeroshot import TEMPLATES, ClassNames, accuracy, class_embeddings, per_class
+from .templates import TEMPLATES, checked
+from .zeroshot import ClassNames, accuracy, class_embeddings, per_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 16
 """Pictures that are held at full size: so many are decoded, embedded and dropped."""
@@ -49,18 +53,20 @@ def evaluate_source(
     counted under `rejected` and the first are named under `rejects`. `scenes:` means held-out combinations in the training styles.
 
     Args:
-        classes: a file of class names (`ClassNames`) instead of the source's captions.
+        classes: a file of class names (`ClassNames`) instead of the source's captions. A tar's `.cls` without a `.txt` is the number of
+            one of its lines, the first being 0, as CLIP_benchmark's `classnames.txt` has it.
         count: of a source that ends so many samples, drawn at random and the same at every call; None: all. Of a source that does not end
             the first ones; None: 1000.
 
     Raises:
-        IntermodalError: an unknown task, no usable sample, or a caption that is not among the classes.
+        IntermodalError: an unknown task, settings of the other one, a template without {}, no usable sample, or a caption that is not
+            among the classes.
     """
-    if task not in ("retrieval", "zeroshot"):
-        raise IntermodalError(f"unknown task {task!r}: retrieval or zeroshot")
-    named = ClassNames.read(classes) if classes and task == "zeroshot" else None
+    _check(task, {"classes": classes, "templates": templates, "by class": by_class})
+    templates = checked(templates or TEMPLATES)
+    named = ClassNames.read(classes) if classes else None
     encoder = encoder_on(model, device)
-    source = _held_out(spec, encoder.config.vision.image_size, allow_urls)
+    source = _held_out(spec, encoder.config.vision.image_size, allow_urls, named.lines if named else None)
     rejects = problems_of(source)
     known: list[str] = []
     if isinstance(source, StreamSource) or len(source) >= ENDLESS:
@@ -75,18 +81,7 @@ def evaluate_source(
         elif named is not None:  # a label without a name is told before all is embedded
             named.numbers(_classes(source, chosen))
         samples = _samples(source, chosen)
-    images, captions = [], []
-    chunk: list[Any] = []
-    for sample in track(samples, "embedding", total, disable=not progress, transient=True):
-        if isinstance(sample, Reject):
-            rejects.append(sample)
-            continue
-        chunk.append(sample.image)
-        captions.append(sample.texts)
-        if len(chunk) == CHUNK:
-            images.append(encoder.embed_images(chunk))
-            chunk = []
-    images += [encoder.embed_images(chunk)] if chunk else []
+    images, captions = _embedded(encoder, track(samples, "embedding", total, disable=not progress, transient=True), rejects)
     if not captions:
         why = f"; the first: {rejects[0].key}: {rejects[0].reason}" if rejects else ""
         raise IntermodalError(f"{spec}: none of {total} samples is usable{why}")
@@ -99,12 +94,45 @@ def evaluate_source(
         scores["rejects"] = [asdict(reject) for reject in rejects[: files + TOLD]]
     if task == "zeroshot":
         labels = [texts[0] for texts in captions]
-        named = named or ClassNames.plain(known or labels)
-        vectors = class_embeddings(encoder.embed_texts, named.names, templates or TEMPLATES)
-        numbers = named.numbers(labels)
-        scores |= {"classes": len(named.names)} | accuracy(image, vectors, numbers)
-        return scores | ({"per class": per_class(image, vectors, numbers, named.names)} if by_class else {})
+        return scores | _zero_shot(image, encoder, labels, named or ClassNames.plain(known or labels), templates, by_class)
     return scores | retrieval_scores(image, encoder, captions)
+
+
+def _check(task: str, zero_shot: Mapping[str, Any]) -> None:
+    """Raises IntermodalError: an unknown task, or retrieval with a setting that only zero-shot has."""
+    if task not in ("retrieval", "zeroshot"):
+        raise IntermodalError(f"unknown task {task!r}: retrieval or zeroshot")
+    given = [name for name, value in zero_shot.items() if value]
+    if task == "retrieval" and given:
+        raise IntermodalError(f"{' and '.join(given)}: only zero-shot has that; give --task zeroshot, or leave it out")
+
+
+def _zero_shot(
+    image_NE: Tensor, encoder: DualEncoder, labels: Sequence[str], named: ClassNames, templates: Sequence[str], by_class: bool
+) -> dict[str, Any]:
+    """Accuracy over all pictures, and with `by_class` of each class."""
+    vectors = class_embeddings(encoder.embed_texts, named.names, templates)
+    numbers = named.numbers(labels)
+    scores = {"classes": len(named.names)} | accuracy(image_NE, vectors, numbers)
+    return scores | ({"per class": per_class(image_NE, vectors, numbers, named.names)} if by_class else {})
+
+
+def _embedded(encoder: DualEncoder, samples: Iterable[Any], rejects: list[Reject]) -> tuple[list[Tensor], list[Any]]:
+    """Embeddings of pictures, (CHUNK, E) each, and a caption list for each picture; samples that are rejects go to `rejects`."""
+    images: list[Tensor] = []
+    captions: list[Any] = []
+    chunk: list[Any] = []
+    for sample in samples:
+        if isinstance(sample, Reject):
+            rejects.append(sample)
+            continue
+        chunk.append(sample.image)
+        captions.append(sample.texts)
+        if len(chunk) == CHUNK:
+            images.append(encoder.embed_images(chunk))
+            chunk = []
+    images += [encoder.embed_images(chunk)] if chunk else []
+    return images, captions
 
 
 def retrieval_scores(image_NE, encoder: DualEncoder, captions: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -149,9 +177,9 @@ def _classes(source: Source, numbers: Sequence[int]) -> list[str]:
     return sorted(found)
 
 
-def _held_out(spec: str, side: int, allow_urls: bool = False):
+def _held_out(spec: str, side: int, allow_urls: bool = False, classes: Sequence[str] | None = None):
     """A source; of composed scenes the test side, in an order that no training has."""
     from ..data.scenes import Scenes
 
-    source = open_source(spec, side=side, allow_urls=allow_urls)
+    source = open_source(spec, side=side, allow_urls=allow_urls, classes=classes)
     return Scenes(replace(source.config, split="test", seed=777)) if isinstance(source, Scenes) else source

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import IntermodalError
+from ..files import read_lines
+from .templates import TEMPLATES, checked
 
-TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}.")
 TILE = 4096
 """Pictures and classes that are compared at once."""
 
@@ -26,6 +27,8 @@ class ClassNames:
     names: list[str]
     label_number: Mapping[str, int]
     where: str
+    lines: Sequence[str] = ()
+    """The label in each line of a file, empty lines among them: what the number in a `.cls` means, the first being 0."""
 
     @classmethod
     def plain(cls, labels: Iterable[str], where: str = "the source") -> ClassNames:
@@ -40,14 +43,16 @@ class ClassNames:
         Labels of one name are one class: their prompts are the same. A label also means the folder that readers spell with spaces.
 
         Raises:
-            IntermodalError: half a line, a label with two names, or no line at all.
+            IntermodalError: half a line, a label with two names, no line at all, or another encoding than UTF-8.
         """
         number: dict[str, int] = {}
         labels: dict[str, int] = {}
         spelt: dict[str, int] = {}
-        for at, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        lines: list[str] = []
+        for at, line in enumerate(read_lines(file), 1):
             label, mapped, name = line.partition("\t")
             label, name = label.strip(), name.strip()
+            lines.append(label)
             if not label and not name:
                 continue
             if mapped and not (label and name):
@@ -59,7 +64,7 @@ class ClassNames:
                 spelt.setdefault(label.replace("_", " ").replace("-", " "), own)
         if not number:
             raise IntermodalError(f"{file} names no class: it wants one a line")
-        return cls(list(number), spelt | labels, str(file))
+        return cls(list(number), spelt | labels, str(file), lines)
 
     def numbers(self, labels: Sequence[str]) -> list[int]:
         """The class of each label. Raises IntermodalError: some have no line."""
@@ -82,9 +87,7 @@ def class_embeddings(
     Raises:
         IntermodalError: a template has no {} for the name.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise IntermodalError(f"the template {template!r} has no {{}} where the name goes, as in 'a photo of a {{}}.'")
+    checked(templates)
     out = []
     for low in range(0, len(names), TILE):
         prompts = [template.replace("{}", name) for name in names[low : low + TILE] for template in templates]

@@ -20,6 +20,7 @@ from ..batch import Images
 from ..errors import CheckpointError, SampleError
 from ..files import read_json
 from .boxes import Affine
+from .image_settings import crop_of, length_of, levels_of, size_of
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -196,25 +197,15 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> ImageProcessor:
-        """Read an image processor's JSON; `defaults` are the class attributes of that Hugging Face class."""
+        """Read an image processor's JSON; `defaults` are the class attributes of that Hugging Face class.
+
+        Raises:
+            CheckpointError: a setting that is not of its kind, by its name.
+        """
         get = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-        size = get["size"] if get.get("do_resize", True) else 0
-        if isinstance(size, dict):
-            size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
-        crop = get.get("crop_size") if get.get("do_center_crop") else None
-        if isinstance(crop, dict):
-            crop = (crop["height"], crop["width"])
-        elif isinstance(crop, int):
-            crop = (crop, crop)
-        normal = get.get("do_normalize", True)
-        return cls(
-            size=tuple(size) if isinstance(size, list) else size,
-            crop=crop,
-            resample=int(get["resample"]),
-            rescale_factor=get.get("rescale_factor", 1 / 255) if get.get("do_rescale", True) else None,
-            mean=tuple(get["image_mean"]) if normal else None,
-            std=tuple(get["image_std"]) if normal else None,
-        )
+        size = size_of(get["size"]) if get.get("do_resize", True) else 0
+        cropped = get.get("do_center_crop") and get.get("crop_size") is not None
+        return cls(size, crop_of(get["crop_size"]) if cropped else None, **levels_of(get))
 
     def to_hf(self, family: str) -> dict[str, Any]:
         """Raises CheckpointError: the recipe is open_clip's letterbox, which no processor of transformers has."""
@@ -290,14 +281,8 @@ class NaflexProcessor:
     @classmethod
     def from_hf(cls, config: dict[str, Any], defaults: dict[str, Any]) -> NaflexProcessor:
         get = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-        normal = get.get("do_normalize", True)
         return cls(
-            patch_size=int(get["patch_size"]),
-            max_patches=int(get["max_num_patches"]),
-            resample=int(get["resample"]),
-            rescale_factor=get.get("rescale_factor", 1 / 255) if get.get("do_rescale", True) else None,
-            mean=tuple(get["image_mean"]) if normal else None,
-            std=tuple(get["image_std"]) if normal else None,
+            length_of(get["patch_size"], "patch_size"), length_of(get["max_num_patches"], "max_num_patches"), **levels_of(get)
         )
 
     def to_hf(self, family: str) -> dict[str, Any]:

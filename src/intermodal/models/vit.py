@@ -29,6 +29,8 @@ class VisionConfig(TransformerConfig):
 
     def check(self) -> None:
         super().check()
+        if self.channels != 3:
+            raise IntermodalError(f"channels {self.channels}: pictures have 3, red, green and blue")
         if self.patch_size > self.image_size:
             raise IntermodalError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}: there is no patch")
 
@@ -153,10 +155,10 @@ class NaflexVisionTower(SiglipVisionTower):
 
 
 def check_fixed_size(images: Images, config: VisionConfig) -> None:
-    """Raise when the pixels are not the tower's size: a wrong size would otherwise read wrong positions."""
+    """Raises InputError: the pixels are not the tower's size. A wrong size would otherwise read wrong positions."""
     wanted = (config.channels, config.image_size, config.image_size)
     if images.grids is not None or tuple(images.pixels.shape[1:]) != wanted:
-        raise ValueError(
+        raise InputError(
             f"this tower takes pixels of shape (B, {wanted[0]}, {wanted[1]}, {wanted[2]}), got {tuple(images.pixels.shape)}; "
             f"load it with image_size=... to resample its positions"
         )

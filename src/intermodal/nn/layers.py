@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,8 +84,8 @@ class TransformerConfig:
     heads: Positive
     mlp_width: Positive
     activation: str = "gelu"
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    norm_eps: Annotated[float, Ge(0), Lt(1)] = 1e-5
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Probability of dropping a value of each residual branch while training; a training setting, not part of a checkpoint."""
 
     def check(self) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..errors import CheckpointError
+from ..files import read_json
 from .setup import World
 
 META = "meta.json"
@@ -90,6 +92,20 @@ def remove(folder: Path, world: World) -> None:
     _wait(world)
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `save` was told of the run, with its `step` and number of `ranks`.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+    """
+    if not (folder / META).exists():
+        raise CheckpointError(f"{folder} is not a checkpoint of a run (no {META})")
+    meta = read_json(folder / META)
+    if not {"step", "ranks", "recipe"} <= meta.keys():
+        raise CheckpointError(f"{folder / META} is not a run's: it lacks its step, ranks or recipe")
+    return meta
+
+
 def restore(folder: Path, world: World, model: nn.Module, optimizer, average: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     """Load weights, optimizer and (on the same number of ranks) random state in place; returns the meta data, with
     `data` of every rank that wrote it.
@@ -97,10 +113,7 @@ def restore(folder: Path, world: World, model: nn.Module, optimizer, average: di
     Raises:
         CheckpointError: the checkpoint is not whole, or is of another model.
     """
-    meta_file = folder / META
-    if not meta_file.exists():
-        raise CheckpointError(f"{folder} is not a checkpoint of a run (no {META})")
-    meta = json.loads(meta_file.read_text())
+    meta = read_meta(folder)
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     if average is not None:
@@ -113,15 +126,24 @@ def restore(folder: Path, world: World, model: nn.Module, optimizer, average: di
         state["optimizer"] = {**moments, "state": {name: value for name, value in waiting.items() if name not in unused}}
         with _no_single_process_warning():
             dcp.load(state, checkpoint_id=str(folder), no_dist=world.size == 1)
-    except Exception as error:  # DCP wraps every cause in its own exception
-        raise CheckpointError(f"{folder} does not fit this run (other model settings?): {error}") from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(strict=True))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=StateDictOptions(strict=True))
+    except (Exception, CheckpointException) as error:  # DCP's own is no Exception, but a BaseException
+        raise CheckpointError(
+            f"{folder} does not fit this run: its files are damaged, or the model or optimizer is another than the run began with: "
+            f"{_cause(error)}"
+        ) from error
     parameters = dict(model.named_parameters())
     for name in unused:
         optimizer.state.pop(parameters[name], None)
     if meta["ranks"] == world.size:
-        _set_random_state(torch.load(folder / f"random-{world.rank}.pt", weights_only=True))
-    return {**meta, "data": [json.loads((folder / f"data-{rank}.json").read_text()) for rank in range(meta["ranks"])]}
+        _set_random_state(_read_random_state(folder / f"random-{world.rank}.pt"))
+    return {**meta, "data": [read_json(folder / f"data-{rank}.json") for rank in range(meta["ranks"])]}
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's own error in one line: DCP's words for it are the tracebacks of all ranks."""
+    inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+    return f"{type(inner).__name__}: {' '.join(str(inner).split())[:300]}"
 
 
 @contextmanager
@@ -134,6 +156,13 @@ def _no_single_process_warning():
 
 def _random_state() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _read_random_state(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # torch raises OSError, RuntimeError, EOFError or UnpicklingError for a file that is not whole
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

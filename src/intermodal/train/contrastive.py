@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..batch import PairBatch
+from ..config import SettingError, validated
 from ..data.loader import Fetched, Fetcher, Loader, Mixture
 from ..data.readers import open_source
 from ..data.source import Sample, Source
@@ -26,6 +28,7 @@ from ..models.clip import CLIP, DualConfig, DualEncoder, Embeddings, SigLIP, ini
 from ..nn.layers import Encoder, at_least_float32
 from ..parallel.setup import reduce_gradients, start, sync_scalars, whole_state, wrap
 from ..weights.hub import tokenizer_folder
+from ..weights.load import layout_of, other_layout
 from ..weights.load import load_encoder as load_model
 from ..weights.load import save as save_model
 from ..weights.open_clip_config import clean_as_saved
@@ -50,12 +53,31 @@ def train(
         resume: go on from the newest checkpoint in `run`, bit for bit where the number of ranks is the same.
 
     Raises:
-        IntermodalError: the folder holds another run and `resume` is off, the data cannot be read, the loss is not finite, or the
-            run was interrupted (after saving).
+        SettingError: as `checked_settings`.
+        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model or loss and it is on; the
+            data cannot be read, the loss is not finite, or the run was interrupted (after saving).
     """
-    world = start()
+    recipe, world = checked_settings(recipe), start()
     trainer = PairTrainer(recipe, Path(run), world, resume, console or Console(), quiet or not world.main)
     return trainer.run()
+
+
+def checked_settings(recipe: Recipe) -> Recipe:
+    """The recipe, its values of their types and such that they go together.
+
+    Raises:
+        SettingError: names the field.
+    """
+    recipe = validated(recipe)
+    if recipe.data.batch < 2:
+        raise SettingError("data.batch=1: a pair is told from the other pairs of its step, so there have to be some")
+    if recipe.model.start is None:
+        for name, tower in (("vision", recipe.model.vision), ("text", recipe.model.text)):
+            try:
+                tower.check()
+            except IntermodalError as error:
+                raise SettingError(f"model.{name}: {error}") from None
+    return recipe
 
 
 def build_model(config: ModelConfig, captions: Callable[[], list[str]], loss: str = "softmax") -> DualEncoder:
@@ -86,6 +108,7 @@ def _fresh_model(config: ModelConfig, captions: Callable[[], list[str]], loss: s
             raise IntermodalError(
                 f"model.tokenizer={config.tokenizer} holds no tokenizer files ({', '.join(texts.TOKENIZER_FILES[:3])}, ...)"
             )
+        tokenizer = texts.borrowed(tokenizer, config.family)
     else:
         tokenizer = texts.fresh(texts.train_tokenizer(captions(), config.vocabulary), family, context=text.context)
     size, eos = tokenizer.vocabulary_size, tokenizer.eos_id
@@ -142,6 +165,16 @@ class PairTrainer(Trainer):
         self.model.to(self.world.device)
         self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
 
+    def _fixed(self, name: str) -> bool:
+        """The model is the run's own from its first step on, but for dropout; `model.start` may have been moved. Another loss needs a
+        scale, a bias and an optimizer's state of its own."""
+        moved = name == "model.start" and self.recipe.model.start is not None
+        return (
+            super()._fixed(name)
+            or name == "train.loss"
+            or (name.startswith("model.") and not name.endswith(".dropout") and not moved)
+        )
+
     def _loader_and_model(self) -> Loader:
         recipe, data = self.recipe, self.recipe.data
         side = recipe.model.vision.image_size
@@ -157,7 +190,7 @@ class PairTrainer(Trainer):
             if recipe.model.start is None:
                 initialise(self.model, recipe.train.seed)
                 if self.world.main:
-                    save_model(self.model, self.folder / "initial")
+                    _save_over(self.model, self.folder / "initial")
         assert self.model.processor is not None
         if not any(isinstance(source, StreamSource) for source in sources):  # a stream would be read twice for it
             self._tell_of_cuts(sample_captions(sources, data.weights, CAPTIONS_LOOKED_AT, data.seed))
@@ -249,8 +282,15 @@ class PairTrainer(Trainer):
         whole.load_state_dict(whole_state(self.model))
         whole.to(self.world.device).eval()
         if self.world.main:
-            save_model(whole, self.folder / "model")
+            _save_over(whole, self.folder / "model")
         return whole
+
+
+def _save_over(model: DualEncoder, folder: Path) -> None:
+    """Save into a run's own folder, where an earlier run may have left a model in the other layout."""
+    if other_layout(folder, layout_of(model)) is not None:
+        shutil.rmtree(folder)
+    save_model(model, folder)
 
 
 def _rebuilt(model: DualEncoder) -> DualEncoder:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..config import flat, to_dict
+from ..config import to_dict
 from ..data.loader import DataError, Loader, Mixture, Rejects
 from ..data.sprites import HELD_OUT_STYLE
 from ..data.stream import StreamSource
@@ -25,6 +25,7 @@ from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
 from .metrics import Display, Metrics
 from .optim import learning_rate, multiplies_bf16, update_average
+from .resume import changes, refuse_changes
 
 ROLLBACKS = 5
 ALARM = 3.0
@@ -58,6 +59,8 @@ class Trainer(ABC):
             torch.set_num_threads(recipe.train.threads)
         self.resumed_from = checkpoint.latest(folder) if resume else None
         self._claim_folder(resume)
+        if self.resumed_from is not None:
+            refuse_changes(checkpoint.read_meta(self.resumed_from)["recipe"], recipe, self._fixed, folder)
         self.dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
         """Of the master weights."""
         torch.manual_seed(recipe.train.seed * 1009 + world.rank)
@@ -75,6 +78,8 @@ class Trainer(ABC):
             self.recent, self.rollbacks, self.went_back_to = meta["recent"], meta["rollbacks"], meta["went_back_to"]
             self.loader.restore(meta["data"])
             self._tell_of_changes(meta["recipe"])
+        if world.main:  # only now: what could not be gone on with is not what the run is made of
+            (folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
         self.place = self.loader.state()
         """In the data, after the last step: further batches may have been fetched."""
         self.rejected = 0
@@ -308,25 +313,26 @@ class Trainer(ABC):
         )
 
     def _claim_folder(self, resume: bool) -> None:
-        """Refuse to overwrite a run by accident; write the recipe."""
-        file = self.folder / "recipe.json"
+        """Refuse to overwrite a run by accident."""
         if not resume and checkpoint.latest(self.folder) is not None:
             raise IntermodalError(f"{self.folder} already holds a run; go on with --resume, or give another --out")
         if resume and self.resumed_from is None:
             raise IntermodalError(f"{self.folder} holds no checkpoint to resume from")
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(to_dict(self.recipe), indent=2) + "\n")
             if not resume:
                 for old in self.folder.glob("rejects*.jsonl"):
                     old.unlink()
         if self.world.size > 1:
             torch.distributed.barrier()
 
+    def _fixed(self, name: str) -> bool:
+        """Whether a setting, by its dotted path, is the run's from its first step to its last."""
+        return name == "optim.name"
+
     def _tell_of_changes(self, before: dict[str, Any]) -> None:
         """A resumed run may have other settings than it began with, and is then not what it would have been: they are named."""
-        then, now = flat(before), flat(json.loads(json.dumps(to_dict(self.recipe))))
-        changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+        changed = changes(before, self.recipe).values()
         if changed and self.world.main and not self.quiet:
             self.console.print(f"[yellow]resumed with other settings: {'; '.join(changed)}[/yellow]")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,9 @@ def from_hf(config: dict[str, Any]) -> DualConfig:
         )
         for side, part in (("vision", vision), ("text", text))
     }
+    own = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    if family == "clip" and "eos_token_id" in own and own["eos_token_id"] is None:
+        raise CheckpointError("text_config.eos_token_id is null: CLIP pools its texts at this token, so its number has to be there")
     patch = vision["patch_size"]
     side = round(vision["num_patches"] ** 0.5) * patch if family == "siglip2" else vision["image_size"]
     if not isinstance(side, int):
@@ -224,6 +228,25 @@ def processor(folder: Path, family: str, config: DualConfig, raw: dict[str, Any]
     if tokenizer is not None and "model_cfg" in raw:
         tokenizer.clean = open_clip_config.text_clean_up(raw)
     return PairProcessor(pictures, tokenizer, family)
+
+
+def tell_of_size(model: DualEncoder, where: Path) -> None:
+    """Warn when the image processor makes pictures of another size than the tower takes. It is no error: texts can be embedded, and the
+    processor changed; pictures are refused by the tower."""
+    pictures, side = model.processor.images if model.processor else None, model.config.vision.image_size
+    if not isinstance(pictures, images.ImageProcessor):
+        return
+    try:
+        height, width = pictures.output_size
+    except CheckpointError as error:
+        warnings.warn(f"{where}: {error}", stacklevel=3)
+        return
+    if (height, width) != (side, side):
+        warnings.warn(
+            f"{where}: the image processor's settings make pictures of {height} x {width} pixels, and the vision tower takes "
+            f"{side} x {side}: no picture can be embedded (load it with image_size=... to resample its positions)",
+            stacklevel=3,
+        )
 
 
 def resized(model: Any, state, processor: PairProcessor, family: str, side: int):

@@ -7,6 +7,7 @@ A family of checkpoints is a module of this package with the functions of `Codec
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, IntermodalError, nearest
 from ..files import read_json
+from ..inputs.text import in_transformers
 from ..models.clip import CLIP, DualEncoder
 from ..models.decoder import DecoderConfig
 from . import open_clip
@@ -106,6 +108,10 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
         model, native, processor = resized(model, native, processor, family, image_size)
     assign(model, native, kind, device)
     model.processor = processor
+    if isinstance(model, DualEncoder):
+        from .clip import tell_of_size
+
+        tell_of_size(model, found.where)
     if hasattr(model, "bind"):
         model.bind()  # pyright: ignore[reportCallIssue]
     return model.eval()
@@ -141,12 +147,19 @@ def save(model: Any, folder: str | Path, *, layout: str | None = None, shard_byt
         layout: "hf" or "open_clip". None is "hf" for all but a CLIP with a bias, which transformers does not have and open_clip does.
 
     Raises:
-        CheckpointError: the layout cannot hold this model.
+        CheckpointError: the layout cannot hold this model; the folder holds a model in the other layout. Readers would go on taking that
+            one, and whose files they are is not known here, so none is removed.
     """
     layout = layout or layout_of(model)
     if layout not in LAYOUTS:
         raise CheckpointError(f"unknown layout {layout!r}: {' or '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
     target = Path(folder)
+    other = other_layout(target, layout)
+    if other is not None:
+        raise CheckpointError(
+            f"{other} belongs to a model in another layout than {layout!r}, and would be read in place of the one saved: save into an "
+            "empty folder, or remove that model first"
+        )
     target.mkdir(parents=True, exist_ok=True)
     if layout == "open_clip":
         if not isinstance(model, DualEncoder):
@@ -160,7 +173,26 @@ def save(model: Any, folder: str | Path, *, layout: str | None = None, shard_byt
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if model.processor is not None:
         model.processor.save(target, **({"layout": layout} if layout != "hf" else {}))
+        _tell_of_tokenizer(model, layout)
     return target
+
+
+def _tell_of_tokenizer(model: Any, layout: str) -> None:
+    """Warn where transformers' Auto classes would read the texts with another tokenizer than the saved one, without an error."""
+    if layout != "hf" or not isinstance(model, DualEncoder) or model.processor is None or model.processor.tokenizer is None:
+        return
+    if not in_transformers(model.processor.tokenizer.files, codec_of(model).family_of(model)):
+        warnings.warn(
+            "transformers' AutoTokenizer and AutoProcessor build SigLIP 2's own Gemma tokenizer for a siglip2 folder, whatever it holds: "
+            "read this one with PreTrainedTokenizerFast.from_pretrained (docs/contrastive.md)",
+            stacklevel=3,
+        )
+
+
+def other_layout(folder: Path, layout: str) -> Path | None:
+    """The config file of a model that the folder holds in the layout that is not this one."""
+    file = folder / ("config.json" if layout == "open_clip" else open_clip.CONFIG)
+    return file if file.exists() else None
 
 
 def layout_of(model: Any) -> str:

@@ -202,18 +202,23 @@ def pictures(raw: dict[str, Any], side: int) -> ImageProcessor:
     """The image processor that open_clip's `preprocess_cfg` asks for. Source: open_clip `transform.py`, `image_transform` in evaluation.
 
     Raises:
-        CheckpointError: a resize mode that open_clip does not have.
+        CheckpointError: a resize mode that open_clip does not have; a standard deviation of 0.
     """
     cfg = raw.get("preprocess_cfg", {})
     mode, square = cfg.get("resize_mode", "shortest"), (side, side)
     if mode not in RESIZE_MODES:
         raise CheckpointError(f"open_clip_config.json: resize_mode {mode!r} is not one of {', '.join(RESIZE_MODES)}")
+    std = tuple(cfg.get("std") or CLIP_STD)
+    if not all(value > 0 for value in std):
+        raise CheckpointError(
+            f"open_clip_config.json: preprocess_cfg.std {list(std)} divides by 0: three numbers above 0 are wanted"
+        )
     return ImageProcessor(
         size=side if mode == "shortest" else square,
         crop=square if mode == "shortest" else None,
         resample={"bicubic": 3, "bilinear": 2}.get(cfg.get("interpolation", "bicubic"), 3),
         mean=tuple(cfg.get("mean") or CLIP_MEAN),
-        std=tuple(cfg.get("std") or CLIP_STD),
+        std=std,
         letterbox=mode == "longest",
         fill=int(cfg.get("fill_color") or 0),
     )

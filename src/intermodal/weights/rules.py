@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, nearest
 
+READ_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights. Eight bits and fewer go with scales that no key table here knows: by themselves they are other numbers."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -195,7 +198,8 @@ def check_against(
         present: the file's own keys.
 
     Raises:
-        CheckpointError: names the missing, surplus and misshapen keys and the tensors with NaN or infinity, all in one line.
+        CheckpointError: names the missing, surplus and misshapen keys and the tensors with NaN or infinity or of fewer bits than 16, all
+            in one line.
     """
     wanted = model.state_dict()
 
@@ -211,6 +215,8 @@ def check_against(
     for key in wanted.keys() & state.keys():
         if wanted[key].shape != state[key].shape:
             found.append(f"misshapen {named(key)}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}")
+        elif wanted[key].is_floating_point() and state[key].dtype not in READ_TYPES:
+            found.append(f"of type {str(state[key].dtype).removeprefix('torch.')} {named(key)}: quantised weights are not read")
         elif state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all()):
             found.append(f"not finite {named(key)}: NaN or infinity among its values")
     if found:
