@@ -236,6 +236,21 @@ def test_an_interrupted_stage_resumes_bit_for_bit(recipe, trained, tmp_path):
     assert values == [json.loads(line)["loss"] for line in lines]
 
 
+def test_a_run_of_stages_keeps_its_model(recipe, trained, tmp_path):
+    """Its settings are in no checkpoint of a stage, and would not be read any more."""
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    kept = (run / "recipe.json").read_bytes()
+    other = override(recipe, ["model.decoder.depth=7", "stages.align.train.steps=9"])
+    with pytest.raises(IntermodalError, match=r"cannot go on with model\.decoder\.depth \d -> 7"):
+        train_stages(other, run, resume=True, quiet=True)
+    with pytest.raises(IntermodalError, match="already holds a run"):  # which would have replaced the recipe
+        train_stages(other, run, quiet=True)
+    assert (run / "recipe.json").read_bytes() == kept
+
+
 def test_smaller_packs_do_not_change_a_step(recipe, trained, tmp_path):
     stages = tuple(replace(stage, data=replace(stage.data, tokens=160)) for stage in recipe.stages)
     train_stages(replace(recipe, stages=stages), tmp_path / "run", quiet=True)

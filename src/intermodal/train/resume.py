@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..config import flat, to_dict
 from ..errors import IntermodalError
+from ..files import read_json
+from .recipe import StagedRecipe
 
 
 def changes(before: dict[str, Any], recipe: Any) -> dict[str, str]:
@@ -42,3 +45,30 @@ def refuse_changes(before: dict[str, Any], recipe: Any, fixed: Callable[[str], b
         raise IntermodalError(
             f"{folder} cannot go on with {'; '.join(refused)}: resume it as it began, or begin another run (another --out)"
         )
+
+
+def keep_staged(recipe: StagedRecipe, run: Path, *, resume: bool, write: bool) -> None:
+    """Keep a run of stages' whole recipe in `run`/recipe.json; each stage keeps its own settings beside its checkpoints.
+
+    Args:
+        write: this is the rank that writes. Every rank reads.
+
+    Raises:
+        IntermodalError: a resumed run began with another model, whose settings nobody would read any more. Only `model.start` may have
+            been moved.
+    """
+    file = run / "recipe.json"
+    if resume and file.exists():
+        before = read_json(file)["model"]
+        moved = recipe.model.start is not None and before.get("start") is not None
+        known = flat(before).keys() - ({"start"} if moved else set())
+        changed = [f"model.{change}" for name, change in changes(before, recipe.model).items() if name in known]
+        if changed:
+            raise IntermodalError(
+                f"{run} cannot go on with {'; '.join(changed)}: resume it as it began, or begin another run (another --out)"
+            )
+    if write:
+        run.mkdir(parents=True, exist_ok=True)
+        part = file.with_name("recipe.json.part")
+        part.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+        part.replace(file)  # whole or not at all: other ranks may be reading it

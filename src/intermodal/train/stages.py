@@ -39,6 +39,7 @@ from .learning import Unreached, keep_word_rows
 from .loop import Trainer
 from .optim import choose_learning, optimizer_of
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
+from .resume import keep_staged
 
 
 def train_stages(
@@ -50,15 +51,16 @@ def train_stages(
         resume: stages that are done are skipped; the one that was interrupted goes on from its newest checkpoint, bit for bit.
 
     Raises:
-        IntermodalError: the folder holds another run and `resume` is off, a source cannot be trained on, a pattern names no
-            parameter, the loss is not finite, or the run was interrupted (after saving).
+        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model and it is on; a source
+            cannot be trained on, a pattern names no parameter, the loss is not finite, or the run was interrupted (after saving).
     """
     if not recipe.stages:
         raise IntermodalError("the recipe has no stages")
     world, out, console = start(), Path(run), console or Console()
     folders = [out / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
-    if not resume and (out / "model").exists():
+    if not resume and ((out / "model").exists() or any(map(checkpoint.latest, folders))):
         raise IntermodalError(f"{out} already holds a run; go on with --resume, or give another --out")
+    keep_staged(recipe, out, resume=resume, write=world.main)
     before: Path | None = None
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if not (resume and (folder / "model" / "config.json").exists()):
