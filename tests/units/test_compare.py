@@ -142,7 +142,6 @@ def test_what_only_pixels_hold_is_lost_by_what_does_not_hold_them(monkeypatch):
     """The read-out finds everything in features that are the pixels, and only the mean in features that say nothing."""
     from intermodal.evaluate.judge import pixels_of
 
-    monkeypatch.setattr(measure, "READ_OUT", (60, 20))
     monkeypatch.setattr(measure, "RIDGE", 1e-7)
 
     def own(model, pictures):
@@ -151,7 +150,7 @@ def test_what_only_pixels_hold_is_lost_by_what_does_not_hold_them(monkeypatch):
 
     monkeypatch.setattr(measure, "features", own)
     config = SceneConfig(side=32)
-    all_kept, nothing = (measure.kept(model, config)["linear"] for model in ("pixels", "nothing"))
+    all_kept, nothing = (measure.kept(model, config, (60, 20))["linear"] for model in ("pixels", "nothing"))
     assert all_kept > 40
     assert 3 < nothing < 15
 

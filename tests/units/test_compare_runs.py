@@ -26,7 +26,7 @@ from intermodal.train.recipe import load_recipe
 from intermodal.weights.load import save
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-QUICK = lab.Settings(questions=2, signs=1, heights=(12,), drawn=1, judge_steps=1, steps=2, seeds=1)
+QUICK = lab.Settings(questions=2, signs=1, heights=(12,), read_out=(20, 8), drawn=1, judge_steps=1, steps=2, seeds=1)
 
 
 def llava(**changed):
@@ -135,7 +135,6 @@ def test_logs_of_stages_are_read_stage_by_stage(tmp_path):
 
 
 def test_what_the_codes_keep_is_read_from_the_models_own_decoder(monkeypatch):
-    monkeypatch.setattr(measure, "READ_OUT", (6, 3))
     monkeypatch.setattr(measure, "features", lambda model, pictures: torch.zeros(len(pictures), 16, 3))
     shown = []
 
@@ -152,10 +151,10 @@ def test_what_the_codes_keep_is_read_from_the_models_own_decoder(monkeypatch):
 
     config = SceneConfig(side=32)
     held_out = [Scenes(replace(config, seed=measure.DRAW_SEED)).scene(index).image for index in range(6, 9)]
-    kept = measure.kept(Native(), config)
+    kept = measure.kept(Native(), config, (6, 3))
     assert [picture.tobytes() for picture in shown] == [picture.tobytes() for picture in held_out]
     assert kept["decoder"] == pytest.approx(vqvae.psnr((1 - pixels_of(held_out)).square().mean().item()))
-    assert measure.kept("another", config)["decoder"] is None
+    assert measure.kept("another", config, (6, 3))["decoder"] is None
 
 
 RECIPE = """

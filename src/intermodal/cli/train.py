@@ -189,7 +189,7 @@ def compare(
         Side(first or RECIPES / "compare_stitched.py", tuple(set_first or ())),
         Side(second or RECIPES / "compare_native.py", tuple(set_second or ())),
     )
-    small = Settings(questions=4, signs=2, drawn=4, judge_steps=4)
+    small = Settings(questions=4, signs=2, read_out=(60, 20), drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
     console = Console(stderr=as_json)
     page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny, console=console)

@@ -31,8 +31,6 @@ from ..weights.load import load
 from .sides import Settings
 
 RIDGE = 1e-3
-READ_OUT = (800, 200)
-"""Pictures that the linear read-out is fitted on, and tested on."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def reading(model: Generative, recipe: StagedRecipe, settings: Settings, folder:
         "signs": signs_read(model, exam.signs, settings.heights, settings.signs),
         "signs_guess": 1 / exam.signs.config.words,
         "tokens_per_image": tokens_per_image(model),
-        "kept": kept(model, exam.scenes),
+        "kept": kept(model, exam.scenes, settings.read_out),
     }
     if isinstance(model, Chameleon):
         draw(model, exam.scenes, settings.drawn, folder / "drawn")
@@ -105,11 +103,16 @@ def tokens_per_image(model: Generative) -> int:
 
 
 @torch.no_grad()
-def kept(model: Generative, config: SceneConfig) -> dict[str, float | None]:
+def kept(model: Generative, config: SceneConfig, read_out: tuple[int, int]) -> dict[str, float | None]:
     """What is left of a picture behind the eyes, as PSNR in dB: of the best linear map from a token's features to its patch of pixels, and
-    of the model's own decoder where it has one."""
+    of the model's own decoder where it has one.
+
+    Args:
+        read_out: how many pictures the map is fitted on, and how many others it is tested on.
+    """
+    fitted = read_out[0]
     source = Scenes(replace(config, seed=DRAW_SEED))
-    pictures = [source.scene(index).image for index in range(sum(READ_OUT))]
+    pictures = [source.scene(index).image for index in range(sum(read_out))]
     features_NTD = torch.cat([features(model, pictures[at : at + 100]) for at in range(0, len(pictures), 100)])
     pixels = pixels_of(pictures)
     grid = round(features_NTD.shape[1] ** 0.5)
@@ -117,14 +120,14 @@ def kept(model: Generative, config: SceneConfig) -> dict[str, float | None]:
     patches_NTK = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     ones = features_NTD.new_ones(*features_NTD.shape[:2], 1)
     x = torch.cat([features_NTD, ones], -1)
-    known, unknown = x[: READ_OUT[0]].flatten(0, 1), x[READ_OUT[0] :].flatten(0, 1)
+    known, unknown = x[:fitted].flatten(0, 1), x[fitted:].flatten(0, 1)
     gram = known.T @ known + RIDGE * len(known) * torch.eye(known.shape[1])
-    weights = torch.linalg.solve(gram, known.T @ patches_NTK[: READ_OUT[0]].flatten(0, 1))
-    error = ((unknown @ weights).clamp(-1, 1) - patches_NTK[READ_OUT[0] :].flatten(0, 1)).square().mean()
+    weights = torch.linalg.solve(gram, known.T @ patches_NTK[:fitted].flatten(0, 1))
+    error = ((unknown @ weights).clamp(-1, 1) - patches_NTK[fitted:].flatten(0, 1)).square().mean()
     out: dict[str, float | None] = {"linear": psnr(error.item()), "decoder": None}
     if isinstance(model, Chameleon):
-        again = reconstructed(model.vqmodel, pictures[READ_OUT[0] :])
-        out["decoder"] = psnr((pixels_of(again) - pixels[READ_OUT[0] :]).square().mean().item())
+        again = reconstructed(model.vqmodel, pictures[fitted:])
+        out["decoder"] = psnr((pixels_of(again) - pixels[fitted:]).square().mean().item())
     return out
 
 

@@ -35,6 +35,8 @@ class Settings:
     """Of each height."""
     heights: tuple[int, ...] = (8, 10, 12, 14, 17, 20)
     """Font sizes in pixels of the signs that are to be read."""
+    read_out: tuple[int, int] = (800, 200)
+    """Pictures that the linear read-out is fitted on, and tested on."""
     drawn: int = 48
     """Held-out captions that a model which draws is to draw."""
     judge_steps: int = 500
