@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# two cores are one busy process: tests that start ranks give each one thread
+# two cores are one busy process
 export OMP_NUM_THREADS ?= 2
+# tests are many small ones: two processes of one thread each, every file in one of them, for its fixtures are dear
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup demo demo-native test test-all lint bench clean
@@ -28,10 +30,10 @@ demo-native: $(READY)
 	$(BIN)/intermodal demo-native --out runs/demo-native
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY) lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ DECODER = DecoderConfig(width=160, depth=4, heads=5, kv_heads=5, head_width=32, 
 def recipe(tiny: bool = False) -> StagedRecipe:
     stage = Stage(
         "learn",
-        learn=(("*", 1.0), ("vision.*", 0.5)),
+        learn=(("*", 1.0), ("vision.*", 0.5), ("vision.post_layernorm.*", 0.0)),  # read before its last norm
         data=TalksConfig(train=READ, weights=(0.5, 1.0, 1.0, 1.0), batch=32, tokens=4096),
         optim=OptimConfig(name="muon", lr=2e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, warmup=20),
         train=LoopConfig(steps=4000, threads=2, log_every=10),

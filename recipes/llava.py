@@ -28,7 +28,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         Stage(
             "instruct",
             # the tower learns too: it was trained to match captions, which seldom need the places and letters that questions ask for
-            learn=(("*", 1.0), ("vision.*", 0.5)),
+            learn=(("*", 1.0), ("vision.*", 0.5), ("vision.post_layernorm.*", 0.0)),  # read before its last norm
             # captions again: questions hardly ever ask for a name, and what is where is told by names
             data=replace(
                 data, train=(f"questions:{SCENES}", f"questions:{SIGNS}", f"captions:{SCENES}&forms=1"), weights=(3.0, 1.0, 1.0)

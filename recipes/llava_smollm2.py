@@ -37,7 +37,7 @@ def recipe(tiny: bool = False) -> StagedRecipe:
         ),
         Stage(
             "instruct",
-            learn=(("*lora_*", 1.0), ("projector.*", 0.5), ("vision.*", 0.5)),
+            learn=(("*lora_*", 1.0), ("projector.*", 0.5), ("vision.*", 0.5), ("vision.post_layernorm.*", 0.0)),
             data=replace(
                 data,
                 train=(f"questions:{SCENES}", f"questions:{SIGNS}", f"captions:{SCENES}&forms=1", STAMPS),

@@ -18,7 +18,7 @@ GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 
 
 def recipe(tiny: bool = False) -> StagedRecipe:
-    everything = (("*", 1.0), ("vision.*", 0.2))
+    everything = (("*", 1.0), ("vision.*", 0.2), ("vision.post_layernorm.*", 0.0))  # read before its last norm
     optim = OptimConfig(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup=100)
     loop = LoopConfig(steps=1000, log_every=10, save_every=500)
     data = TalksConfig(batch=64, tokens=8192, workers=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,10 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _main(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+def _main(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # of one exchange: a dead-lock fails
+    meet = f"file://{folder}/ranks"  # a port that is free now may be another test's in a moment
+    dist.init_process_group("gloo", meet, timedelta(minutes=2), size, rank)  # the time is of one exchange: a dead-lock fails
     try:
         torch.save(function(rank, size, *arguments), Path(folder) / f"{rank}.pt")
         dist.barrier()  # no rank takes its connections down while another still finishes an exchange
@@ -28,9 +28,6 @@ def _main(rank: int, size: int, port: int, folder: str, function: Callable[..., 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, size, *arguments)` on `size` processes; it must be importable, so define it at the top of a test file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (size, port, folder, function, arguments), nprocs=size)
+        mp.spawn(_main, (size, folder, function, arguments), nprocs=size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
