@@ -227,7 +227,8 @@ class _Talk:
         try:
             self._keep(_say(self.model, self.messages, settings))
         except IntermodalError as error:
-            self.console.print(str(error), style="red", markup=False)
+            # unwrapped: a path that is broken over lines cannot be copied
+            self.console.print(str(error), style="red", markup=False, soft_wrap=True)
             self.messages.pop()
         except KeyboardInterrupt:
             self.console.print("\n(interrupted; the question is taken back)", style="bright_black")
@@ -238,7 +239,7 @@ class _Talk:
         if reply.images and self.out is not None:
             number = next(n for n in count(1) if not (self.out / f"reply-{n}").exists())
             written = _write(reply, self.out / f"reply-{number}")
-            self.console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False)
+            self.console.print("wrote " + ", ".join(map(str, written)), style="bright_black", markup=False, soft_wrap=True)
         clean = self.model.processor.sayable
         parts = [{"type": kind, kind: clean(value) if kind == "text" else value} for kind, value in reply.segments]
         text = clean(reply.text)
