@@ -1,4 +1,4 @@
-"""The user's cache folder, and text and JSON files with errors in words."""
+"""The user's cache folder; text and JSON files read with errors in words, and written whole."""
 
 from __future__ import annotations
 
@@ -39,3 +39,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all: the process may be killed meanwhile, and others may be reading."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)

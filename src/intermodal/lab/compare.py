@@ -24,9 +24,10 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import IntermodalError
+from ..files import write_whole
 from ..train.recipe import StagedRecipe, StitchConfig, VQRecipe
 from .logs import logged
-from .sides import Entry, Settings, Side, check, claim, entries, eyes_setting, with_eyes_at, write_whole
+from .sides import Entry, Settings, Side, check, claim, entries, eyes_setting, with_eyes_at
 
 EYES_SHARE = 0.35
 """Of a run's time, for eyes that are trained first."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import override, to_dict
 from ..errors import IntermodalError
-from ..files import read_json
+from ..files import read_json, write_whole
 from ..train.recipe import NativeConfig, Recipe, StagedRecipe, StitchConfig, VQRecipe, load_recipe
 
 EYES = "eyes"
@@ -228,10 +228,3 @@ def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return NOT_THERE if value == NOT_THERE else json.dumps(value)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, should the process be killed meanwhile."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import flat, to_dict
 from ..errors import IntermodalError
-from ..files import read_json
+from ..files import read_json, write_whole
 from .recipe import StagedRecipe
 
 
@@ -69,6 +69,4 @@ def keep_staged(recipe: StagedRecipe, run: Path, *, resume: bool, write: bool) -
             )
     if write:
         run.mkdir(parents=True, exist_ok=True)
-        part = file.with_name("recipe.json.part")
-        part.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
-        part.replace(file)  # whole or not at all: other ranks may be reading it
+        write_whole(file, json.dumps(to_dict(recipe), indent=2) + "\n")  # other ranks may be reading it
