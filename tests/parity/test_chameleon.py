@@ -398,6 +398,11 @@ def test_round_trip(made, settings, tmp_path):
         assert torch.equal(back.vqmodel.decode(codes), full.decode(codes))
     start = drawn_before.tolist().index(NAMES["<racm3:break>"]) + 1
     assert back.processor.planner.picture(drawn_before[start : start + 64]).size == (SIDE, SIDE)
+    # and taken off again: what the file says of a decoder goes with it
+    vq = replace(back.config.vq, decoder=False)
+    back.vqmodel.config, back.config, back.vqmodel.decoder = vq, replace(back.config, vq=vq), None
+    intermodal.save(back, tmp_path / "c")
+    assert not intermodal.load(tmp_path / "c").config.vq.decoder
 
 
 def test_too_long_counts_what_is_shown(made, monkeypatch):

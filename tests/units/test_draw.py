@@ -89,9 +89,10 @@ def test_a_picture_is_exactly_its_codes_between_its_marks(model):
         assert all(FIRST <= token < FIRST + CODES for token in inside)
         assert reply.ids[start + 17] == STOP
         at = start + 18
-    words = [token for token in reply.ids if token < 256]
+    texts = [value for kind, value in reply.segments if kind == "text"]
+    assert "".join(texts) == model.processor.decode([token for token in reply.ids if token < 256])
     assert kinds.count("image") == len(reply.images) <= 2
-    assert reply.text == model.processor.decode(words)
+    assert reply.text == "\n".join(texts)
     assert PLACEHOLDER not in reply.ids
     assert reply.images[0].size == (SIDE, SIDE)
     start = reply.ids.index(BEGIN)
@@ -308,6 +309,31 @@ def test_a_stream_grows_pictures(model):
     assert partial[0].picture.crop((0, 8, SIDE, SIDE)).getcolors() == [(SIDE * 8, (128, 128, 128))]
     assert partial[3].picture.tobytes() == reply.images[0].tobytes()
     assert "".join(event for event in events if isinstance(event, str)) == reply.text
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (("s", None, "what"), "s\nwhat"),
+        ((None, "what"), "what"),
+        (("s", None, None, "what"), "s\nwhat"),
+        (("s", None, "what", None, "é"), "s\nwhat\né"),
+        (("s", None, "<", None, "what"), "s\n<\nwhat"),  # what may become the stop text is held until the picture begins
+        (("s", None, "<>"), "s"),
+        (("s", None, "\n<>"), "s\n\n"),
+    ],
+)
+def test_texts_are_parted_where_a_picture_stands(model, monkeypatch, said, text):
+    words = [[BEGIN] if part is None else model.processor.tokenizer.encode(part, add_special_tokens=False).ids for part in said]
+    chosen = [token for part in words for token in part]
+    script = iter(chosen)
+    monkeypatch.setattr("intermodal.generate.engine.choose", lambda *scores: next(script))
+    *pieces, reply = model.stream(TALKS[0], max_new_tokens=len(chosen) - said.count(None), stop="<>")
+    assert reply.text == text == "\n".join(value for kind, value in reply.segments if kind == "text")
+    assert "" not in pieces
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == text
+    assert len(reply.images) == said.count(None)
+    assert [token for token in reply.ids if token < FIRST and token != STOP] == chosen
 
 
 def test_a_reply_can_be_answered(model):

@@ -20,6 +20,7 @@ from intermodal.models.decoder import DecoderConfig
 from intermodal.models.generative import LanguageModel
 from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
+from intermodal.models.vqvae import VQVAE, VQConfig
 
 CONFIG = DecoderConfig(width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, vocab_size=261, context=200)
 
@@ -350,3 +351,11 @@ def test_a_model_of_the_other_kind_is_told_apart(folder, tmp_path):
     run = CliRunner().invoke
     assert "has no decoder" in str(run(app, ["generate", str(tmp_path), "hi"]).exception)
     assert "no embeddings" in str(run(app, ["eval", str(folder), "sprites:core"]).exception)
+    intermodal.save(
+        VQVAE(VQConfig(resolution=8, width=8, groups=4, multipliers=(1,), res_blocks=1, stem=1)), eyes := tmp_path / "vq"
+    )
+    for verb in (["generate", str(eyes), "hi"], ["chat", str(eyes)], ["inspect", str(eyes), "captions:scenes:core"]):
+        told = str(run(app, verb).exception)
+        assert f"`intermodal train recipes/native.py model.vq={eyes}`" in told
+        assert "has no decoder" not in told
+        assert "intermodal embed" not in told

@@ -1,5 +1,6 @@
 """Where the verbs that talk write what they draw."""
 
+import json
 from types import SimpleNamespace
 
 from PIL import Image
@@ -35,4 +36,17 @@ def test_one_picture_is_one(monkeypatch, capsys):
     for count, said in ((1, "1 picture was drawn"), (2, "2 pictures were drawn")):
         reply = Reply("", [], "stop", {}, [("image", Image.new("RGB", (4, 4)))] * count)
         _reply_once(SimpleNamespace(stream=lambda messages, reply=reply: [reply]), [], None, {}, False)
-        assert f"{said}; --out FOLDER" in capsys.readouterr().out
+        told = f"{said}; --out FOLDER keeps what is drawn\n"
+        assert told in capsys.readouterr().out
+        _reply_once(SimpleNamespace(generate=lambda messages, reply=reply: reply), [], None, {}, True)
+        shown = capsys.readouterr()
+        assert (json.loads(shown.out)["pictures"], shown.err) == (count, told)
+
+
+def test_json_counts_pictures_and_tells_only_of_those_that_are_lost(tmp_path, capsys):
+    for images, out in (([], None), ([("image", Image.new("RGB", (4, 4)))], tmp_path)):
+        reply = Reply("a", [], "stop", {}, [("text", "a"), *images])
+        _reply_once(SimpleNamespace(generate=lambda messages, reply=reply: reply), [], out, {}, True)
+        shown = capsys.readouterr()
+        row = json.loads(shown.out)
+        assert (row.get("pictures"), len(row.get("files", [])), shown.err) == ((1, 2, "") if images else (None, 0, ""))

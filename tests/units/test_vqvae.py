@@ -62,6 +62,42 @@ def test_idle_codes_take_a_latent_of_the_step():
     assert state.update(vq, z, ids, start())[1] == 4
 
 
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_codes_of_a_trained_model_stay_where_they_are(unit):
+    """Going on: no code is given away, one that is used moves by a hundredth of the way to its latents, the others not at all."""
+    vq = initialise(VQVAE(replace(SHAPE, unit_codes=unit)))
+    with torch.no_grad():
+        vq.quantize.embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    state, before = CodebookState(5, 3, CodebookConfig(ema=0.99, revive=2), loaded=True), vq.quantize.table().detach().clone()
+    z, ids = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0] * 38 + [1] * 2)
+    _, revived = state.update(vq, z, ids, start())
+    assert revived == 0
+    table = vq.quantize.embedding.weight.detach()
+    for code in (0, 1):
+        moved = 0.99 * before[code] + 0.01 * z[ids == code].mean(0)
+        torch.testing.assert_close(table[code], F.normalize(moved, dim=0) if unit else moved)
+    torch.testing.assert_close(table[2:], before[2:])
+    assert state.update(vq, z, ids, start())[1] == 3  # from here on they idle like any other
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_codes_are_found_in_float32_whatever_the_weights_are(unit):
+    """A model in bf16, and one under bf16 autocast, gives the codes that float32 gives for the same weights."""
+    shape = replace(SHAPE, codes=256, code_width=8, resolution=32, unit_codes=unit)
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    vq = initialise(VQVAE(shape)).bfloat16()
+    latents = VQVAE.latents(vq.float(), pixels).permute(0, 2, 3, 1).reshape(-1, 8).detach()
+    vq.quantize.embedding.weight.data.copy_(latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[:256]])
+    vq.bfloat16().float()  # the weights that bf16 can hold
+    wanted, nearest = vq.encode(pixels), vq.quantize.nearest(latents)
+    assert len(wanted.unique()) > 100
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vq.quantize.nearest(latents), nearest)
+        assert torch.equal(vq.encode(pixels), wanted)
+    assert torch.equal(vq.bfloat16().encode(pixels.bfloat16().float()), vq.float().encode(pixels.bfloat16().float()))
+    assert vq.quant_conv.weight.dtype == torch.float32
+
+
 def test_unit_codes_stay_on_the_sphere_with_averages_and_revival():
     vq = initialise(VQVAE(replace(SHAPE, unit_codes=True)))
     state = CodebookState(5, 3, CodebookConfig(ema=0.9, revive=2))

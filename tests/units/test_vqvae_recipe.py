@@ -102,6 +102,18 @@ def test_a_model_that_is_gone_on_with_keeps_its_shape_and_beta(recipe, tmp_path)
         train_vqvae(override(recipe, [f"start={tmp_path / 'blind'}"]), tmp_path / "no", quiet=True)
 
 
+def test_going_on_keeps_the_codes(recipe, tmp_path):
+    """A step at rate 0 of a model with more codes than a batch uses: pictures keep their codes, which a Chameleon was trained on."""
+    train_vqvae(override(recipe, ["model.codes=200", "train.steps=30", "codebook.revive=5"]), tmp_path / "begun", quiet=True)
+    before = intermodal.load(tmp_path / "begun" / "model")
+    still = [f"start={tmp_path / 'begun' / 'model'}", "optim.lr=0", "optim.warmup=0", "train.steps=1"]
+    after = train_vqvae(override(recipe, still), tmp_path / "on", quiet=True)
+    assert json.loads((tmp_path / "on/metrics.jsonl").read_text().splitlines()[-1])["revived"] == 0
+    pixels = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert (before.encode(pixels) == after.encode(pixels)).float().mean() > 0.9
+    assert before.encode(pixels).unique().numel() > 20
+
+
 def test_what_was_held_out_is_measured_at_the_end(recipe, tmp_path):
     """The test sides of drawn sources, none of which is trained on: measured again by hand."""
     from rich.console import Console
@@ -152,3 +164,14 @@ def test_what_to_hold_out_can_be_said(recipe, tmp_path):
     train_vqvae(own, tmp_path / "broken", console=console, quiet=True)
     assert "the held-out pictures cannot be measured" in console.export_text()
     assert (tmp_path / "broken" / "model" / "model.safetensors").exists(), "the run itself is well"
+
+
+def test_pictures_need_no_captions(recipe, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(3):
+        Image.effect_noise((20 + index, 18), 60).save(pictures / f"{index}.png")
+    told = [f'data.train=["{pictures}"]', "data.weights=null", f'held_out=["{pictures}"]']
+    train_vqvae(override(recipe, told), tmp_path / "run", quiet=True)
+    assert json.loads((tmp_path / "run/held_out.json").read_text())["pictures"] == 3  # fewer than a batch
+    assert not (tmp_path / "run/rejects.jsonl").exists()

@@ -135,15 +135,16 @@ def _reply_to_file(model: Any, jsonl: Path, out: Path, slots: int, settings: dic
 def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, settings: dict[str, Any], as_json: bool) -> None:
     """Print one reply, as it comes or as JSON when it is whole; with `out` keep it and what it drew there."""
     reply = model.generate(messages, **settings) if as_json else _say(model, messages, settings)
-    written = list(map(str, _write(reply, out))) if out is not None else []
+    written, many = list(map(str, _write(reply, out))) if out is not None else [], len(reply.images)
     if as_json:
         row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage} | ({"note": reply.note} if reply.note else {})
+        row |= {"pictures": many} if many else {}
         typer.echo(json.dumps(row | ({"files": written} if written else {}), ensure_ascii=False))
     elif written:
         typer.echo("wrote " + ", ".join(written))
-    elif reply.images:
-        many = len(reply.images)
-        typer.echo(("1 picture was drawn" if many == 1 else f"{many} pictures were drawn") + "; --out FOLDER keeps what is drawn")
+    if many and not written:
+        drawn = "1 picture was drawn" if many == 1 else f"{many} pictures were drawn"
+        typer.echo(f"{drawn}; --out FOLDER keeps what is drawn", err=as_json)
 
 
 def chat(
@@ -253,9 +254,15 @@ def load_talker(model: str, dtype: str, fps: float | None = None, frames: int | 
     from ..errors import IntermodalError
     from ..inputs.video import sampling_of
     from ..models.generative import Generative
+    from ..models.vqvae import VQVAE
     from ..weights.load import load
 
     loaded = load(model, dtype=dtype)
+    if isinstance(loaded, VQVAE):
+        raise IntermodalError(
+            f"{model} is a VQ-VAE, which turns pictures into codes and back and says no words: name it as model.vq of a Chameleon "
+            f"recipe (`intermodal train recipes/native.py model.vq={model}`), or give a Chameleon that has it"
+        )
     if not isinstance(loaded, Generative):
         raise IntermodalError(
             f"{model} is a {type(loaded).__name__}, which has no decoder: use `intermodal embed`, `search` or `eval`"

@@ -121,7 +121,7 @@ def demo_native(
     seconds: Annotated[float, typer.Option(help="How long the VQ-VAE and the model train; the steps are set to fit.")] = 720.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Train both exactly this many steps instead.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many held-out captions it draws.")] = 120,
-    guidance: Annotated[float, typer.Option(help="Of the pictures; 1 is off.")] = 1.5,
+    guidance: Annotated[float, typer.Option(min=0, help="Of the pictures; 1 is off.")] = 1.5,
     resume: Annotated[bool, typer.Option(help="Go on where a demo in --out was stopped.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -24,7 +24,7 @@ from ..batch import PairBatch
 from ..errors import IntermodalError, SampleError
 from ..inputs.image import ImageProcessor, NaflexProcessor, open_image
 from ..inputs.processor import PairProcessor
-from .source import Reject, Sample, Source
+from .source import Apart, Reject, Sample, Source
 from .stream import StreamSource
 
 ENDLESS = 1 << 32
@@ -179,6 +179,9 @@ class Fetched:
 class PictureFetcher(Dataset):
     """Usable pictures of references, cropped at random and resized; runs in the workers."""
 
+    captioned = True
+    """Whether a picture without a caption is a reject."""
+
     def __init__(
         self, sources, pictures: ImageProcessor | NaflexProcessor, seed: int, crop_scale: tuple[float, float] | None = None
     ):
@@ -191,9 +194,7 @@ class PictureFetcher(Dataset):
         source, index = self.sources[which], at
         for attempt in range(ATTEMPTS):
             try:
-                sample = source[index]
-                if not sample.texts or not any(text.strip() for text in sample.texts):
-                    raise SampleError("no caption")
+                sample = self._sample(source, index)
                 return sample, self._picture(sample, rng)
             except SampleError as error:
                 rejects.append(Reject(f"{source.name}/{index}", str(error)))
@@ -201,6 +202,15 @@ class PictureFetcher(Dataset):
         raise DataError(
             f"{ATTEMPTS} samples of {source.name} in a row were unusable; the last: {rejects[-1].key}: {rejects[-1].reason}"
         )
+
+    def _sample(self, source: Source, index: int) -> Sample:
+        if not self.captioned and isinstance(source, Apart):
+            key, picture = source.picture_at(index)
+            return Sample(key, picture, [])
+        sample = source[index]
+        if self.captioned and not any(text.strip() for text in sample.texts):
+            raise SampleError("no caption")
+        return sample
 
     def _picture(self, sample: Sample, rng: random.Random):
         """The picture at the size that the model sees, as bytes: a batch of photos does not fit into memory as they are."""

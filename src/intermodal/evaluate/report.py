@@ -37,7 +37,8 @@ def write(out: Path, model: DualEncoder, recipe: Recipe, results: dict[str, Any]
         "<h1>SigLIP on composed scenes</h1>",
         f"<p>{training['parameters']:,} parameters, {training['images seen']:,} pictures (scenes, single sprites), "
         f"{training['seconds']:.0f} s on "
-        f"{training['cores']} threads. The scenes below hold combinations never trained on (split by their hash); the "
+        f"{training['cores']} threads with {training['products']} products. The scenes below hold combinations never trained on "
+        f"(split by their hash); the "
         f"{sprites.HELD_OUT_STYLE} drawings were never trained on at all. Green is above every baseline, red is not; "
         "the bag of words is none, for it is told every true word, but not who is what or where.</p>",
         _scene_tables(results),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..inputs.codes import CodePlanner, ImageTokens
 from ..inputs.marks import marks_of
+from ..nn.layers import at_least_float32
 from .sample import Sampling, choose
 
 CANNOT_DRAW = (
@@ -122,8 +123,9 @@ class Canvas:
 
     def choose(self, scores: list[Tensor], generator: torch.Generator) -> int:
         """The next code of a picture, as a token: guidance, then only codes, then temperature and top-p."""
-        row = guided(scores[0], scores[1:], self.sampling.guidance, self.sampling.image_guidance)
-        return self.tokens.ids[choose(row[self.codes], (), self.image_sampling, generator)]
+        full, *guides = (at_least_float32(row_V[self.codes]) for row_V in scores)  # guidance takes differences of near numbers
+        row = guided(full, guides, self.sampling.guidance, self.sampling.image_guidance)
+        return self.tokens.ids[choose(row, (), self.image_sampling, generator)]
 
     def picture(self, tokens: list[int]) -> Image.Image:
         return self.planner.picture(torch.tensor(tokens))

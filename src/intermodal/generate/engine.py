@@ -35,7 +35,8 @@ class TooLong(IntermodalError):
 
 @dataclass
 class Reply:
-    """What the model said. `finish` is "stop" (end token or stop text) or "length"; `segments` are its texts and pictures in order."""
+    """What the model said. `finish` is "stop" (end token or stop text) or "length"; `segments` are its texts and pictures in order,
+    `text` the texts alone, with a newline where pictures stand between them."""
 
     text: str
     ids: list[int]
@@ -95,6 +96,12 @@ class _Run:
     finish: str | None = None
     note: str = ""
 
+    def say(self, text: str) -> str:
+        """`text` is now certain; returns what is new of it, after a newline where pictures stand between it and an earlier text."""
+        new, begins = text[len(self.text) :], not self.text
+        self.text = text
+        return "\n" + new if new and begins and any(kind == "text" for kind, _ in self.segments) else new
+
     def close_text(self) -> None:
         if self.text:
             self.segments.append(("text", self.text))
@@ -104,7 +111,7 @@ class _Run:
     def reply(self) -> Reply:
         usage = {"prompt_tokens": len(self.prompt.ids), "completion_tokens": len(self.said)}
         usage |= {"dropped_messages": self.dropped} if self.dropped else {}
-        text = "".join(value for kind, value in self.segments if kind == "text")
+        text = "\n".join(value for kind, value in self.segments if kind == "text")
         return Reply(text, self.said, self.finish or "length", usage, self.segments, self.note)
 
 
@@ -267,8 +274,7 @@ def _advance(
         seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
     run.said.append(choose(row, seen, sampling, run.generator))
     if canvas is not None and run.said[-1] == canvas.tokens.begin and canvas.tokens.begin not in ends:
-        before = _decoded(run, run.said[:-1], processor, last=True)
-        delta, run.text = before[len(run.text) :], before
+        delta = run.say(_decoded(run, run.said[:-1], processor, last=True))
         run.close_text()
         run.drawing = canvas.start(run.prompt.ids.tolist(), run.said)
         if delta:
@@ -320,8 +326,7 @@ def _certain(run: _Run, processor: ChatProcessor, sampling: Sampling, ends: froz
         text = text[: len(text) - max(held, default=0)]
     if over:
         run.finish = "stop" if ended else "length"
-    delta, run.text = text[len(run.text) :], text
-    return delta
+    return run.say(text)
 
 
 def _decoded(run: _Run, said: Sequence[int], processor: ChatProcessor, *, last: bool) -> str:

@@ -61,8 +61,15 @@ class ImageTokens:
         return cls(tuple(found[code] for code in range(codes)), vocabulary[BEGIN], vocabulary[END])
 
     def tokens(self, codes: Tensor) -> Tensor:
-        """Codes of any shape -> token ids of that shape."""
-        return torch.tensor(self.ids)[codes]
+        """Codes of any shape -> token ids of that shape.
+
+        Raises:
+            ValueError: one of them is none of the codebook's.
+        """
+        least, most = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+        if least < 0 or most >= len(self.ids):
+            raise ValueError(f"codes from {least} to {most}: the codebook has 0 to {len(self.ids) - 1}")
+        return torch.tensor(self.ids, device=codes.device)[codes]
 
     def codes(self, ids: Tensor) -> Tensor:
         """Token ids -> codes.

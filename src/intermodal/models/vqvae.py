@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Positive
 from ..errors import IntermodalError
+from ..nn.layers import at_least_float32
 
 EPS = 1e-6
 
@@ -64,6 +65,8 @@ class VQConfig:
 
     def check(self) -> None:
         """Raises IntermodalError for a shape that cannot be built; the message begins with the field."""
+        if not self.multipliers:
+            raise IntermodalError("multipliers=[]: at least one level is needed")
         for multiplier in self.multipliers:
             if self.width * multiplier % self.groups:
                 raise IntermodalError(
@@ -214,6 +217,13 @@ def _run(level: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     return level(x)
 
 
+def _widened(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's output with its weights in float32 at least, whatever they are kept in."""
+    if all(value.dtype.itemsize >= 4 for value in module.parameters()):
+        return module(x)
+    return torch.func.functional_call(module, {name: at_least_float32(value) for name, value in module.named_parameters()}, (x,))
+
+
 class Quantiser(nn.Module):
     """The codebook: the nearest code of each latent."""
 
@@ -222,16 +232,18 @@ class Quantiser(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.codes, config.code_width)
 
-    def table(self) -> Tensor:
-        """(codes, D) as they are compared and decoded."""
-        weight = self.embedding.weight
+    def table(self, weight: Tensor | None = None) -> Tensor:
+        """(codes, D) as they are compared and decoded; of `weight`, where that is the codebook in another precision."""
+        weight = self.embedding.weight if weight is None else weight
         return F.normalize(weight, dim=-1) if self.config.unit_codes else weight
 
     def nearest(self, z_TD: Tensor) -> Tensor:
-        """(T, D) latents -> (T,) codes; ties go to the first. Distances as the authors compute them."""
-        table = self.table()
-        distances = (z_TD**2).sum(1, keepdim=True) + (table**2).sum(1) - 2 * z_TD @ table.T
-        return distances.argmin(1)
+        """(T, D) latents -> (T,) codes; ties go to the first. Distances as the authors compute them, in float32 at least: in bf16 every
+        third code is another."""
+        with torch.autocast(z_TD.device.type, enabled=False):
+            z_TD, table = at_least_float32(z_TD), self.table(at_least_float32(self.embedding.weight))
+            distances = (z_TD**2).sum(1, keepdim=True) + (table**2).sum(1) - 2 * z_TD @ table.T
+            return distances.argmin(1)
 
     def forward(self, z_NDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents -> (codes as latents, with the gradient passed straight through; ids (N, H, W); the quantisation loss)."""
@@ -268,14 +280,22 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: a side is not a multiple of the pixels of a code.
         """
+        self._check_sides(pixels_NCHW)
+        return self.quant_conv(self.encoder(pixels_NCHW.to(self.quant_conv.weight.dtype)))
+
+    def _check_sides(self, pixels_NCHW: Tensor) -> None:
         if any(side % self.config.shrink for side in pixels_NCHW.shape[2:]):
             raise ValueError(f"sides {tuple(pixels_NCHW.shape[2:])} are not multiples of {self.config.shrink}")
-        return self.quant_conv(self.encoder(pixels_NCHW.to(self.quant_conv.weight.dtype)))
 
     @torch.no_grad()
     def encode(self, pixels_NCHW: Tensor) -> Tensor:
-        """Pictures in [-1, 1] -> codes (N, h, w)."""
-        z = self.latents(pixels_NCHW).permute(0, 2, 3, 1)
+        """Pictures in [-1, 1] -> codes (N, h, w). In float32 at least, as the authors run it beside a model in bf16: a latent rounded to
+        bf16 lies nearer to another code too often."""
+        self._check_sides(pixels_NCHW)
+        with torch.autocast(pixels_NCHW.device.type, enabled=False):
+            wide = torch.promote_types(self.quant_conv.weight.dtype, torch.float32)
+            h = _widened(self.encoder, pixels_NCHW.to(wide))
+            z = _widened(self.quant_conv, h).permute(0, 2, 3, 1)
         if self.config.unit_codes:
             z = F.normalize(z, dim=-1)
         return self.quantize.nearest(z.flatten(0, 2)).view(z.shape[:3])

@@ -119,6 +119,7 @@ class Pictures:
 class PixelFetcher(PictureFetcher):
     """References to pictures alone."""
 
+    captioned = False
     pictures: ImageProcessor
 
     def __getitem__(self, references):
@@ -138,13 +139,14 @@ class CodebookState(nn.Module):
     sums: Tensor
     idle: Tensor
 
-    def __init__(self, codes: int, width: int, config: CodebookConfig):
+    def __init__(self, codes: int, width: int, config: CodebookConfig, loaded: bool = False):
+        """`loaded`: the codes are those of a trained model, which goes on with them."""
         super().__init__()
-        self.config = config
+        self.config, self.loaded = config, loaded
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("sums", torch.zeros(codes, width))
-        # at first every code counts as idle: the first step fills the table with latents of its pictures
-        self.register_buffer("idle", torch.full((codes,), config.revive or 0, dtype=torch.long))
+        # at first every code of a new table counts as idle: the first step fills it with latents of its pictures
+        self.register_buffer("idle", torch.full((codes,), 0 if loaded else config.revive or 0, dtype=torch.long))
 
     @torch.no_grad()
     def update(self, vq: VQVAE, z_TD: Tensor, ids_T: Tensor, world: World) -> tuple[Tensor, int]:
@@ -157,6 +159,10 @@ class CodebookState(nn.Module):
             dist.all_reduce(sums)
         if self.config.ema is not None:
             decay = self.config.ema
+            if self.loaded and not self.counts.any():
+                # as if the codes had always been used as often as in this step, and stood where they are
+                self.counts.copy_(counts.clamp(min=1))
+                self.sums.copy_(vq.quantize.table() * self.counts[:, None])
             self.counts.mul_(decay).add_(counts, alpha=1 - decay)
             self.sums.mul_(decay).add_(sums, alpha=1 - decay)
             known = self.counts > 1e-5
@@ -177,9 +183,9 @@ class CodebookState(nn.Module):
 class VQTraining(nn.Module):
     """The model, its codebook's memory and its critic, saved together in checkpoints."""
 
-    def __init__(self, vq: VQVAE, config: CodebookConfig, adversarial: AdversarialConfig):
+    def __init__(self, vq: VQVAE, config: CodebookConfig, adversarial: AdversarialConfig, loaded: bool = False):
         super().__init__()
-        self.vq, self.codebook = vq, CodebookState(vq.config.codes, vq.config.code_width, config)
+        self.vq, self.codebook = vq, CodebookState(vq.config.codes, vq.config.code_width, config, loaded)
         with torch.random.fork_rng(devices=()):  # until the critic begins, a run is the same as without one
             self.critic = PatchCritic(adversarial) if adversarial.weight else None
 
@@ -193,7 +199,11 @@ class VQTrainer(Trainer):
         if recipe.train.parallel != "ddp":
             raise IntermodalError("a VQ-VAE is small and stays whole on every rank: train.parallel=ddp")
         vq = _begun(recipe)
-        self.model = VQTraining(vq, recipe.codebook, recipe.adversarial).to(self.world.device, self.dtype).train()
+        self.model = (
+            VQTraining(vq, recipe.codebook, recipe.adversarial, loaded=recipe.start is not None)
+            .to(self.world.device, self.dtype)
+            .train()
+        )
         self.perceptual = Perceptual(recipe.train.perceptual, self.world.device, self.dtype) if recipe.train.perceptual else None
         if recipe.codebook.ema is not None:
             vq.quantize.embedding.weight.requires_grad_(False)
@@ -317,12 +327,13 @@ class VQTrainer(Trainer):
     def _kept(self, vq: VQVAE, source: Source | StreamSource) -> Kept:
         """Look at a source's share of the held-out batches."""
         data = self.recipe.data
-        batches = -(-HELD_OUT_BATCHES // len(self.held_out))
+        batch, batches = data.batch, -(-HELD_OUT_BATCHES // len(self.held_out))
         if not isinstance(source, StreamSource):
-            batches = max(1, min(batches, len(source) // data.batch))
+            batch = min(batch, len(source))
+            batches = min(batches, len(source) // batch)
         fetcher = PixelFetcher([source], self.pictures, data.seed, None)
         rejects = Rejects(None, data.max_reject_share)
-        loader = iter(Loader(Mixture([source], None, data.seed), fetcher, batch=data.batch, workers=0, rejects=rejects))
+        loader = iter(Loader(Mixture([source], None, data.seed), fetcher, batch=batch, workers=0, rejects=rejects))
         kept = Kept()
         for _, fetched in zip(range(batches), loader, strict=False):
             pixels = fetched.pixels.to(self.world.device)

@@ -26,6 +26,8 @@ _DEFAULTS: dict[str, Any] = dict(
 LANCZOS = 1
 SAME_CODES = 0.01
 """How far, of its own norm, a codebook may be from the one it was saved from: bf16 rounds by less than half of it."""
+OWN_KEYS = ("vq", "vq_decoder", "side", "rules", "qk_layernorm")
+"""What `to_hf` writes beside transformers' keys, where it differs from what they say."""
 PLACEHOLDER, TURN = "<image>", "<reserved08706>"
 TEMPLATE = (
     "{{- bos_token -}}{%- for message in messages -%}{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
@@ -112,7 +114,7 @@ def to_hf(model: Chameleon) -> dict[str, Any]:
     config, text = model.config, model.config.text
     original = model.source.get("config", {})
     out = copy.deepcopy(original) if original.get("model_type") == "chameleon" else {}
-    own = dict(out.get(OURS, {}))
+    own = {key: value for key, value in out.pop(OURS, {}).items() if key not in OWN_KEYS}
     plain = config.vq.stem == 1 and config.vq.groups == 32 and not config.vq.unit_codes
     if plain:
         out["vq_config"] = vqgan.to_vq_config(config.vq, out.get("vq_config"))
