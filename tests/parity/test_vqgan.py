@@ -1,17 +1,23 @@
 """VQGAN against transformers: Chameleon's encoder and quantiser, Janus's decoder (the same architecture, its levels in the other order)."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+from typer.testing import CliRunner
 
 import intermodal
+from intermodal.cli.app import app
 from intermodal.errors import CheckpointError, IntermodalError
 from intermodal.models.vqvae import VQVAE, VQConfig, initialise
+from intermodal.train.recipe import VQRecipe
+from intermodal.train.vqvae import _begun
 from intermodal.weights import vqgan
 
 SHAPE = dict(embed_dim=12, num_embeddings=40, latent_channels=16, resolution=32, base_channels=32, channel_multiplier=[1, 2, 2],
@@ -134,6 +140,76 @@ def test_layouts_round_trip(tmp_path):
         vqgan.read_authors(tmp_path)
     with pytest.raises(CheckpointError, match="stem=1"):
         vqgan.write_authors(VQVAE(VQConfig(width=32, multipliers=(1,), stem=2)), tmp_path / "no")
+
+
+@pytest.fixture
+def authors(tmp_path):
+    """A folder in the authors' layout."""
+    config = VQConfig(**{**vqgan.from_hf(SHAPE).__dict__, "decoder": True})
+    return vqgan.write_authors(shaken(initialise(VQVAE(config))), tmp_path / "authors")
+
+
+def test_the_authors_folder_is_a_model_everywhere(authors, tmp_path):
+    wanted = vqgan.read_authors(authors)
+    done = CliRunner().invoke(app, ["convert", str(authors), str(tmp_path / "ours")])
+    assert done.exit_code == 0, done.exception
+    assert not (tmp_path / "ours" / "vqgan.yaml").exists()
+    for model in (intermodal.load(authors), intermodal.load(tmp_path / "ours")):
+        assert isinstance(model, VQVAE)
+        assert not model.training
+        assert model.config == wanted.config
+        torch.testing.assert_close(model.state_dict(), wanted.state_dict(), atol=0, rtol=0)
+    assert intermodal.load(authors, dtype="bfloat16").quant_conv.weight.dtype == torch.bfloat16
+    assert _begun(VQRecipe("t", start=str(authors))).config == wanted.config
+    with pytest.raises(CheckpointError, match="image_size is for CLIP"):
+        intermodal.load(authors, image_size=32)
+    (authors / "vqgan.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        intermodal.load(authors)
+
+
+def test_a_trainers_checkpoint_is_refused_with_the_line_that_mends_it(authors, monkeypatch):
+    file = authors / "vqgan.ckpt"
+    weights = torch.load(file, weights_only=True)
+    torch.save({**weights, "callbacks": {CliRunner: {"best": 0.5}}}, file)
+    for read in (vqgan.read_authors, intermodal.load):
+        with pytest.raises(CheckpointError) as refused:
+            read(authors)
+        told = str(refused.value)
+        assert told.startswith(f"{file} holds Python objects besides tensors, typer.testing.CliRunner the first")
+        assert told.isprintable()
+    monkeypatch.chdir(authors)
+    exec(told.split("`")[1], {"torch": torch})
+    torch.testing.assert_close(intermodal.load(authors).state_dict(), dict(weights["state_dict"]), check_dtype=False)
+    file.write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match=r"vqgan\.ckpt is not a readable torch checkpoint: it is damaged[^\n\x1b]+$"):
+        intermodal.load(authors)
+
+
+def test_the_authors_yaml(authors):
+    file = authors / "vqgan.yaml"
+    text = file.read_text()
+
+    def changed(place, value):
+        made = yaml.safe_load(text)
+        params = made["model"]["params"]
+        (params["ddconfig"] if place in params["ddconfig"] else params)[place] = value
+        file.write_text(yaml.safe_dump(made))
+
+    config = replace(vqgan.read_authors(authors).config, attention=())
+    for place, value, told in (
+        ("n_embed", "x", r"vqgan\.yaml: model\.params\.n_embed wants int, got 'x'"),
+        ("ch_mult", 2, r"vqgan\.yaml: model\.params\.ddconfig\.ch_mult wants a list of int, got 2"),
+        ("z_channels", None, r"vqgan\.yaml: model\.params\.ddconfig\.z_channels wants int, got None"),
+        ("ddconfig", [1], r"vqgan\.yaml is not a VQGAN config"),
+    ):
+        changed(place, value)
+        for read in (vqgan.read_authors, intermodal.load):
+            with pytest.raises(CheckpointError, match=told):
+                read(authors)
+    vqgan.write_authors(initialise(VQVAE(config)), authors)
+    changed("attn_resolutions", None)
+    assert intermodal.load(authors).config == config
 
 
 def test_folding_the_first_level_and_unit_codes():

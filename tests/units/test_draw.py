@@ -399,3 +399,24 @@ def test_a_chat_keeps_what_is_drawn(folder, tmp_path):
             assert (out / "reply-2" / "image-1.png").exists(), "another chat keeps its own"
             return
     pytest.fail("no seed of six drew a picture")
+
+
+def test_guidance_is_computed_in_float32(model):
+    """Differences of near scores: in bf16 these two codes come out equal, and the first of them would be drawn."""
+    full, nothing = torch.zeros(2, FIRST + CODES, dtype=torch.bfloat16)
+    full[FIRST : FIRST + 2] = 100.5
+    nothing[FIRST], nothing[FIRST + 1] = 64.5, 64.0
+    sampling = Sampling(guidance=1.1, image_temperature=0.0)
+    canvas = Canvas.of(model, sampling, ())
+    assert canvas is not None
+    assert canvas.choose([full, nothing], torch.Generator()) == FIRST + 1
+    half = guided(full, [nothing], 1.1, None)
+    assert half[FIRST] == half[FIRST + 1]  # what the test is about
+
+
+def test_tokens_of_codes_that_are_not_the_codebooks(model):
+    tokens = model.config.image_tokens
+    assert tokens.tokens(torch.tensor([[0, CODES - 1]])).tolist() == [[FIRST, FIRST + CODES - 1]]
+    for wrong in (-1, CODES):
+        with pytest.raises(ValueError, match=f"the codebook has 0 to {CODES - 1}"):
+            tokens.tokens(torch.tensor([0, wrong]))

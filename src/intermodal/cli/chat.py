@@ -288,14 +288,16 @@ def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):
     """Print a reply as it comes; returns it."""
     from ..generate.engine import Partial, Reply
 
-    reply = None
+    reply, drew = None, False
     for event in model.stream(messages, **settings):
         if isinstance(event, Reply):
             reply = event
         elif isinstance(event, Partial):
-            typer.echo("\n[a picture]" if event.done == 1 else ".", nl=event.done == 1)
+            drew = event.done == 1
+            typer.echo("\n[a picture]" if drew else ".", nl=drew)
         else:
-            typer.echo(event, nl=False)
+            typer.echo(event.removeprefix("\n") if drew else event, nl=False)  # a picture has ended its line
+            drew = False
     typer.echo("")
     assert reply is not None
     return reply

@@ -22,7 +22,7 @@ from ..files import read_json
 from ..inputs.text import in_transformers
 from ..models.clip import CLIP, DualEncoder
 from ..models.decoder import DecoderConfig
-from . import open_clip
+from . import open_clip, vqgan
 from .files import read_weights, write_weights
 from .hub import model_folder
 from .rules import Rule, check_against, convert
@@ -76,8 +76,9 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
     """A model with its processor from a directory, a GGUF file or a Hugging Face hub id. Its class follows from config.json.
 
     Args:
-        source: a directory in Hugging Face's layout, or open_clip's; a `.gguf` file of the llama architecture; a `.pt` file that open_clip
-            has trained (`epoch_N.pt`), with the model's `open_clip_config.json` beside it; or a hub id to download.
+        source: a directory in Hugging Face's layout, open_clip's, or the VQGAN authors' (`vqgan.yaml`, `vqgan.ckpt`); a `.gguf` file of the
+            llama architecture; a `.pt` file that open_clip has trained (`epoch_N.pt`), with the model's `open_clip_config.json` beside it;
+            or a hub id to download.
         dtype: of the weights, by name or as a torch dtype.
         image_size: resample a dual encoder's vision positions for square pictures of this side (bicubic; not for NaFlex).
 
@@ -235,8 +236,11 @@ def _read(source: str | Path) -> _Found:
     if path.suffix in open_clip.TRAINED and path.is_file():
         return _Found(path, path.parent, *open_clip.read_trained(path))
     folder = model_folder(source)
-    if (folder / open_clip.CONFIG).exists() and not (folder / "config.json").exists():
-        return _Found(folder, folder, *open_clip.read(folder))
+    if not (folder / "config.json").exists():
+        if (folder / open_clip.CONFIG).exists():
+            return _Found(folder, folder, *open_clip.read(folder))
+        if (folder / vqgan.YAML).exists() and (folder / vqgan.CKPT).exists():
+            return _Found(folder, folder, *vqgan.read(folder))
     raw = read_json(folder / "config.json")
     family = str(raw.get("model_type"))
     if family not in FAMILIES:

@@ -3,18 +3,34 @@ the authors' in both; a GAN's and a loss's own weights are passed over."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ..config import SettingError, checked
 from ..errors import CheckpointError, IntermodalError
 from ..models.vqvae import VQVAE, VQConfig
+from .files import read_pickle
 from .rules import Ignore, Rename, Rule, check_against, convert
 
 YAML, CKPT = "vqgan.yaml", "vqgan.ckpt"
+_IN_YAML = {
+    "code_width": "embed_dim",
+    "codes": "n_embed",
+    "resolution": "ddconfig.resolution",
+    "channels": "ddconfig.in_channels",
+    "width": "ddconfig.ch",
+    "multipliers": "ddconfig.ch_mult",
+    "res_blocks": "ddconfig.num_res_blocks",
+    "attention": "ddconfig.attn_resolutions",
+    "latent_channels": "ddconfig.z_channels",
+    "double_latent": "ddconfig.double_z",
+}
+"""Where the authors' yaml has our fields, under `model.params`."""
 
 
 def from_hf(config: dict[str, Any]) -> VQConfig:
@@ -100,35 +116,49 @@ def read_authors(folder: str | Path) -> VQVAE:
     Raises:
         CheckpointError: a file is missing or damaged, or a key does not fit.
     """
+    _, config, _, _, state = read(Path(folder))
+    return _filled(config, state, str(Path(folder) / CKPT))
+
+
+def read(folder: Path) -> tuple[str, VQConfig, dict[str, Any], list[Rule], dict[str, Tensor]]:
+    """The same, the model not yet built: family, config, their config, key table and their tensors. Raises as `read_authors`."""
     import yaml
 
-    where = Path(folder)
     for name in (YAML, CKPT):
-        if not (where / name).is_file():
-            raise CheckpointError(f"{where} holds no {name}: Chameleon's tokenizer folder has {YAML} and {CKPT}")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}: Chameleon's tokenizer folder has {YAML} and {CKPT}")
     try:
-        params = yaml.safe_load((where / YAML).read_text())["model"]["params"]
-        inner = params["ddconfig"]
-        config = VQConfig(
-            resolution=inner["resolution"],
-            channels=inner["in_channels"],
-            width=inner["ch"],
-            multipliers=tuple(inner["ch_mult"]),
-            res_blocks=inner["num_res_blocks"],
-            attention=tuple(inner["attn_resolutions"]),
-            latent_channels=inner["z_channels"],
-            double_latent=inner["double_z"],
-            code_width=params["embed_dim"],
-            codes=params["n_embed"],
-        )
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where / YAML} is not a VQGAN config: {error!r}") from error
+        raw = yaml.safe_load((folder / YAML).read_text(encoding="utf-8"))
+        config = _from_yaml(raw["model"]["params"])
+    except SettingError as error:
+        raise CheckpointError(f"{folder / YAML}: model.params.{error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / YAML} is not a VQGAN config: {error!r}") from error
+    return "vqgan", config, raw, rules("vqgan", config), _read_ckpt(folder / CKPT)
+
+
+def _from_yaml(params: dict[str, Any]) -> VQConfig:
+    flat = {**params, **{f"ddconfig.{key}": value for key, value in params["ddconfig"].items()}}
+    flat["ddconfig.attn_resolutions"] = flat["ddconfig.attn_resolutions"] or ()
+    hints = get_type_hints(VQConfig, include_extras=True)
+    return VQConfig(**{ours: checked(flat[theirs], hints[ours], theirs) for ours, theirs in _IN_YAML.items()})
+
+
+def _read_ckpt(path: Path) -> dict[str, Tensor]:
+    """`read_pickle`, its error in one line where torch would advise to run what the file holds."""
     try:
-        # weights_only: a pickle may otherwise run code
-        state = torch.load(where / CKPT, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here
-        raise CheckpointError(f"{where / CKPT} cannot be read as weights alone: {error}") from error
-    return _filled(config, state.get("state_dict", state), str(where / CKPT))
+        return read_pickle(path)
+    except CheckpointError as error:
+        if "weights_only" not in str(error):
+            raise
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise CheckpointError(f"{path} is not a readable torch checkpoint: it is damaged, or a file of another kind") from error
+        raise CheckpointError(
+            f"{path} holds Python objects besides tensors, {foreign[1]} the first, which are not loaded, for they may run code. Keep the "
+            f'weights alone, in the environment that made it: `torch.save({{"state_dict": torch.load("{CKPT}", weights_only=False)'
+            f'["state_dict"]}}, "{CKPT}")`'
+        ) from error
 
 
 def _filled(config: VQConfig, state: dict[str, Tensor], where: str) -> VQVAE:
