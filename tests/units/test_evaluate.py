@@ -105,7 +105,7 @@ class Stub:
 
     def embed_images(self, images):
         self.calls += len(images)
-        return F.normalize(torch.stack([torch.from_numpy(np.asarray(i)).float().mean((0, 1)) for i in images]), dim=-1)
+        return F.normalize(torch.stack([torch.from_numpy(np.array(i)).float().mean((0, 1)) for i in images]), dim=-1)
 
     def embed_texts(self, texts):
         colours = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}

@@ -297,7 +297,7 @@ def test_likeness_to_a_trained_eye(recipe, tmp_path):
     assert all(p.grad is None for p in eye.tower.parameters())
     # the tower's own pixels: what its processor makes of the same picture
     picture = Image.fromarray(((real[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).resize((32, 32), 0)
-    given = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    given = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     wanted = intermodal.load(tmp_path / "eye" / "model").processor.images([picture]).pixels
     torch.testing.assert_close(given * eye.scale + eye.shift, wanted, atol=1e-5, rtol=0)
     seen = replace(recipe, train=replace(recipe.train, perceptual=str(tmp_path / "eye" / "model")))
