@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -42,15 +43,24 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """A torch state dict, loaded with `weights_only` so that it cannot run code; a `state_dict` entry is unwrapped.
 
     Raises:
-        CheckpointError: as `read_safetensors`; or it holds something else than tensors by name.
+        CheckpointError: as `read_safetensors`; or it holds something else than tensors by name; or objects that may run code, and
+            the line that keeps the weights alone.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... on a damaged file
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds Python objects besides tensors, {foreign[1]} the first, which are not loaded, for they may run code. Keep "
+                f'the weights alone, in the environment that made it: `torch.save({{"state_dict": torch.load("{path.name}", '
+                f'weights_only=False)["state_dict"]}}, "{path.name}")`'
+            ) from error
         lost = lost_from_torch(path) if path.is_file() and not zipfile.is_zipfile(path) else ""
-        reason = f" and was cut short: {lost}" if lost else f": {type(error).__name__}: {error}"
+        # what torch says of a file that is no pickle of its own advises to run it
+        kind = "it is damaged, or a file of another kind" if "weights_only" in str(error) else f"{type(error).__name__}: {error}"
+        reason = f" and was cut short: {lost}" if lost else f": {kind}"
         raise CheckpointError(f"{path} is not a readable torch checkpoint{reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -3,7 +3,6 @@ the authors' in both; a GAN's and a loss's own weights are passed over."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -134,7 +133,7 @@ def read(folder: Path) -> tuple[str, VQConfig, dict[str, Any], list[Rule], dict[
         raise CheckpointError(f"{folder / YAML}: model.params.{error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / YAML} is not a VQGAN config: {error!r}") from error
-    return "vqgan", config, raw, rules("vqgan", config), _read_ckpt(folder / CKPT)
+    return "vqgan", config, raw, rules("vqgan", config), read_pickle(folder / CKPT)
 
 
 def _from_yaml(params: dict[str, Any]) -> VQConfig:
@@ -142,23 +141,6 @@ def _from_yaml(params: dict[str, Any]) -> VQConfig:
     flat["ddconfig.attn_resolutions"] = flat["ddconfig.attn_resolutions"] or ()
     hints = get_type_hints(VQConfig, include_extras=True)
     return VQConfig(**{ours: checked(flat[theirs], hints[ours], theirs) for ours, theirs in _IN_YAML.items()})
-
-
-def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    """`read_pickle`, its error in one line where torch would advise to run what the file holds."""
-    try:
-        return read_pickle(path)
-    except CheckpointError as error:
-        if "weights_only" not in str(error):
-            raise
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign is None:
-            raise CheckpointError(f"{path} is not a readable torch checkpoint: it is damaged, or a file of another kind") from error
-        raise CheckpointError(
-            f"{path} holds Python objects besides tensors, {foreign[1]} the first, which are not loaded, for they may run code. Keep the "
-            f'weights alone, in the environment that made it: `torch.save({{"state_dict": torch.load("{CKPT}", weights_only=False)'
-            f'["state_dict"]}}, "{CKPT}")`'
-        ) from error
 
 
 def _filled(config: VQConfig, state: dict[str, Tensor], where: str) -> VQVAE:
