@@ -6,7 +6,9 @@ import signal
 from functools import partial
 
 import pytest
+from typer.testing import CliRunner
 
+from intermodal.cli.app import app
 from intermodal.train.loop import Stopped, Trainer
 
 
@@ -99,3 +101,10 @@ def test_native_demo(tmp_path):
     assert sum(int(name.split()[2]) for name in results["judged"] if name.startswith("drawn: ")) == 6
     assert results["captions"].keys() == {"exact", "things"}
     assert "In two steps" in page.read_text()
+
+
+def test_guidance_that_cannot_be_is_refused_before_anything_is_trained(tmp_path):
+    told = CliRunner().invoke(app, ["demo-native", "--guidance", "-1", "--out", str(tmp_path / "run")])
+    assert told.exit_code == 2
+    assert "guidance" in told.output
+    assert not (tmp_path / "run").exists()
