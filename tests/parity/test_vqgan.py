@@ -238,3 +238,5 @@ def test_folding_the_first_level_and_unit_codes():
     assert model.quantize.embedding.weight.grad.abs().sum() > 0
     with pytest.raises(IntermodalError, match="groups"):
         VQVAE(VQConfig(width=20))
+    with pytest.raises(IntermodalError, match=r"multipliers=\[\]"):
+        VQVAE(VQConfig(multipliers=()))

@@ -2,13 +2,15 @@
 
 import json
 from types import SimpleNamespace
+from typing import cast
 
 from PIL import Image
 from typer.testing import CliRunner
 
 from intermodal.cli.app import app
-from intermodal.cli.chat import _reply_once, _write
-from intermodal.generate.engine import Reply
+from intermodal.cli.chat import _reply_once, _say, _write
+from intermodal.generate.draw import Canvas
+from intermodal.generate.engine import Partial, Reply
 
 
 def test_a_page_is_not_mixed_with_an_earlier_one(tmp_path):
@@ -50,3 +52,12 @@ def test_json_counts_pictures_and_tells_only_of_those_that_are_lost(tmp_path, ca
         shown = capsys.readouterr()
         row = json.loads(shown.out)
         assert (row.get("pictures"), len(row.get("files", [])), shown.err) == ((1, 2, "") if images else (None, 0, ""))
+
+
+def test_a_text_after_a_picture_begins_on_the_next_line(capsys):
+    """The picture has ended its line at the terminal: the newline that parts the texts would be a second one."""
+    reply = Reply("s\nwhat", [], "stop", {}, [("text", "s"), ("image", None), ("text", "what")])
+    canvas = cast(Canvas, None)  # the terminal shows no pictures
+    events = ["s", Partial((), canvas, 0.5), Partial((), canvas, 1), "\nwh", "at", reply]
+    assert _say(SimpleNamespace(stream=lambda messages: iter(events)), [], {}) is reply
+    assert capsys.readouterr().out == "s.\n[a picture]\nwhat\n"

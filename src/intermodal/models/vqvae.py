@@ -238,8 +238,8 @@ class Quantiser(nn.Module):
         return F.normalize(weight, dim=-1) if self.config.unit_codes else weight
 
     def nearest(self, z_TD: Tensor) -> Tensor:
-        """(T, D) latents -> (T,) codes; ties go to the first. Distances as the authors compute them, in float32 at least: in bf16 every
-        third code is another."""
+        """(T, D) latents -> (T,) codes; ties go to the first. Distances as the authors compute them, in float32 at least: rounded
+        to bf16, near codes change places."""
         with torch.autocast(z_TD.device.type, enabled=False):
             z_TD, table = at_least_float32(z_TD), self.table(at_least_float32(self.embedding.weight))
             distances = (z_TD**2).sum(1, keepdim=True) + (table**2).sum(1) - 2 * z_TD @ table.T
