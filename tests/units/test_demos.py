@@ -3,13 +3,18 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from intermodal.cli.app import app
+from intermodal.evaluate.demo_llava import RECIPE as LLAVA_RECIPE
 from intermodal.train.loop import Stopped, Trainer
+from intermodal.train.recipe import load_recipe
 
 
 @pytest.fixture
@@ -108,3 +113,35 @@ def test_guidance_that_cannot_be_is_refused_before_anything_is_trained(tmp_path)
     assert told.exit_code == 2
     assert "guidance" in told.output
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_get_the_steps_that_fit_at_the_speed_of_each(tmp_path, monkeypatch):
+    """Half the steps at 10 ms, half at 40 ms that count twice: 45 ms a step on average."""
+    from intermodal.train import fit
+
+    recipe = load_recipe(LLAVA_RECIPE)
+    align, instruct = (replace(fit.with_steps(stage, 5000), data=replace(stage.data, batch=100)) for stage in recipe.stages)
+    tried = []
+
+    def train_stages(short, folder, quiet):
+        tried.extend(stage.train.steps for stage in short.stages)
+        for number, (stage, speed) in enumerate(zip(short.stages, (10_000, 2_500), strict=True), 1):
+            run = folder / f"{number}-{stage.name}"
+            run.mkdir(parents=True)
+            (run / "metrics.jsonl").write_text(json.dumps({"samples_per_second": speed}) + "\n")
+
+    monkeypatch.setattr(fit, "train_stages", train_stages)
+    clock = iter((100.0, 101.0))  # the trial took a second
+    monkeypatch.setattr(fit, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    fitted = fit.fit_stages(replace(recipe, stages=(align, instruct)), tmp_path / "trial", 10, costs=(1.0, 2.0))
+    assert tried == [fit.LEAST_TRIAL, fit.TRIAL_STEPS]
+    assert [stage.train.steps for stage in fitted.stages] == [100, 100]
+
+
+def test_a_demo_tells_beforehand_of_a_processor_without_bf16(monkeypatch, capsys):
+    from intermodal.evaluate import plan
+
+    for able in (True, False):
+        monkeypatch.setattr(plan, "multiplies_bf16", lambda device, able=able: able)
+        assert plan.told_of_bf16(Console(width=400), "docs/demo.md", "--seconds 770") is able
+        assert ("--seconds 770 take as many steps" in capsys.readouterr().out) is not able

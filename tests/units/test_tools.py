@@ -267,6 +267,32 @@ def test_replies_hear_of_the_tools(folder, tmp_path):
         model.generate(TALK[:1], tools=[WEATHER])
 
 
+def test_the_verbs_give_tools_and_a_system_message(folder, tmp_path):
+    """`generate` and `chat` ask with both, `/new` begins with them again; files that hold no schemas are refused before a model is read."""
+    model, told = intermodal.load(folder), tmp_path / "tools.json"
+    told.write_text(json.dumps([WEATHER]))
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
+    wanted = model.generate(asked, tools=[WEATHER], max_new_tokens=8)
+    options = ["--tools", str(told), "--system", "Be brief.", "--max-new-tokens", "8"]
+    done = CliRunner().invoke(app, ["generate", str(folder), "Rain?", *options, "--json"])
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)
+    assert (row["reply"], row["usage"]) == (wanted.text, wanted.usage)
+    for typed in ("Rain?\n\n", "Snow?\n/new\nRain?\n\n"):
+        done = CliRunner().invoke(app, ["chat", str(folder), *options], input=typed)
+        assert done.exit_code == 0, done.output
+        assert wanted.text.strip() in done.output
+    for text, message in (("[{", "line 1"), ("[]", "empty"), ('{"a": 1}', "got"), ("[1]", "got")):
+        told.write_text(text)
+        for verb in (["generate", "nowhere", "Rain?"], ["chat", "nowhere"]):
+            done = CliRunner().invoke(app, [*verb, "--tools", str(told)])
+            assert done.exit_code == 1
+            assert str(told) in str(done.exception)
+            assert message in str(done.exception)
+    done = CliRunner().invoke(app, ["generate", "nowhere", "--jsonl", str(told), "--out", str(tmp_path / "o"), "--system", "x"])
+    assert "each line has its own" in str(done.exception)
+
+
 def test_a_conversation_that_lost_its_oldest_turns_keeps_its_tools(folder):
     processor = intermodal.load(folder).processor
     turns = [{"role": "user", "content": "x" * 90}, {"role": "assistant", "content": "y" * 90}] * 3

@@ -24,6 +24,10 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second that are read of a video; the family's rule when left out.")]
 Frames = Annotated[int | None, typer.Option(help="So many frames of each video, instead.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before the first question.")]
+ToolsFile = Annotated[
+    Path | None, typer.Option("--tools", help="A JSON file: the list of schemas of what the model may call, for its chat template.")
+]
 TooLong = Annotated[str, typer.Option(help='What to do with a conversation that is too long: "error" or "drop_oldest" turns.')]
 _VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 
@@ -33,6 +37,8 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to say; leave it out with --jsonl.")] = None,
     image: Images = None,
     video: Videos = None,
+    system: System = None,
+    tools: ToolsFile = None,
     jsonl: Annotated[Path | None, typer.Option(help='Conversations, one `{"messages": [...]}` a line.')] = None,
     out: Annotated[
         Path | None,
@@ -70,7 +76,12 @@ def generate(
 
     `intermodal generate my-chameleon "draw a red apple left of a cat" --guidance 3 --out out/`
     """
+    from ..errors import IntermodalError
+
     _check_places(prompt, jsonl, out)
+    if jsonl is not None and (system is not None or tools is not None):
+        raise IntermodalError('--system and --tools are for one prompt; in --jsonl each line has its own "messages" and "tools"')
+    schemas = _read_tools(tools)
     settings: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, too_long=too_long, max_images=max_images,
@@ -82,8 +93,8 @@ def generate(
     if jsonl is not None and out is not None:
         _reply_to_file(loaded, jsonl, out, slots, settings, as_json)
     else:
-        messages = [{"role": "user", "content": _content(prompt or "", image or [], video or [])}]
-        _reply_once(loaded, messages, out, settings, as_json)
+        messages = [*_opening(system), {"role": "user", "content": _content(prompt or "", image or [], video or [])}]
+        _reply_once(loaded, messages, out, settings | {"tools": schemas}, as_json)
 
 
 def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None) -> None:
@@ -98,6 +109,27 @@ def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None) -> N
         raise IntermodalError("--jsonl needs --out FILE for the replies")
     elif out.is_dir():
         raise IntermodalError(f"--out {out} is a folder; with --jsonl it is the file of replies")
+
+
+def _read_tools(file: Path | None) -> list[dict[str, Any]] | None:
+    """The schemas of a file; raises IntermodalError where it holds none."""
+    from ..errors import IntermodalError, SampleError
+    from ..inputs.messages import with_tools
+
+    if file is None:
+        return None
+    try:
+        schemas = json.loads(file.read_text("utf-8"))
+        if not schemas:
+            raise SampleError("it is empty")
+        with_tools([], schemas)
+    except (OSError, ValueError, SampleError) as error:
+        raise IntermodalError(f"--tools {file} is to hold a list of JSON schemas: {error}") from error
+    return schemas
+
+
+def _opening(system: str | None) -> list[dict[str, Any]]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _check_folder(out: Path | None) -> None:
@@ -150,6 +182,8 @@ def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, se
 def chat(
     model: Model,
     media: Annotated[list[str] | None, typer.Argument(help="Pictures or videos for the first question.")] = None,
+    system: System = None,
+    tools: ToolsFile = None,
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this probability.")] = 1.0,
@@ -181,9 +215,10 @@ def chat(
     )  # fmt: skip
     _check_settings(settings)
     _check_folder(out)
+    settings["tools"] = _read_tools(tools)
     console, loaded = Console(), load_talker(model, dtype, fps, frames).freeze()
     _tell_of_drawing(loaded)
-    talk = _Talk(loaded, console, out, *_sorted(media or []))
+    talk = _Talk(loaded, console, out, *_sorted(media or []), system)
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()
@@ -192,7 +227,7 @@ def chat(
         if not said:
             break
         # a seed of its own for each turn: the same question asked twice may be answered in another way
-        talk.hear(said, {**settings, "seed": seed + (len(talk.messages) + 1) // 2})
+        talk.hear(said, {**settings, "seed": seed + talk.turns})
 
 
 @dataclass
@@ -206,13 +241,22 @@ class _Talk:
     images: list[str]
     """Paths that go with the next question."""
     videos: list[str]
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.messages = _opening(self.system)
+
+    @property
+    def turns(self) -> int:
+        """Questions answered so far."""
+        return sum(message["role"] == "user" for message in self.messages)
 
     def hear(self, said: str, settings: dict[str, Any]) -> None:
         """A line of the user's: a command, or a question."""
         word, _, rest = said.partition(" ")
         if word == "/new":
-            self.messages, self.images, self.videos = [], [], []
+            self.messages, self.images, self.videos = _opening(self.system), [], []
         elif word not in ("/image", "/video"):
             self.ask(said, settings)
         elif rest:

@@ -16,22 +16,16 @@ from ..data.readers import open_source
 from ..data.scenes import Scenes
 from ..errors import IntermodalError
 from ..models.clip import DualEncoder
-from ..nn.machine import multiplies_bf16
 from ..parallel import checkpoint
-from ..parallel.setup import start
 from ..train.contrastive import train
 from ..train.fit import fit, with_steps
 from ..train.recipe import Recipe, load_recipe
 from . import report
-from .plan import Plan
+from .plan import Plan, told_of_bf16
 from .scenes import BASELINES, SceneTask, scene_baselines, sprite_classes, sprite_names, sprite_pixels
 from .zeroshot import confusions
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "siglip.py"
-WITHOUT_BF16 = (
-    "this processor has no bf16 products: it trains in fp32 and comes a quarter as far in the same time as what docs/demo.md shows; "
-    "--seconds 770 --llava-seconds 820 take as many steps"
-)
 FORMS = 1
 """The recipe trains on the first phrasing only."""
 
@@ -52,12 +46,10 @@ def run_demo(out: Path, seconds: float, steps: int | None, console: Console | No
     if not RECIPE.exists():
         raise IntermodalError("the demo's recipe is in the source tree: clone the project and run `make demo` there")
     plan = Plan.begin(out, resume)
+    bf16 = told_of_bf16(console, "docs/demo.md", "--seconds 770 --llava-seconds 820")
     recipe = plan.settled(
         "siglip", load_recipe(RECIPE), lambda made: with_steps(made, steps) if steps else fit(made, out / "trial", seconds)
     )
-    bf16 = multiplies_bf16(start().device)
-    if not bf16:
-        console.print(WITHOUT_BF16, style="yellow", markup=False)
     console.print(f"{recipe.train.steps} steps of {recipe.data.batch} pictures")
     with plan.clock("siglip"):
         model = train(recipe, out, resume=checkpoint.latest(out) is not None, console=console)

@@ -52,7 +52,7 @@ def run_llava_demo(
 
     def settle(made: StagedRecipe) -> StagedRecipe:
         if steps is None:
-            return fit_stages(made, folder / "trial", seconds, more=1 + BLIND_COST * (1 - ALIGN_SHARE))
+            return fit_stages(made, folder / "trial", seconds, costs=(1.0, 1 + BLIND_COST))
         align = max(2, round(steps * ALIGN_SHARE))
         return with_stage_steps(made, (align, max(2, steps - align)))
 

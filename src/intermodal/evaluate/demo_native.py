@@ -36,7 +36,7 @@ from ..train.vqvae import psnr, train_vqvae
 from .curves import curves, logged
 from .demo import RECIPE as SIGLIP_RECIPE
 from .judge import Judge, Verdict, pixels_of, ranked, shares, train_judge, verdicts
-from .plan import Plan
+from .plan import Plan, told_of_bf16
 from .report import STYLE, inline
 from .vqa import accuracy, ask, captions, held_out_questions, majority
 
@@ -76,6 +76,7 @@ def run_native_demo(
     if not (RECIPES / "native.py").exists():
         raise IntermodalError("the demo's recipes are in the source tree: clone the project and run `make demo-native` there")
     plan = Plan.begin(out, resume)
+    told_of_bf16(console, "docs/native.md", "--seconds 3000")
     vq_recipe, recipe, pairs = (load_recipe(RECIPES / name) for name in ("native_vqvae.py", "native.py", "siglip.py"))
     # the judge sees what is drawn: one thing or two on white
     pairs = replace(pairs, data=replace(pairs.data, train=(pairs.data.train[0], _scenes(recipe)), weights=(0.3, 0.7)))

@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+
 from ..errors import IntermodalError
+from ..nn.machine import multiplies_bf16
+from ..parallel.setup import start
 from ..train.fit import with_stage_steps, with_steps
 from ..train.recipe import Recipe, StagedRecipe, VQRecipe
 
@@ -67,3 +71,21 @@ class Plan:
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps({"steps": self.steps, "seconds": self.seconds}, indent=2) + "\n")
+
+
+def told_of_bf16(console: Console, shown: str, as_many: str) -> bool:
+    """Whether this machine multiplies in bf16; where it does not, that a demo comes less far here is said beforehand.
+
+    Args:
+        shown: the page whose figures were made with bf16.
+        as_many: the options that take as many steps without it.
+    """
+    able = multiplies_bf16(start().device)
+    if not able:
+        console.print(
+            f"this processor has no bf16 products: it trains in fp32 and comes a quarter to half as far in the same time as what {shown} "
+            f"shows; {as_many} take as many steps on a slow one",
+            style="yellow",
+            markup=False,
+        )
+    return able

@@ -33,18 +33,21 @@ def fit(recipe: R, folder: Path, seconds: float) -> R:
     return with_steps(recipe, min(steps, recipe.train.steps))
 
 
-def fit_stages(recipe: StagedRecipe, folder: Path, seconds: float, *, more: float = 1.0) -> StagedRecipe:
-    """The same for a recipe of stages, which keep their shares of the steps; the last stage's speed is taken for all.
+def fit_stages(recipe: StagedRecipe, folder: Path, seconds: float, *, costs: Sequence[float] | None = None) -> StagedRecipe:
+    """The same for a recipe of stages, which keep their shares of the steps; a short trial of each tells what its steps take.
 
     Args:
-        more: what a step costs beside its own time, as a multiple (a twin trained as long).
+        costs: of each stage, what a step costs with all that comes beside it, as a multiple of its own time (a twin trained as long: 2).
     """
-    began, last = time.perf_counter(), recipe.stages[-1]
+    began, last = time.perf_counter(), len(recipe.stages) - 1
     shutil.rmtree(folder, ignore_errors=True)
-    train_stages(replace(recipe, stages=(_short(last),)), folder, quiet=True)
-    per_step = last.data.batch / _speed(folder / f"1-{last.name}" / "metrics.jsonl") * more
+    trials = tuple(_short(stage, TRIAL_STEPS if number == last else LEAST_TRIAL) for number, stage in enumerate(recipe.stages))
+    train_stages(replace(recipe, stages=trials), folder, quiet=True)
+    wanted, per_step = sum(stage.train.steps for stage in recipe.stages), 0.0
+    for number, (stage, cost) in enumerate(zip(recipe.stages, costs or [1.0] * len(trials), strict=True), 1):
+        its_own = stage.data.batch / _speed(folder / f"{number}-{stage.name}" / "metrics.jsonl")
+        per_step += its_own * cost * stage.train.steps / wanted
     shutil.rmtree(folder)
-    wanted = sum(stage.train.steps for stage in recipe.stages)
     steps = min(wanted, max(LEAST_STEPS, int((seconds - (time.perf_counter() - began)) / per_step)))
     return with_stage_steps(recipe, [max(2, round(steps * stage.train.steps / wanted)) for stage in recipe.stages])
 
@@ -57,8 +60,8 @@ def with_stage_steps(recipe: StagedRecipe, steps: Sequence[int]) -> StagedRecipe
     return replace(recipe, stages=tuple(with_steps(stage, count) for stage, count in zip(recipe.stages, steps, strict=True)))
 
 
-def _short(recipe: Any) -> Any:
-    steps = max(LEAST_TRIAL, min(TRIAL_STEPS, TRIAL_SAMPLES // recipe.data.batch))
+def _short(recipe: Any, most: int = TRIAL_STEPS) -> Any:
+    steps = max(LEAST_TRIAL, min(most, TRIAL_SAMPLES // recipe.data.batch))
     loop = replace(recipe.train, steps=steps, log_every=max(1, steps // 2), save_every=None)
     return replace(recipe, train=loop)
 
