@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from test_data import CAPTIONS, good_tar, loader_of, png, processor, take, write_tar  # noqa: F401
 
+from intermodal.data import web as web_files
 from intermodal.data.patterns import braces, expand
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.source import Reject
@@ -132,38 +133,68 @@ def test_a_command_does_not_outlive_its_stream(shards):
 
 
 @pytest.fixture
-def web(shards):
-    """The folder of `shards` on a server, which breaks off in the midst of `broken.tar`."""
+def web(shards, monkeypatch):
+    """The folder of `shards` on a server, which breaks off in the midst of `broken.tar`, of `drops.tar` after every 2,560 bytes, and says
+    once of `busy.tar` to come back; what it was asked for is in `server.asked`. `swapped.tar` is another file each time."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = unquote(urlsplit(self.path).path).strip("/")
-            file = shards / name.replace("broken", "x-000")
-            self.send_response(200 if file.is_file() else 404)
-            data = file.read_bytes() if file.is_file() else b""
-            self.send_header("Content-Length", str(len(data)))
+            self.server.asked.append((name, self.headers["Range"]))
+            file = shards / re.sub("^(broken|drops|busy|swapped)", "x-000", name)
+            busy = self.server.asked == [("busy.tar", None)]
+            data = file.read_bytes() if file.is_file() and not busy else b""
+            tag = f'"{name}{len(self.server.asked) * name.startswith("swapped")}"'
+            begin = int(self.headers["Range"][6:-1]) if self.headers["Range"] and self.headers["If-Range"] == tag else 0
+            self.send_response(206 if begin else 200 if data else 503 if busy else 404)
+            self.send_header("Content-Length", str(len(data) - begin))
+            if name != "broken.tar":
+                self.send_header("ETag", tag)
             self.end_headers()
-            self.wfile.write(data[:2560] if name == "broken.tar" else data)
+            self.wfile.write(data[begin:][: 2560 if name.startswith(("broken", "drops", "swapped")) else None])
 
         def log_message(self, *words):
             pass
 
+    monkeypatch.setattr(web_files, "PAUSES", (0, 0, 0))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield f"http://127.0.0.1:{server.server_port}", server.asked
     server.shutdown()
     server.server_close()
 
 
 def test_shards_at_addresses(web):
-    assert read(f"{web}/x-{{000..003}}.tar?key=secret") == (sorted(CAPTIONS), [])
-    texts, rejects = read(f"{web}/x-{{000,gone}}.tar?key=secret::{web}/broken.tar")
+    at, _ = web
+    assert read(f"{at}/x-{{000..003}}.tar?key=secret") == (sorted(CAPTIONS), [])
+    texts, rejects = read(f"{at}/x-{{000,gone}}.tar?key=secret::{at}/broken.tar")
     assert texts == sorted([*CAPTIONS[:3], CAPTIONS[0]])
     assert [reject.key.rpartition(":")[2] for reject in rejects] == ["x-gone.tar", "broken.tar"]
     assert rejects[0].reason == "cannot be read after 0 samples: HTTP Error 404: Not Found"
-    assert rejects[1].reason.startswith("cut short or damaged after 1 samples")
+    assert rejects[1].reason.startswith("cannot be read after 1 samples: the connection ended after 2,560 of")
     assert not any("secret" in reject.key for reject in rejects)
-    assert open_source(f"{web}/x-000.tar").name == "x-000.tar"
+    assert open_source(f"{at}/x-000.tar").name == "x-000.tar"
+
+
+def test_the_rest_is_asked_for_where_a_connection_drops(web):
+    """As often as it does, and only the rest; but not of a file that has changed meanwhile."""
+    at, asked = web
+    assert [record["txt"].decode() for record in samples_of([f"{at}/drops.tar"])] == CAPTIONS[:3]
+    assert asked == [
+        ("drops.tar", None),
+        ("drops.tar", "bytes=2560-"),
+        ("drops.tar", "bytes=5120-"),
+    ]  # its end mark is in these
+    texts, rejects = read(f"{at}/swapped.tar::{at}/x-001.tar")
+    assert texts == [*CAPTIONS[:1], *CAPTIONS[3:6]]
+    assert rejects[0].reason.startswith("cannot be read after 1 samples: the connection ended after 2,560 bytes, and the server")
+
+
+def test_a_server_that_is_busy_is_asked_again(web):
+    at, asked = web
+    assert [record["txt"].decode() for record in samples_of([f"{at}/busy.tar"])] == CAPTIONS[:3]
+    assert asked == [("busy.tar", None)] * 2
 
 
 def test_an_address_through_fsspec(shards):

@@ -1,8 +1,8 @@
 """WebDataset shards that are not files of this machine: what a command prints, and addresses, read from front to back.
 
-As in webdataset, `pipe:COMMAND` is given to the shell. `http(s)://` is read by Python itself, every other address by `fsspec`, for which
-`s3://` needs the package s3fs and `gs://` gcsfs. A shard whose command fails, whose connection ends or that is cut short gives the
-samples before that and one reject that names it, as a tar on disk does.
+As in webdataset, `pipe:COMMAND` is given to the shell. `http(s)://` is read by Python itself, which asks for the rest where a connection
+drops; every other address by `fsspec`, for which `s3://` needs the package s3fs and `gs://` gcsfs. A shard whose command fails, which
+a server does not give or which is cut short gives the samples before that and one reject that names it, as a tar on disk does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -34,6 +33,7 @@ from .patterns import braces, expand, joined
 from .records import json_object
 from .source import Sample, SourceError
 from .stream import StreamSource
+from .web import WebFile
 
 PIPE = "pipe:"
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
@@ -41,7 +41,7 @@ TABLES = (".parquet", ".jsonl", ".csv", ".tsv")
 PROBLEM = "__problem__"
 """In the place of a sample: why its shard ends here."""
 PATIENCE = 60
-"""Seconds without a byte after which a web server counts as gone, and a command that has closed its output as one that failed."""
+"""Seconds after which a command that has closed its output counts as one that does not end."""
 AFTER = 1 << 18
 """Bytes that are read after a tar's end mark: its padding. A command whose output is closed before that would fail."""
 END_OF_PIPE = (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)
@@ -167,15 +167,15 @@ def _members(shard: str) -> Iterator[tuple[str, bytes]]:
                 yield member.name, content.read()
 
 
-def _opened(shard: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _opened(shard: str) -> contextlib.AbstractContextManager[Any]:
     if shard.startswith(PIPE):
         return _output_of(shard.removeprefix(PIPE))
     if shard.lower().startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=PATIENCE)
+        return WebFile(shard)
     if ADDRESS.match(shard):
         import fsspec
 
-        return fsspec.open(shard, "rb")  # pyright: ignore[reportReturnType]
+        return fsspec.open(shard, "rb")
     return open(shard, "rb")
 
 
