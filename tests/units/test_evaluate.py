@@ -177,6 +177,31 @@ def test_search_ranks_by_the_sentence(tmp_path):
         search(wide, str(tmp_path / "e.parquet"), "green", 1)
 
 
+def test_vectors_that_are_damaged_or_foreign_are_told(tmp_path):
+    folder = str(colour_folder(tmp_path))
+    embed_source(Stub(), folder, tmp_path / "e.parquet")
+    embed_source(Stub(), folder, tmp_path / "e.npy")
+    whole = pq.read_table(tmp_path / "e.parquet")
+    for name in ("e.parquet", "e.npy"):
+        (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:-20])
+    for kept in (tmp_path / "e.npy.keys.json", tmp_path / "e.npy.model.json"):
+        kept.with_name(f"cut-{kept.name}").write_text(kept.read_text())
+        kept.with_name(f"few-{kept.name}").write_text(kept.read_text())
+    np.save(tmp_path / "few-e.npy", np.load(tmp_path / "e.npy")[:1])
+    pq.write_table(whole.drop_columns(["key"]), tmp_path / "nameless.parquet")
+    pq.write_table(whole.set_column(1, "embedding", pa.array([["a"]] * len(whole))), tmp_path / "words.parquet")
+    for name, said in (
+        ("cut-e.parquet", "cannot be read"), ("cut-e.npy", "cannot be read"), ("few-e.npy", "for 3 keys"), ("none.npy", "beside it"),
+        ("nameless.parquet", "none called `key`"), ("words.parquet", "not a vector of numbers"), ("none.parquet", "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(IntermodalError, match=said):
+            search(Stub(), str(tmp_path / name), "green", 1)
+    # another library's numbers of twice the bytes are the same vectors
+    doubles = pa.array(np.load(tmp_path / "e.npy").astype(np.float64).tolist())
+    pq.write_table(whole.set_column(1, "embedding", doubles), tmp_path / "doubles.parquet")
+    assert search(Stub(), str(tmp_path / "doubles.parquet"), "green", 1)[0][0][0].endswith("g.png")
+
+
 def test_each_class_has_its_accuracy_and_commonest_mistake():
     from intermodal.evaluate.zeroshot import per_class
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import PAINTS, Colours, png, shard, sources_of
+import torch.nn.functional as F
+from test_evaluate import PAINTS, Colours, PeakBytes, png, shard, sources_of
 
 from intermodal.data.readers import open_source
 from intermodal.errors import IntermodalError
-from intermodal.evaluate.retrieval import ranks
+from intermodal.evaluate.retrieval import ranks, recall
 from intermodal.evaluate.run import evaluate_source
 from intermodal.evaluate.templates import OPENAI, read_templates
 
@@ -23,6 +24,37 @@ def test_of_equal_scores_the_smaller_number_is_before(tile):
     """As a stable descending sort has it, for the best positive of several too."""
     same = torch.ones(4, 3)
     assert ranks(same, torch.ones(7, 3), [[0], [3], [6], [5, 2]], tile=tile).tolist() == [0, 3, 6, 2]
+
+
+def test_equal_embeddings_rank_by_number_whatever_tile_they_are_in():
+    """Copies of an item are no better than it is, and a model that says the same of everything finds what stands first."""
+    texts = F.normalize(torch.randn(400, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    twice = recall(texts.repeat_interleave(2, 0), texts, [[number // 2] for number in range(800)])
+    assert twice["text_to_image_recall@1"] == twice["image_to_text_recall@1"] == 1.0
+    collapsed = texts[:1].expand(400, 64)
+    for tile in (64, 100, 2048):
+        assert ranks(collapsed, texts[1:2].expand(400, 64), [[number] for number in range(400)], tile=tile).tolist() == [
+            *range(400)
+        ]
+    # of two equal captions of one picture the other is not a mistake
+    assert ranks(texts, texts.repeat_interleave(2, 0), [[2 * n, 2 * n + 1] for n in range(400)]).tolist() == [0] * 400
+
+
+def test_a_caption_of_half_the_pictures_costs_no_more_than_its_pairs():
+    pictures, texts = torch.randn(6000, 4), torch.randn(3001, 4)
+    own = [[0] if number < 3000 else [number - 2999] for number in range(6000)]
+    with PeakBytes() as counter:
+        recall(pictures, texts, own)
+    assert counter.peak < 80e6
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused(wrong):
+    good, bad = torch.ones(4, 3), torch.ones(4, 3)
+    bad[2, 1] = wrong
+    for queries, items, name in ((bad, good, "queries"), (good, bad, "items")):
+        with pytest.raises(IntermodalError, match=f"1 of 4 {name} have embeddings that are not finite, the first is number 2"):
+            ranks(queries, items, [[0]] * 4)
 
 
 def test_openai_is_clips_eighty_prompts_word_for_word():

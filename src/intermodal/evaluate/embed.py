@@ -269,20 +269,49 @@ def _model_file(out: Path) -> Path:
 
 
 def _kept(where: str) -> tuple[list[str], torch.Tensor, str | None] | None:
-    """Keys, vectors (N, E) and the fingerprint of the weights (None: an older file) that `embed` wrote; None of any other source."""
-    if where.endswith(".parquet") and "embedding" in pq.read_schema(where).names:
-        table = pq.read_table(where)
-        weights = (table.schema.metadata or {}).get(WEIGHTS.encode())
-        return table["key"].to_pylist(), torch.from_numpy(_matrix(table).copy()), weights and weights.decode()
-    if not where.endswith(".npy"):
+    """Keys, vectors (N, E) and the fingerprint of the weights (None: an older file) that `embed` wrote; None of any other source.
+
+    Raises:
+        IntermodalError: the file is cut short, or holds no key or no vector for each row.
+    """
+    try:
+        kept = _of_parquet(where) if where.endswith(".parquet") else _of_npy(where) if where.endswith(".npy") else None
+    except FileNotFoundError as error:
+        raise IntermodalError(f"{where}: no such file") from error
+    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+        raise IntermodalError(f"{where} cannot be read ({error}); if `embed` wrote it, run that again") from error
+    if kept is None:
         return None
+    keys, vectors, weights = kept
+    if vectors.ndim != 2 or len(keys) != len(vectors) or vectors.dtype.kind != "f":
+        raise IntermodalError(
+            f"{where} holds {vectors.dtype} vectors of shape {vectors.shape} for {len(keys)} keys, and not a vector of numbers for each: "
+            f"run `embed` again"
+        )
+    return keys, torch.from_numpy(vectors.astype(np.float32)), weights
+
+
+def _of_parquet(where: str) -> tuple[list[str], np.ndarray, str | None] | None:
+    names = pq.read_schema(where).names
+    if "embedding" not in names:
+        return None  # a table of pictures
+    if "key" not in names:
+        raise IntermodalError(
+            f"{where} has a column `embedding` and none called `key`, which `embed` writes: rename the column of names"
+        )
+    table = pq.read_table(where)
+    weights = (table.schema.metadata or {}).get(WEIGHTS.encode())
+    return table["key"].to_pylist(), _matrix(table), weights and weights.decode()
+
+
+def _of_npy(where: str) -> tuple[list[str], np.ndarray, str | None]:
     names, beside = Path(where + ".keys.json"), _model_file(Path(where))
     if not names.exists():
         raise IntermodalError(
             f"{where} has no {names.name} beside it, which `embed` writes: there is no telling whose rows they are"
         )
     weights = read_json(beside).get(WEIGHTS) if beside.exists() else None
-    return json.loads(names.read_text()), torch.from_numpy(np.load(where)), weights
+    return json.loads(names.read_text()), np.load(where), weights
 
 
 def _same_model(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 TILE = 2048
 
 
@@ -14,7 +16,9 @@ TILE = 2048
 def ranks(queries_QE: Tensor, items_NE: Tensor, positives: Sequence[Sequence[int]], tile: int = TILE) -> Tensor:
     """(Q,) for each query, how many items score strictly better than its best positive: rank 0 is a hit at 1.
 
-    Of items that score exactly as the positive, those with a smaller number count as better, as a stable descending sort has it.
+    Of items that score exactly as the positive, those with a smaller number count as better, as a stable descending sort has it. All
+    scores are of one product, tile by tile, a positive's too: taken in another way it would differ by a rounding, and of equal items one
+    would be before the others.
 
     Args:
         queries_QE, items_NE: embeddings; the score is their product.
@@ -22,38 +26,50 @@ def ranks(queries_QE: Tensor, items_NE: Tensor, positives: Sequence[Sequence[int
 
     Raises:
         ValueError: a query has no positive, or a positive is not an item.
+        InputError: embeddings that are not finite, which have no order.
     """
     if len(positives) != len(queries_QE):
         raise ValueError(f"{len(positives)} lists of positives for {len(queries_QE)} queries")
     for query, right in enumerate(positives):
         if not right or min(right) < 0 or max(right) >= len(items_NE):
             raise ValueError(f"query {query} has positives {list(right)[:5]}; it needs at least one among {len(items_NE)} items")
-    out = torch.empty(len(queries_QE), dtype=torch.long)
-    for start in range(0, len(queries_QE), tile):
-        queries = queries_QE[start : start + tile]
-        best, at = _best_positive(queries, items_NE, positives[start : start + tile])
-        better = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-        for low in range(0, len(items_NE), tile):
-            scores = queries @ items_NE[low : low + tile].T
-            # a positive's own score is taken from the same product, so that rounding cannot make it beat itself
-            inside = (at >= low) & (at < low + scores.shape[1])
-            rows = torch.nonzero(inside).squeeze(1)
-            scores[rows, at[rows] - low] = best[rows]
-            numbers = torch.arange(low, low + scores.shape[1], device=scores.device)
-            better += ((scores > best[:, None]) | ((scores == best[:, None]) & (numbers[None] < at[:, None]))).sum(1)
-        out[start : start + len(queries)] = better.cpu()
-    return out
+    for name, vectors in (("queries", queries_QE), ("items", items_NE)):
+        wrong = torch.nonzero(~vectors.isfinite().all(1)).flatten().tolist()
+        if wrong:
+            raise InputError(
+                f"{len(wrong)} of {len(vectors)} {name} have embeddings that are not finite, the first is number {wrong[0]}"
+            )
+    found = [
+        _ranks_of_tile(queries_QE[start : start + tile], items_NE, positives[start : start + tile], tile)
+        for start in range(0, len(queries_QE), tile)
+    ]
+    return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
 
 
-def _best_positive(queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Score and number of each query's best positive; the smallest number among equals."""
-    most = max(len(right) for right in positives)
-    padded = torch.tensor(
-        [[*sorted(right), *[sorted(right)[0]] * (most - len(right))] for right in positives], device=queries.device
-    )
-    scores = torch.stack([(queries * items[padded[:, column]]).sum(1) for column in range(most)], dim=1)
-    best, column = scores.max(1)
-    return best, padded.gather(1, column[:, None]).squeeze(1)
+def _ranks_of_tile(queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]], tile: int) -> Tensor:
+    best, at = _best_positive(queries, items, positives, tile)
+    better = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    for low in range(0, len(items), tile):
+        scores = queries @ items[low : low + tile].T
+        better += (scores > best[:, None]).sum(1)
+        numbers = torch.arange(low, low + scores.shape[1], device=scores.device)
+        better += ((scores == best[:, None]) & (numbers < at[:, None])).sum(1)
+    return better
+
+
+def _best_positive(queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]], tile: int) -> tuple[Tensor, Tensor]:
+    """Score and number of each query's best positive; the smallest number among equals. Tiles without a positive are left out."""
+    counts = torch.tensor([len(right) for right in positives])
+    row = torch.arange(len(queries)).repeat_interleave(counts).to(queries.device)
+    number = torch.tensor([one for right in positives for one in right], device=queries.device)
+    score = torch.empty(len(number), dtype=queries.dtype, device=queries.device)
+    for low in range(0, len(items), tile):
+        inside = torch.nonzero((number >= low) & (number < low + tile)).squeeze(1)
+        if len(inside):
+            score[inside] = (queries @ items[low : low + tile].T)[row[inside], number[inside] - low]
+    best = score.new_full((len(queries),), -torch.inf).scatter_reduce(0, row, score, "amax")
+    least = torch.where(score == best[row], number, len(items))
+    return best, number.new_full((len(queries),), len(items)).scatter_reduce(0, row, least, "amin")
 
 
 def recall(
