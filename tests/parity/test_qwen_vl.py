@@ -626,7 +626,7 @@ def test_too_long_counts_what_is_shown(made, family, monkeypatch):
 
 
 def test_chat_shows_pictures_and_clips_by_path(made, tmp_path, monkeypatch):
-    """A picture with the first question, a clip with the second; a path that does not exist is told of and the talk goes on."""
+    """A picture with the first question, a clip with the second; what does not exist or is no picture is told of and the talk goes on."""
     folder, _ = made("qwen2_5_vl")
     picture(64, 48, 1).save(tmp_path / "a.png")
     write_clip(tmp_path / "b.mp4")
@@ -634,16 +634,21 @@ def test_chat_shows_pictures_and_clips_by_path(made, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Generative, "stream", lambda self, said, **more: heard.append((list(said), more)) or stream(self, said, **more)
     )
-    typed = f"What?\n/image {tmp_path / 'none.png'}\nAnd now?\n/video {tmp_path / 'b.mp4'}\nAnd this?\n\n"
+    (tmp_path / "no.png").write_text("words")
+    typed = (
+        f"What?\n/image {tmp_path / 'none.png'}\n/image {tmp_path / 'no.png'}\nAnd now?\n/video {tmp_path / 'b.mp4'}\nAnd this?\n\n"
+    )
     done = CliRunner().invoke(app, ["chat", str(folder), str(tmp_path / "a.png"), "--max-new-tokens", "5"], input=typed)
     assert done.exit_code == 0
-    assert str(tmp_path / "none.png") in done.stdout
+    assert f"{tmp_path / 'none.png'}: no such file" in done.stdout
+    assert f"cannot read the picture {tmp_path / 'no.png'}" in done.stdout
+    assert "(show again what belongs to the next question)" in done.stdout
     shown = [
         [part[part["type"]] for message in messages for part in message["content"] if isinstance(part, dict)]
         for messages, _ in heard
     ]
     first = [str(tmp_path / "a.png"), "What?"]
-    assert shown == [first, [*first, str(tmp_path / "none.png"), "And now?"], [*first, str(tmp_path / "b.mp4"), "And this?"]]
+    assert shown == [first, [*first, str(tmp_path / "no.png"), "And now?"], [*first, str(tmp_path / "b.mp4"), "And this?"]]
     model = intermodal.load(folder)
     for messages, settings in (heard[0], heard[2]):
         reply = model.generate(messages, **settings)

@@ -27,7 +27,8 @@ def check_too_long(model, first, more, monkeypatch):
     said = re.search(r"has (\d+) tokens \((.*)\), the model's context", str(caught.value))
     counts = dict(part.split(": ") for part in said[2].split(", "))
     text = int(counts.pop("text"))
-    assert counts == {f"{plan.kind} {number}": str(len(plan)) for number, plan in enumerate(whole.plans, 1)}
+    each = {kind: [len(plan) for plan in whole.plans if plan.kind == kind] for kind in ("image", "video")}
+    assert counts == {f"{kind} {number}": str(length) for kind in each for number, length in enumerate(each[kind], 1)}
     assert text + sum(map(int, counts.values())) == int(said[1]) == len(whole.ids)
     assert counts
     kept = model.generate(talk, max_new_tokens=3, too_long="drop_oldest")

@@ -13,6 +13,7 @@ import intermodal
 from intermodal.cli.app import app
 from intermodal.config import SettingError
 from intermodal.errors import IntermodalError
+from intermodal.generate import engine
 from intermodal.generate.batch import reply_to_file
 from intermodal.generate.engine import Reply, TooLong
 from intermodal.models.clip import CLIP, DualConfig, initialise
@@ -88,8 +89,6 @@ def bytes_with_fallback():
 
 @pytest.mark.parametrize("said", ["日".encode() + "本".encode()[:1], "a日".encode(), b"\xff", "日本".encode(), b"\xe6ab"], ids=repr)
 def test_what_was_streamed_stays_said(model, said, monkeypatch):
-    from intermodal.generate import engine
-
     ids = [1, *(3 + byte for byte in said), 2]
     answers = iter(ids)
     tokens = bytes_with_fallback()
@@ -262,6 +261,16 @@ def test_a_stop_text_may_be_a_special_token(model):
     stopped = model.generate(ask("tell"), max_new_tokens=20, stop=token)
     assert (stopped.finish, stopped.ids[-1]) == ("stop", free.ids[5])
     assert len(stopped.ids) == free.ids.index(free.ids[5]) + 1
+
+
+def test_a_stop_text_is_not_a_byte_that_is_written_like_it(model, monkeypatch):
+    """In a byte-level vocabulary the token "é" is the byte 0xE9, which begins 龍."""
+    tokens = model.processor.tokenizer
+    said = tokens.encode("a龍é!", add_special_tokens=False).ids
+    assert tokens.token_to_id("é") in said[:3]
+    monkeypatch.setattr(engine, "choose", lambda *_, given=iter(said): next(given))
+    stopped = model.generate(ask("tell"), max_new_tokens=20, stop="é")
+    assert (stopped.text, stopped.finish) == ("a龍", "stop")
 
 
 @pytest.mark.parametrize(

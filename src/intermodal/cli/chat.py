@@ -208,6 +208,8 @@ def chat(
     """
     from rich.console import Console
 
+    from ..errors import IntermodalError
+
     settings: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop or ()), seed=seed, too_long=too_long,
         max_images=max_images, image_temperature=image_temperature, image_top_p=image_top_p, guidance=guidance,
@@ -215,6 +217,8 @@ def chat(
     )  # fmt: skip
     _check_settings(settings)
     _check_folder(out)
+    if missing := [path for path in media or [] if _is_missing(path)]:
+        raise IntermodalError(f"{', '.join(missing)}: no such file to show")
     settings["tools"] = _read_tools(tools)
     console, loaded = Console(), load_talker(model, dtype, fps, frames).freeze()
     _tell_of_drawing(loaded)
@@ -259,10 +263,12 @@ class _Talk:
             self.messages, self.images, self.videos = _opening(self.system), [], []
         elif word not in ("/image", "/video"):
             self.ask(said, settings)
-        elif rest:
-            (self.images if word == "/image" else self.videos).append(rest)
-        else:
+        elif not rest:
             self.console.print(f"{word} needs a path", style="red")
+        elif _is_missing(rest):
+            self._tell(f"{rest}: no such file")
+        else:
+            (self.images if word == "/image" else self.videos).append(rest)
 
     def ask(self, said: str, settings: dict[str, Any]) -> None:
         """One question and its reply; a question that cannot be answered is taken back."""
@@ -272,13 +278,19 @@ class _Talk:
         try:
             self._keep(_say(self.model, self.messages, settings))
         except IntermodalError as error:
-            # unwrapped: a path that is broken over lines cannot be copied
-            self.console.print(str(error), style="red", markup=False, soft_wrap=True)
-            self.messages.pop()
+            self._tell(f"{error}{self._taken_back()}")
         except KeyboardInterrupt:
-            self.console.print("\n(interrupted; the question is taken back)", style="bright_black")
-            self.messages.pop()
+            self.console.print(f"\n(interrupted; the question is taken back){self._taken_back()}", style="bright_black")
         self.images, self.videos = [], []
+
+    def _taken_back(self) -> str:
+        """Forget the last question; what a person has to do who wants to ask it again."""
+        self.messages.pop()
+        return " (show again what belongs to the next question)" if self.images or self.videos else ""
+
+    def _tell(self, error: str) -> None:
+        # unwrapped: a path that is broken over lines cannot be copied
+        self.console.print(error, style="red", markup=False, soft_wrap=True)
 
     def _keep(self, reply: Any) -> None:
         if reply.images and self.out is not None:
@@ -321,6 +333,11 @@ def _content(text: str, images: list[str], videos: list[str]) -> Any:
     """Plain text, or parts with what is shown first (the order the models were trained in)."""
     shown = [{"type": "image", "image": path} for path in images] + [{"type": "video", "video": path} for path in videos]
     return [*shown, {"type": "text", "text": text}] if shown else text
+
+
+def _is_missing(path: str) -> bool:
+    """Whether a name can only be a path, and nothing is there."""
+    return not path.startswith("data:") and "://" not in path and not Path(path).expanduser().exists()
 
 
 def _sorted(media: list[str]) -> tuple[list[str], list[str]]:

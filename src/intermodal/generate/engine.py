@@ -1,7 +1,8 @@
 """Generation: conversations in, replies out; many at once, each with its own cache slot, sampler and stop rule.
 
 A waiting conversation takes a slot as soon as one is free; prompts of new arrivals are read together, packed, and every step then
-adds one token to all that are under way. Nothing about a reply depends on who shares the batch.
+adds one token to all that are under way. In float32 nothing about a reply depends on who shares the batch; in bf16 a product rounds
+otherwise with other rows, so that scores which nearly tie may fall the other way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..batch import TokenBatch
 from ..errors import IntermodalError
 from ..inputs.chat import ChatProcessor, Conversation
+from ..inputs.codes import CodePlanner
+from ..inputs.marks import all_marks, marks_of
 from ..inputs.vision_cache import MemoryCache
 from ..models.generative import Generative
 from ..nn.attention import Segments
@@ -165,8 +168,7 @@ def _events(
     slots = min(slots, len(conversations))
     if not slots:
         return
-    stops = (processor.tokenizer.token_to_id(text) for text in sampling.stop)
-    ends = frozenset([*processor.end_ids, *(token for token in stops if token is not None)])
+    ends = frozenset([*processor.end_ids, *_stop_tokens(processor, sampling.stop)])
     if model.vision_cache is None and processor.planner is not None:
         model.vision_cache = MemoryCache()
     if isinstance(model.vision_cache, MemoryCache):
@@ -361,12 +363,23 @@ def fitting(
     return conversation, dropped
 
 
+def _stop_tokens(processor: ChatProcessor, stops: Sequence[str]) -> Iterator[int]:
+    """Stops that are tokens which texts leave out or spell as they are named. Any other token's name is not its text (of a byte-level
+    vocabulary "é" is the byte 0xE9, which begins other letters too): those stops are found in the text."""
+    tokenizer = processor.tokenizer
+    named = marks_of(tokenizer) | set(tokenizer.get_added_tokens_decoder())
+    if isinstance(processor.planner, CodePlanner):
+        named |= all_marks(tokenizer, processor.planner)
+    return (token for text in stops if (token := tokenizer.token_to_id(text)) in named)
+
+
 def check_length(conversation: Conversation, context: int, new: int, dropping: bool) -> None:
     """Raises TooLong, with the count of each item, when a prompt leaves no room in the context for a reply."""
     total = len(conversation.ids)
     if total < context:
         return
-    media = [f"{plan.kind} {number}: {len(plan)}" for number, plan in enumerate(conversation.plans, 1)]
+    kinds = [plan.kind for plan in conversation.plans]
+    media = [f"{plan.kind} {kinds[: n + 1].count(plan.kind)}: {len(plan)}" for n, plan in enumerate(conversation.plans)]
     text = total - sum(len(plan) for plan in conversation.plans)
     parts = ", ".join([f"text: {text}", *media])
     raise TooLong(
