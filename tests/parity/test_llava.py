@@ -389,6 +389,27 @@ def test_a_template_that_only_looks_for_parts_hears_strings_too(made):
     assert "four</s>USER: and three ? ASSISTANT:" in processor.conversation(shown, reply=True).text
 
 
+FIRST_PART = """{% for m in messages %}{% if m.role == 'system' %}<<{{ m.content[0].text }}>> {% elif m.role == 'user' %}[INST] \
+{% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>
+{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %} [/INST]\
+{% else %} {{ m.content[0].text }}</s>{% endif %}{% endfor %}"""
+
+
+def test_a_template_that_fails_at_strings_hears_them_too(made):
+    """In the manner of the released LLaVA-NeXT's with Mistral; `chat` keeps what the model said as a string."""
+    processor = intermodal.load(made("llava")[0]).processor
+    processor.template = ChatTemplate(FIRST_PART)
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    shown = {"role": "user", "content": (picture, {"type": "text", "text": "what ?"})}  # a tuple is as good as a list
+    talk = [{"role": "system", "content": "Be brief."}, shown, {"role": "assistant", "content": "four"}]
+    heard = processor.conversation(talk)
+    assert (heard.text, len(heard.plans)) == ("<<Be brief.>> [INST] <image>\nwhat ? [/INST] four</s>", 1)
+    processor.audit(heard)
+    assert processor.conversation([*talk, {"role": "user", "content": "and ?"}], reply=True).text.endswith(
+        "</s>[INST] and ? [/INST]"
+    )
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_the_token_that_begins_a_text_is_there_once(made, written):
     """LLaVA 1.5's template leaves it to the tokenizer, others write it; ids are those of transformers' tokenizer, called as its

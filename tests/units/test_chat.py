@@ -1,6 +1,7 @@
 """Chat templates, loss masks, sampling and videos."""
 
 import copy
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from test_boxes import llava
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from intermodal.errors import IntermodalError
@@ -124,6 +125,44 @@ def test_audit():
     conversation.supervised[first] = False
     with pytest.raises(NoSupervision, match="spell"):
         ours.audit(conversation)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_replies_that_are_empty_teach_nothing(name):
+    """Beside words an empty reply is one like any other: it ends at once."""
+    ours = processor(TEMPLATES[name])
+    for said in ("", "  \n"):
+        with pytest.raises(NoSupervision, match="all that the assistant says is empty"):
+            ours.audit(ours.conversation([TALK[0], {"role": "assistant", "content": said}]))
+    ours.audit(ours.conversation([TALK[0], {"role": "assistant", "content": ""}, *TALK]))
+
+
+@pytest.mark.parametrize(
+    "said", ["5 \u212b", unicodedata.normalize("NFD", "caf\xe9"), unicodedata.normalize("NFD", "\ud55c\uad6d")]
+)
+def test_words_that_the_tokenizer_writes_otherwise_are_learned_as_it_writes_them(said):
+    """Qwen's tokenizers compose accents and syllables first (NFC)."""
+    ours = processor(CHATML)
+    ours.tokenizer.normalizer = normalizers.NFC()
+    conversation = ours.conversation([TALK[0], {"role": "assistant", "content": f"{said}, {said}"}])
+    ours.audit(conversation)
+    learned = [i for i, s in zip(conversation.ids, conversation.supervised, strict=True) if s]
+    composed = unicodedata.normalize("NFC", said)
+    assert composed != said
+    assert ours.decode(learned, special=True) == f"{composed}, {composed}<|end|>"
+    conversation.supervised[conversation.supervised.index(True)] = False
+    with pytest.raises(NoSupervision, match="spell"):
+        ours.audit(conversation)
+
+
+def test_a_template_that_leaves_out_the_system_prompt_is_refused():
+    deaf = "{% for m in messages if m.role != 'system' %}<|start|>{{ m.role }}<|mid|>{{ m.content }}<|end|>{% endfor %}"
+    told = [{"role": "system", "content": "Be brief."}, *TALK]
+    for reply in (True, False):
+        with pytest.raises(TemplateError, match="leaves out the system prompt"):
+            processor(deaf).conversation(told, reply=reply)
+    processor(deaf).conversation([{"role": "system", "content": ""}, *TALK])
+    processor(LLAMA3).conversation(told)
 
 
 def test_sampling_equals_transformers_warpers():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Guidance, ImageGuidance, ImageTemperature, ImageTopP, Json, MaxImages, Stop, say
+from .options import Guidance, ImageGuidance, ImageTemperature, ImageTopP, Json, MaxImages, Stop, Variables, say, variables_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +39,7 @@ def generate(
     video: Videos = None,
     system: System = None,
     tools: ToolsFile = None,
+    variable: Variables = None,
     jsonl: Annotated[Path | None, typer.Option(help='Conversations, one `{"messages": [...]}` a line.')] = None,
     out: Annotated[
         Path | None,
@@ -81,14 +82,14 @@ def generate(
     _check_places(prompt, jsonl, out)
     if jsonl is not None and (system is not None or tools is not None):
         raise IntermodalError('--system and --tools are for one prompt; in --jsonl each line has its own "messages" and "tools"')
-    schemas = _read_tools(tools)
+    schemas, variables = _read_tools(tools), variables_of(variable)
     settings: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, too_long=too_long, max_images=max_images,
         image_temperature=image_temperature, image_top_p=image_top_p, guidance=guidance, image_guidance=image_guidance,
     )  # fmt: skip
     _check_settings(settings)
-    loaded = load_talker(model, dtype, fps, frames)
+    loaded = load_talker(model, dtype, fps, frames, variables)
     _tell_of_drawing(loaded)
     if jsonl is not None and out is not None:
         _reply_to_file(loaded, jsonl, out, slots, settings, as_json)
@@ -184,6 +185,7 @@ def chat(
     media: Annotated[list[str] | None, typer.Argument(help="Pictures or videos for the first question.")] = None,
     system: System = None,
     tools: ToolsFile = None,
+    variable: Variables = None,
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this probability.")] = 1.0,
@@ -219,8 +221,8 @@ def chat(
     _check_folder(out)
     if missing := [path for path in media or [] if _is_missing(path)]:
         raise IntermodalError(f"{', '.join(missing)}: no such file to show")
-    settings["tools"] = _read_tools(tools)
-    console, loaded = Console(), load_talker(model, dtype, fps, frames).freeze()
+    settings["tools"], variables = _read_tools(tools), variables_of(variable)
+    console, loaded = Console(), load_talker(model, dtype, fps, frames, variables).freeze()
     _tell_of_drawing(loaded)
     talk = _Talk(loaded, console, out, *_sorted(media or []), system)
     while True:
@@ -305,7 +307,9 @@ class _Talk:
             self.console.print("(cut off: --max-new-tokens, or the end of the context)", style="bright_black")
 
 
-def load_talker(model: str, dtype: str, fps: float | None = None, frames: int | None = None) -> Any:
+def load_talker(
+    model: str, dtype: str, fps: float | None = None, frames: int | None = None, variables: dict[str, Any] | None = None
+) -> Any:
     """A model with a decoder and a processor; raises IntermodalError for one that cannot talk."""
     from ..errors import IntermodalError
     from ..inputs.video import sampling_of
@@ -326,6 +330,7 @@ def load_talker(model: str, dtype: str, fps: float | None = None, frames: int | 
     if loaded.processor is None:
         raise IntermodalError(f"{model} has no tokenizer files, so it cannot chat")
     loaded.processor.video = sampling_of(loaded.processor.video, fps, frames)
+    loaded.processor.variables = variables or {}
     return loaded
 
 

@@ -20,6 +20,27 @@ ImageGuidance = Annotated[
     float | None, typer.Option(help="A third stream that sees the shown pictures and no words pulls too; the authors use 1.2.")
 ]
 
+Variables = Annotated[
+    list[str] | None,
+    typer.Option("--variable", help="NAME=VALUE for the chat template, enable_thinking=false; may be given several times."),
+]
+
+
+def variables_of(given: list[str] | None) -> dict[str, Any]:
+    """What the chat template is told: values as JSON has them, else as text. Raises IntermodalError: one without a name or a value."""
+    from ..errors import IntermodalError
+
+    out: dict[str, Any] = {}
+    for one in given or []:
+        name, equals, value = one.partition("=")
+        if not name.isidentifier() or not equals:
+            raise IntermodalError(f"--variable {one}: give NAME=VALUE, enable_thinking=false")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    return out
+
 
 def say(values: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(values) if as_json else text)

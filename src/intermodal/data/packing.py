@@ -155,9 +155,11 @@ class TalkFetcher(Dataset):
             allowed: the share of bad ones that a run takes, `data.max_reject_share`.
 
         Raises:
-            DataError: more than half of them, and than are allowed, cannot be trained on; with the reason of the last.
+            DataError: a source is empty, or more than half of them, and than are allowed, cannot be trained on; with the last's reason.
         """
         for which, source in enumerate(self.sources):
+            if not isinstance(source, StreamSource) and not len(source):
+                raise DataError(f"{source.name} holds no conversations")
             rng = random.Random(f"{self.seed}/audit/{which}")
             reasons = []
             numbers = range(looks) if isinstance(source, StreamSource) else {rng.randrange(len(source)) for _ in range(looks)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SampleError, nearest
-from ..inputs.messages import placed, with_tools
+from ..inputs.json_lines import json_lines, json_of
+from ..inputs.messages import placed
 from .facts import Facts
 from .hub import open_hub, open_pairs
 from .questions import SIGN_QUESTION, questions
@@ -19,9 +19,9 @@ from .scenes import Scenes
 from .signs import Signs
 from .source import Sample, Source
 from .stream import StreamSource
+from .talk_records import messages_of
 from .tar_streams import is_streamed, open_shards
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FILES = (".jsonl", ".json")
 ALONE = "picture alone"
 """In a conversation's meta data: only its first picture is learned, with nothing before it."""
@@ -160,35 +160,12 @@ def _pair_talk(make: type[PairTalks], key: str, sample: Sample) -> Talk:
 
 
 def record_talk(key: str, record: dict[str, Any]) -> Talk:
-    """A streamed record of a conversation: `messages` or LLaVA's `conversations`, its pictures in `images` or `image`.
+    """A streamed record of a conversation.
 
     Raises:
-        SampleError: it holds no conversation, or its messages show other pictures than it has.
+        SampleError: as `messages_of` and `placed`.
     """
-    pictures = record.get("images") or record.get("image") or []
-    pictures = [_bytes(value) for value in (pictures if isinstance(pictures, list) else [pictures])]
-    if not isinstance(record.get("messages"), list):
-        return Talk(key, placed(messages_of({**record, "image": None, "images": pictures}), Path()))
-    left, messages = iter(pictures), []
-    for message in record["messages"]:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            parts = [
-                {name: value for name, value in part.items() if value is not None} for part in content if isinstance(part, dict)
-            ]
-            content = [
-                {"type": "image", "image": next(left, None)} if p.get("type") == "image" and "image" not in p else p for p in parts
-            ]
-        messages.append({**message, "content": content} if isinstance(message, dict) else message)
-    unshown = sum(1 for _ in left)
-    if unshown:
-        raise SampleError(f"the record has {unshown} pictures more than its messages show")
-    return Talk(key, with_tools(placed(messages, Path()), record.get("tools")))
-
-
-def _bytes(value: Any) -> Any:
-    """A picture as `datasets` gives it undecoded."""
-    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    return Talk(key, placed(messages_of(record), Path()))
 
 
 @dataclass
@@ -269,40 +246,40 @@ class SignTalks:
 
 
 class FileTalks:
-    """A .jsonl or .json file. A record is `{"messages": [...]}`, LLaVA's `{"image": path, "conversations": [{"from", "value"}]}`, or a
-    document of texts and pictures in turn, as OBELICS has them (`images` and `texts`) or MMC4 (`text_list` and `image_info`).
-
-    Picture and video paths are relative to the file's folder.
-    """
+    """A .jsonl or .json file of records that `messages_of` reads. Picture and video paths are relative to the file's folder."""
 
     def __init__(self, file: Path):
         self.name, self.folder = str(file), file.parent
         try:
-            text = file.read_text(encoding="utf-8")
+            data = file.read_bytes()
         except OSError as error:
             raise SourceError(f"cannot read {file}: {error}") from error
+        self.lines: list[tuple[int, bytes]] = []
+        """Of a .jsonl file, parsed one by one: a bad line is a reject."""
         if file.suffix == ".jsonl":
-            self.records: list[Any] = [
-                line for line in text.splitlines() if line.strip()
-            ]  # parsed one by one: a bad line is a reject
+            self.lines = json_lines(data)
+            self.records: list[Any] = [None] * len(self.lines)
         else:
             try:
-                self.records = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise SourceError(f"{file} is not JSON: {error}") from error
+                self.records = json_of(data)
+            except SampleError as error:
+                raise SourceError(f"{file} is {error}") from error
             if not isinstance(self.records, list):
                 raise SourceError(f"{file} holds one object; a list of conversations is wanted")
+        if not self.records:
+            raise SourceError(f"{file} holds no conversations: it is empty")
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]
-        if isinstance(record, str):
+        if self.lines:
+            number, line = self.lines[index]
             try:
-                record = json.loads(record)
-            except json.JSONDecodeError as error:
-                raise SampleError(f"line {index + 1} is not JSON: {error}") from error
+                record = json_of(line)
+            except SampleError as error:
+                raise SampleError(f"line {number} is {error}") from error
         key = f"{self.name}/{record.get('id', index) if isinstance(record, dict) else index}"
         return Talk(key, placed(messages_of(record), self.folder))
 
@@ -311,79 +288,3 @@ def user(picture: Any = None, text: str | None = None) -> dict[str, Any]:
     """A user's message with an optional picture before its text."""
     parts: list[dict[str, Any]] = [] if picture is None else [{"type": "image", "image": picture}]
     return {"role": "user", "content": [*parts, *([] if text is None else [{"type": "text", "text": text}])]}
-
-
-def messages_of(record: Any) -> list[dict[str, Any]]:
-    """A record's messages; LLaVA's `conversations` become messages, each `<image>` and `<video>` a part; a document becomes what the
-    assistant says, all of it learned.
-
-    Raises:
-        SampleError: none of the forms, an unknown speaker, or other counts of `<image>` and of pictures.
-    """
-    if isinstance(record, list):
-        return record
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return with_tools(record["messages"], record.get("tools"))
-    if isinstance(record, dict) and ("texts" in record or "text_list" in record):
-        return [{"role": "assistant", "content": _document(record)}]
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise SampleError("a record needs `messages`, LLaVA's `conversations`, or a document's `images` and `texts`")
-    media = {kind: record[kind] if record.get(kind) is not None else record.get(f"{kind}s") for kind in ("image", "video")}
-    left = {kind: [] if value is None else list(value) if isinstance(value, list) else [value] for kind, value in media.items()}
-    out = []
-    for turn in record["conversations"]:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES:
-            raise SampleError(
-                f"a turn is from {turn.get('from') if isinstance(turn, dict) else turn!r}; known are {', '.join(ROLES)}"
-            )
-        out.append({"role": ROLES[turn["from"]], "content": _parts(str(turn.get("value", "")), left)})
-    unused = [kind for kind, values in left.items() if values]
-    if unused:
-        raise SampleError(f"the record names more {unused[0]}s than its text has <{unused[0]}>")
-    return out
-
-
-def _document(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a document in order. OBELICS: two lists of one length, at each place a picture or a text and in the other null. MMC4: a
-    list of texts, and for each picture the text that it stands before."""
-    if "text_list" in record:
-        texts, info = record["text_list"], record.get("image_info") or []
-        if not isinstance(texts, list) or not all(isinstance(one, dict) and "image_name" in one for one in info):
-            raise SampleError("a document's `text_list` is a list of texts, and each of its `image_info` has an `image_name`")
-        before: list[tuple[float, Any, Any]] = [(at, None, text) for at, text in enumerate(texts)]
-        before += [(one.get("matched_text_index", 0) - 0.5, one["image_name"], None) for one in info]
-        places = [(picture, text) for _, picture, text in sorted(before, key=lambda entry: entry[0])]
-    else:
-        pictures, texts = record.get("images"), record["texts"]
-        if not isinstance(pictures, list) or not isinstance(texts, list) or len(pictures) != len(texts):
-            raise SampleError("a document's `images` and `texts` are two lists of one length")
-        places = list(zip(pictures, texts, strict=True))
-    parts: list[dict[str, Any]] = []
-    for at, (picture, text) in enumerate(places):
-        if (picture is None) == (text is None):
-            raise SampleError(f"place {at} of the document holds {'a picture and a text' if text is not None else 'nothing'}")
-        if picture is not None:
-            parts.append({"type": "image", "image": picture})
-        elif parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += f" {text}"
-        else:
-            parts.append({"type": "text", "text": str(text)})
-    return parts
-
-
-def _parts(text: str, left: dict[str, list[Any]]) -> str | list[dict[str, Any]]:
-    """Text with `<image>` and `<video>` as parts; plain text stays a string. A line break beside a placeholder goes with it."""
-    parts: list[dict[str, Any]] = []
-    while True:
-        found = min(((text.find(f"<{kind}>"), kind) for kind in left if f"<{kind}>" in text), default=None)
-        if found is None:
-            break
-        at, kind = found
-        if not left[kind]:
-            raise SampleError(f"the text has more <{kind}> than the record names {kind}s")
-        before, text = text[:at].removesuffix("\n"), text[at + len(kind) + 2 :].removeprefix("\n")
-        parts += [{"type": "text", "text": before}] if before else []
-        parts.append({"type": kind, kind: left[kind].pop(0)})
-    if not parts:
-        return text
-    return [*parts, {"type": "text", "text": text}] if text else parts

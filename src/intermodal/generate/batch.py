@@ -11,11 +11,15 @@ from typing import Any
 
 from rich.progress import Progress
 
+from ..data.talk_records import messages_of
 from ..errors import IntermodalError
-from ..inputs.messages import placed, with_tools
+from ..inputs.chat import ChatProcessor
+from ..inputs.json_lines import json_lines, json_of
+from ..inputs.messages import placed
+from ..inputs.video import Sampling as Frames
 from ..models.generative import Generative
 from .engine import Reply, finished
-from .sample import Sampling, sampling_of
+from .sample import sampling_of
 
 
 @dataclass
@@ -28,10 +32,10 @@ class Counts:
 def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16, progress: bool = True, **settings: Any) -> Counts:
     """Read `source` and append a line to `out` for each conversation, as it is finished: `{"line", "id", "reply", "finish", "usage"}`.
 
-    A line of `source` is `{"messages": [...]}`, with an "id" and "tools" if wanted; paths of pictures are relative to the file. A line
-    that cannot be used gives `{"line", "error"}`, is counted, and is tried again by the next run. Pictures that the model draws are
-    written beside `out` and named, with the texts between them, in `"segments"`. `"of"` names the conversation and the settings, so that
-    a reply is never taken for that of another; the model is not looked at.
+    A line of `source` is `{"messages": [...]}`, with an "id", "images", a "system" prompt and "tools" if wanted, as `messages_of` reads
+    them; paths of pictures are relative to the file. A line that cannot be used gives `{"line", "error"}`, is counted, and is tried again
+    by the next run. Pictures that the model draws are written beside `out` and named, with the texts between them, in `"segments"`.
+    `"of"` names the conversation and the settings, so that a reply is never taken for that of another; the model is not looked at.
 
     Raises:
         IntermodalError: `source` does not exist, a setting is wrong, or `out` is no such file, or one of other conversations or settings.
@@ -40,9 +44,9 @@ def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16
         raise IntermodalError(f"{source} does not exist")
     sampling = sampling_of(settings)
     sampling.check()
-    texts = source.read_bytes().decode("utf-8", errors="replace").split("\n")  # and at nothing else that Unicode calls a line's end
-    lines = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
-    names = {number: _name(text, sampling) for number, text in lines}
+    lines = json_lines(source.read_bytes())
+    asked = f"{sampling}{_reading(model.processor)}"
+    names = {number: _name(text, asked) for number, text in lines}
     done = _earlier(out, names)
     counts = Counts(reused=sum(number in done for number, _ in lines))
     left = [(number, text) for number, text in lines if number not in done]
@@ -70,7 +74,7 @@ def reply_to_file(model: Generative, source: Path, out: Path, *, slots: int = 16
 class _Samples(Sequence):
     """The messages of each line, read when their turn comes."""
 
-    def __init__(self, lines: list[str], folder: Path):
+    def __init__(self, lines: list[bytes], folder: Path):
         self.lines, self.folder = lines, folder
 
     def __len__(self) -> int:
@@ -80,27 +84,35 @@ class _Samples(Sequence):
         return read_sample(self.lines[index], self.folder)["messages"]
 
     def id_of(self, index: int) -> dict[str, Any]:
-        sample = json.loads(self.lines[index])
+        sample = json_of(self.lines[index])
         return {"id": sample["id"]} if "id" in sample else {}
 
 
-def read_sample(text: str, folder: Path) -> dict[str, Any]:
-    """One line of a file of conversations, with paths taken from `folder`, its messages with its tools.
+def read_sample(text: bytes, folder: Path) -> dict[str, Any]:
+    """One line of a file of conversations, with paths taken from `folder`, its messages with its pictures and tools.
 
     Raises:
-        IntermodalError: not JSON, no messages, or tools that are none.
+        IntermodalError: not JSON, no messages, or pictures or tools that do not fit them.
     """
-    try:
-        sample = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise IntermodalError(f"not JSON: {error}") from None
+    sample = json_of(text)
     if not isinstance(sample, dict) or "messages" not in sample:
         raise IntermodalError('a line must be {"messages": [{"role": "user", "content": ...}, ...]}')
-    return {**sample, "messages": with_tools(placed(sample["messages"], folder), sample.get("tools"))}
+    given = sample["messages"]  # where it is no list, `placed` says what is wrong
+    return {**sample, "messages": placed(messages_of(sample) if isinstance(given, list) else given, folder)}
 
 
-def _name(text: str, sampling: Sampling) -> str:
-    return hashlib.blake2b(f"{text.strip()}\n{sampling}".encode(), digest_size=6).hexdigest()
+def _name(text: bytes, asked: str) -> str:
+    return hashlib.blake2b(text.strip() + f"\n{asked}".encode(), digest_size=6).hexdigest()
+
+
+def _reading(processor: ChatProcessor | None) -> str:
+    """How conversations are read where that is not the model's own way, as text."""
+    if processor is None:
+        return ""
+    video, own = (found or Frames() for found in (processor.video, getattr(processor.planner, "sampling", None)))
+    changed: list[Any] = [] if video == own else [video]
+    changed += [processor.variables] if processor.variables else []
+    return "".join(f"\n{setting}" for setting in changed)
 
 
 def _with_files(reply: Reply, out: Path, number: int) -> list[list[str]]:

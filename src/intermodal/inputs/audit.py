@@ -23,14 +23,15 @@ class NoSupervision(IntermodalError):
 def check_heard(
     template: ChatTemplate, messages: Sequence[dict[str, Any]], text: str, *, tools: Any = None, **variables: Any
 ) -> None:
-    """Look for what the model was told in the rendered text: some templates look for parts of another kind, or know no tools.
+    """Look for what the model was told in the rendered text: some templates look for parts of another kind, or know no system prompt or
+    no tools.
 
     Args:
         text: what the template made of the messages.
         variables: what else it was given.
 
     Raises:
-        TemplateError: it says nothing of what a user or a tool said, of a call, or of the tools that there are.
+        TemplateError: it says nothing of what a user or a tool said, of a system prompt, of a call, or of the tools that there are.
     """
     lost = None
     for message in messages:
@@ -46,6 +47,10 @@ def check_heard(
         except TemplateError:  # it misses them
             return False
 
+    # not by its words, of which some templates take settings ("/no_think") out
+    untold = [message for message in messages if message["role"] not in ("system", "developer") or not message.get("content")]
+    if 0 < len(untold) < len(messages) and says_as_much(untold, tools=tools, **variables):
+        lost = "the system prompt"
     if any(map(calls_of, messages)):
         uncalled = [{name: said for name, said in message.items() if name != "tool_calls"} for message in messages]
         lost = "the assistant's calls of tools" if says_as_much(uncalled, tools=tools, **variables) else lost
@@ -59,12 +64,18 @@ def check_heard(
 
 
 def check_mask(
-    conversation: Conversation, decode: Callable[[Sequence[int]], str], ends: dict[int, str], media: Sequence[str], draws: bool
+    conversation: Conversation,
+    decode: Callable[[Sequence[int]], str],
+    normalise: Callable[[str], str],
+    ends: dict[int, str],
+    media: Sequence[str],
+    draws: bool,
 ) -> None:
     """Compare what is supervised with what the assistant said, turn by turn and in order.
 
     Args:
         decode: ids -> text, special tokens included.
+        normalise: what the tokenizer does to all text first (Qwen's composes accents): texts that it makes equal are equal to the model.
         ends: the tokens that end a turn, and how they are written.
         media: what stands for a picture or clip in the rendered text.
         draws: the model draws pictures; else no token of one may be supervised.
@@ -90,7 +101,7 @@ def check_mask(
             ended = run[-1] in ends
             words = decode(run[:-1] if ended else run).strip()
             spelled += [words] if words else []
-        if spelled != wanted:
+        if spelled != wanted and [*map(normalise, spelled)] != [*map(normalise, wanted)]:
             raise NoSupervision(f"the supervised tokens spell {spelled!r:.80}, the assistant said {said[:80]!r}")
         if not ended:
             raise NoSupervision(f"no end-of-turn token ({', '.join(ends.values())}) follows {said[-40:]!r}: replies would not end")

@@ -6,7 +6,6 @@ placeholders are replaced in the ids by what the planner says. There is no secon
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,8 +24,8 @@ from .audit import NoSupervision, check_heard, check_mask
 from .codes import CodePlanner
 from .marks import all_marks, refuse_marks, without_marks
 from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
-from .messages import as_parts, check_messages, parts_of, tools_of, with_tools, without_media
-from .template import ChatTemplate, TemplateError
+from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, with_tools, without_media
+from .template import ChatTemplate, TemplateError, settings_in, template_in
 from .text import content
 from .turns import Span, Turn, find_turns
 from .video import Sampling
@@ -92,6 +91,8 @@ class ChatProcessor:
         self.files = files or {}
         self.video: Sampling | None = getattr(planner, "sampling", None)
         """How videos given by path are sampled where a message does not say it; None is 2 frames a second."""
+        self.variables: dict[str, Any] = {}
+        """What every conversation tells the template (`enable_thinking`, ...), to train on and to reply to alike."""
 
     @property
     def bos_id(self) -> int | None:
@@ -135,11 +136,11 @@ class ChatProcessor:
             raise CheckpointError(f"tokenizer.json is not a tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        settings = _json(files, "tokenizer_config.json")
-        named = {**_json(files, "special_tokens_map.json"), **settings}
+        settings = settings_in(files, "tokenizer_config.json")
+        named = {**settings_in(files, "special_tokens_map.json"), **settings}
         special = {name: text for name in SPECIAL_NAMES if (text := content(named.get(name)))}
-        source = _template(files, settings)
-        ends = _end_ids(tokenizer, special, config, _json(files, "generation_config.json"))
+        source = template_in(files, settings)
+        ends = _end_ids(tokenizer, special, config, settings_in(files, "generation_config.json"))
         return cls(
             tokenizer,
             ChatTemplate(source, special) if source else None,
@@ -192,7 +193,7 @@ class ChatProcessor:
             reply: end with the assistant's header, for generation; nothing is supervised then.
             tools: JSON schemas of what the assistant may call, for the template; those that `messages.with_tools` gave the messages when
                 left out.
-            variables: passed to the template.
+            variables: passed to the template, before those of the processor.
 
         Raises:
             SampleError: these are no messages, or no tools.
@@ -203,9 +204,10 @@ class ChatProcessor:
                 "this model came without a chat template; give it one: model.processor.template = ChatTemplate(text)"
             )
         check_messages(messages)
+        messages = in_lists(messages)
         if self.marks:
             refuse_marks(self.tokenizer, messages, self.marks)
-        variables["tools"] = tools_of(with_tools(messages, tools))
+        variables = {**self.variables, **variables, "tools": tools_of(with_tools(messages, tools))}
         items = [item for part in parts_of(messages) if (item := load_part(part, self.video)) is not None]
         if items and self.planner is None:
             raise TemplateError("this is a text-only model: it takes no pictures or videos")
@@ -343,9 +345,13 @@ class ChatProcessor:
         """
         if not any(conversation.supervised):
             raise NoSupervision("no token is supervised: the conversation holds no words of the assistant")
+        if not any(turn.says for turn in conversation.turns):
+            raise NoSupervision("only the ends of turns are supervised: all that the assistant says is empty")
         draws = isinstance(self.planner, CodePlanner)
         ends = {token: str(self.tokenizer.id_to_token(token)) for token in self.end_ids}
-        check_mask(conversation, partial(self.decode, special=True), ends, list(self._placeholders().values()), draws)
+        normalise = self.tokenizer.normalizer.normalize_str if self.tokenizer.normalizer else str
+        media = list(self._placeholders().values())
+        check_mask(conversation, partial(self.decode, special=True), normalise, ends, media, draws)
 
     def save(self, folder: Path) -> None:
         """Write the files as they were read, and take away another model's."""
@@ -353,29 +359,6 @@ class ChatProcessor:
             (folder / name).unlink(missing_ok=True)
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
-
-
-def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    try:
-        value = json.loads(files[name])
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{name} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _template(files: dict[str, bytes], settings: dict[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    for name in ("chat_template.json", "processor_config.json"):
-        if text := _json(files, name).get("chat_template"):
-            return text
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in found}
-        return by_name.get("default") or next(iter(by_name.values()), None)
-    return found
 
 
 def _end_ids(tokenizer: Tokenizer, special: dict[str, str], config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
@@ -393,4 +376,4 @@ def _rewritten(text: str, turns: Sequence[Turn], plans: Sequence[Plan], names: d
     """The text with its media as the model writes them (`media.rewrite`), and where the turns are in it."""
     text, moved = rewrite(text, [span for turn in turns for span in (turn.span, *turn.words)], plans, names)
     spans = iter(moved)
-    return text, [Turn(next(spans), tuple(islice(spans, len(turn.words)))) for turn in turns]
+    return text, [replace(turn, span=next(spans), words=tuple(islice(spans, len(turn.words)))) for turn in turns]

@@ -4,14 +4,18 @@ that a conversation offers."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import SampleError
 
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 MEDIA = ("image", "video", "image_url")
 ADDRESSES = ("data:", "http:", "https:", "file:")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Under these names data sets have what the assistant thought before it spoke; which of them a template writes is its own."""
 TOOLS = "tools of the conversation"
 """Where each message of a conversation with tools has them: they are then with whatever part of the conversation is read, and a template
 does not see this key."""
@@ -22,7 +26,7 @@ def check_messages(messages: Any) -> None:
 
     Raises:
         SampleError: no list, an empty one, a message without a role, or without a content where it calls no tools, a call without a name,
-            or a part that is neither text, a box nor a medium.
+            a thought that is no text, or a part that is neither text, a box nor a medium.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise SampleError(f'messages must be a list like [{{"role": "user", "content": "..."}}], got {_short(messages)}')
@@ -30,6 +34,7 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise SampleError(f"a message needs a role and a content, got {_short(message)}")
         calls, content = _checked_calls(message), message.get("content")
+        thoughts_of(message)
         if content is None and calls:
             continue
         if "content" not in message:
@@ -46,6 +51,27 @@ def check_messages(messages: Any) -> None:
 def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls of tools in a message, `[{"type": "function", "function": {"name": ..., "arguments": {...}}}]`; none of another role's."""
     return list(message.get("tool_calls") or ()) if message.get("role") == "assistant" else []
+
+
+def thoughts_of(message: dict[str, Any]) -> list[str]:
+    """What the assistant thought before a message. Raises SampleError: it is not text."""
+    found = [(name, message[name]) for name in THOUGHTS if message.get("role") == "assistant" and message.get(name) is not None]
+    for name, thought in found:
+        if not isinstance(thought, str):
+            raise SampleError(f"a message's {name} is a text, got {_short(thought)}")
+        _check_text(thought)
+    return [thought.strip() for _, thought in found if thought.strip()]
+
+
+def thoughts_apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content begins with `<think>...</think>` with that in `reasoning_content`, where templates for thinking put it."""
+    out = []
+    for message in messages:
+        content = message.get("content")
+        found = THOUGHT.match(content) if isinstance(content, str) and message.get("role") == "assistant" else None
+        apart = {"reasoning_content": found[1].strip("\n"), "content": found[2].lstrip("\n")} if found else {}
+        out.append({**message, **apart})
+    return out
 
 
 def _checked_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,16 +155,26 @@ def placed(messages: Any, folder: Path) -> list[dict[str, Any]]:
     return out
 
 
+def in_lists(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages with their parts in lists, where someone gave a tuple."""
+    return [
+        message | {"content": list(parts)} if isinstance(parts := message.get("content"), tuple) else message
+        for message in messages
+    ]
+
+
 def parts_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parts of all messages that have parts."""
     return [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
 
 
 def without_media(messages: Sequence[dict[str, Any]], as_text: bool) -> list[dict[str, Any]]:
-    """Messages as templates want them: media without their payload, tools left out; for text-only templates the text alone."""
+    """Messages as templates want them: media without their payload, tools and what is None left out (as transformers leaves it out, for
+    some templates loop over a content that is there); for text-only templates the text alone."""
     out = []
     for message in messages:
-        bare, value = {name: said for name, said in message.items() if name != TOOLS}, message.get("content")
+        bare = {name: said for name, said in message.items() if name != TOOLS and said is not None}
+        value = message.get("content")
         if isinstance(value, list):
             value = [_bare(part) for part in value]
             if as_text and all(part["type"] == "text" for part in value):

@@ -1,15 +1,15 @@
-"""Chat templates: a checkpoint's jinja text, rendered in a sandbox. Source of the environment: Hugging Face
+"""Chat templates: a checkpoint's jinja text, found among its files and rendered in a sandbox. Source of the environment: Hugging Face
 `utils/chat_template_utils.py`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
-from ..errors import IntermodalError
+from ..errors import CheckpointError, IntermodalError
 
 
 class TemplateError(IntermodalError):
@@ -75,15 +75,17 @@ class ChatTemplate:
 
     @cached_property
     def drops_strings(self) -> bool:
-        """Whether a message whose content is a string, not a list of parts, would be left out, as the released LLaVA 1.5's and OneVision's
-        templates do: they pick the parts of type text, of which a string has none."""
-        says = ("what one asks", "what one answers")
-        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), says, strict=True)]
+        """Whether messages are heard whose content is a list of parts, and not those whose content is a string: the released LLaVA
+        1.5's and OneVision's templates pick the parts of type text, of which a string has none, LLaVA-NeXT's with Mistral fails at one."""
+        return not self._hears(lambda text: text) and self._hears(lambda text: [{"type": "text", "text": text}])
+
+    def _hears(self, content: Callable[[str], Any]) -> bool:
+        says = {"user": "what one asks", "assistant": "what one answers"}
         try:
-            text = self.render(messages)
+            text = self.render([{"role": role, "content": content(said)} for role, said in says.items()])
         except TemplateError:  # it may want something else of messages; that is told when there are some
             return False
-        return not all(said in text for said in says)
+        return all(said in text for said in says.values())
 
     def render(self, messages: Sequence[dict[str, Any]], *, reply: bool = False, **variables: Any) -> str:
         """Messages -> text.
@@ -102,3 +104,28 @@ class ChatTemplate:
             return self._compiled.render(messages=messages, add_generation_prompt=reply, **names)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise TemplateError(f"the chat template refused these messages: {error}") from error
+
+
+def settings_in(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    """What a JSON file of a checkpoint says; nothing where there is none. Raises CheckpointError: it is not JSON."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def template_in(files: dict[str, bytes], settings: dict[str, Any]) -> str | None:
+    """A checkpoint's chat template: in a file of its own, a processor's, or the tokenizer's `settings`."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    for name in ("chat_template.json", "processor_config.json"):
+        if text := settings_in(files, name).get("chat_template"):
+            return text
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        by_name = {entry["name"]: entry["template"] for entry in found}
+        return by_name.get("default") or next(iter(by_name.values()), None)
+    return found

@@ -3,7 +3,8 @@
 A template is rendered twice: once as the user would, once with characters that occur nowhere else around what the assistant says. Without
 those characters the second text must equal the first, or the template is refused for training; nothing is guessed from token counts.
 Calls of tools are objects, which no character fits around: they reach from where the template would write the message's content to the
-token that ends the turn.
+token that ends the turn. What the template writes between where a reply begins and the words is the assistant's, too: what it thought, or
+the signs that it thought nothing (Qwen3's empty think block), for the model has to say that before it comes to the words.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-from .messages import calls_of
+from .messages import calls_of, thoughts_apart, thoughts_of
 from .template import ChatTemplate, TemplateError
 
 Span = tuple[int, int]
@@ -28,9 +29,11 @@ class Turn:
     """One message of the assistant in the rendered text."""
 
     span: Span
-    """From its first to its last word or picture; the token that ends the turn comes right after."""
+    """From its first to its last word, thought or picture; the token that ends the turn comes right after."""
     words: tuple[Span, ...]
     """What is learned of it: texts and calls of tools, without the media among them unless the model draws; nothing where it only shows."""
+    says: bool = True
+    """It holds more than white space and what the template writes by itself."""
 
 
 def find_turns(
@@ -43,10 +46,26 @@ def find_turns(
         draws: the model draws pictures: they are then as much the assistant's as its words.
 
     Raises:
-        TemplateError: the template changes the assistant's words, or leaves a message out.
+        TemplateError: the template changes the assistant's words, or leaves a message or what it thought out.
     """
     render = partial(template.render, **variables)
     plain = render(messages)
+    turns = _found_turns(render, messages, plain, ends, draws)
+    if turns is None:
+        apart = thoughts_apart(messages)
+        turns = _found_turns(render, apart, plain, ends, draws) if render(apart) == plain else None
+    if turns is None:
+        raise TemplateError(
+            "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
+            "train with a template that writes assistant messages as they are"
+        )
+    return plain, turns
+
+
+def _found_turns(
+    render: Callable[..., str], messages: Sequence[dict[str, Any]], plain: str, ends: Sequence[str], draws: bool
+) -> list[Turn] | None:
+    """The turns in the rendered text; None where the assistant's words are not in it as they are."""
     everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
     marks = _Marks(*islice((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything), 5))
     # some templates write something before every part: there the marks go into the texts alone
@@ -57,11 +76,8 @@ def find_turns(
             if found.text != plain or len(found.turns) != len(said):
                 continue
             if all(_says(plain, turn, message, trim, draws) for turn, message in zip(found.turns, said, strict=True)):
-                return plain, list(_whole_turns(render, messages, found, marks.begin, edges, draws, ends))
-    raise TemplateError(
-        "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
-        "train with a template that writes assistant messages as they are"
-    )
+                return list(_whole_turns(render, messages, found, marks.begin, edges, draws, ends))
+    return None
 
 
 @dataclass
@@ -194,6 +210,7 @@ def _whole_turns(
     ends: Sequence[str],
 ) -> Iterator[Turn]:
     """The turns that were found, with the calls of tools, which bear no marks."""
+    replies = _Replies(render, messages, found.text)
     turns, begun = iter(found.turns), sorted([*found.heard, *(turn.span[0] for turn in found.turns)])
     for index, message in enumerate(messages):
         turn = next(turns) if _is_marked(message, edges) else None
@@ -212,7 +229,7 @@ def _whole_turns(
                 )
             turn = Turn((turn.span[0], stop), (*turn.words, (after, stop)))
         if turn is not None:
-            yield replace(turn, words=_merged(turn.words))
+            yield replies.whole(index, replace(turn, words=_merged(turn.words)))
 
 
 def _place_of_content(render: Callable[..., str], messages: Sequence[dict[str, Any]], index: int, plain: str, mark: str) -> int:
@@ -231,6 +248,61 @@ def _place_of_content(render: Callable[..., str], messages: Sequence[dict[str, A
     if not (there or index) or not plain.startswith(before):
         raise TemplateError("it cannot be told where in the chat template's text the assistant's calls of tools begin")
     return len(before)
+
+
+@dataclass
+class _Replies:
+    """Where in a rendered conversation the model would begin to reply: there the template's header of the assistant ends."""
+
+    render: Callable[..., str]
+    messages: Sequence[dict[str, Any]]
+    plain: str
+
+    def whole(self, index: int, turn: Turn) -> Turn:
+        """Message `index` with what is written before its words, and whether it says anything.
+
+        Raises:
+            TemplateError: what the assistant thought is not written there.
+        """
+        thoughts, (start, stop) = thoughts_of(self.messages[index]), turn.span
+        begin = start
+        # a picture that the assistant shows may be written there, whatever its place among the words
+        if not _shows(self.messages[index]) and (thoughts or not self.follows_header(start)):
+            begin = self.begin(index, start)
+        between = self.plain[begin:start]
+        lost = next((thought for thought in thoughts if thought not in between), None)
+        if lost is not None:
+            raise TemplateError(
+                f"the chat template does not write what the assistant thought ({lost[:40]!r}, in message {index + 1}) between where "
+                "that reply begins and its words, or a picture may be there, too. Some write it in the last reply alone: end the "
+                "conversation with it, take the thought out, or train with a template that writes it"
+            )
+        says = bool(thoughts) or any(self.plain[first:last].strip() for first, last in turn.words)
+        if not between.strip():
+            return replace(turn, says=says)
+        return Turn((begin, stop), _merged([(begin, start), *turn.words]), says)
+
+    def follows_header(self, start: int) -> bool:
+        """Whether nothing but white space is between the header and a place; it saves rendering the conversation up to every turn."""
+        return bool(self.header) and self.plain[:start].rstrip().endswith(self.header)
+
+    def begin(self, index: int, start: int) -> int:
+        """Where the reply to the messages before message `index` begins, or `start` where the template does not tell."""
+        asked = self._asked(index) if self.header else None
+        return len(asked) if asked is not None and len(asked) <= start and self.plain.startswith(asked) else start
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes before a reply to the first question."""
+        first = next(index for index, message in enumerate(self.messages) if message.get("role") == "assistant")
+        asked, told = self._asked(first), self._asked(first, reply=False)
+        return asked[len(told) :].strip() if asked is not None and told is not None and asked.startswith(told) else ""
+
+    def _asked(self, index: int, reply: bool = True) -> str | None:
+        try:
+            return self.render(self.messages[:index], reply=reply)
+        except TemplateError:  # it wants other messages than those alone
+            return None
 
 
 def _check_calls(calls: Sequence[dict[str, Any]], text: str) -> None:
