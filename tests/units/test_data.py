@@ -472,14 +472,16 @@ def test_folder_captions_by_metadata_by_file_and_by_folder_name(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "from metadata"}\n')
     (tmp_path / "b.txt").write_text("first\nsecond\n")
     source = open_source(str(tmp_path))
-    found = {}
+    found = {"rejected": []}
     for index in range(len(source)):
         try:
             sample = source[index]
             found[sample.key.rpartition("/")[2]] = sample.texts
         except SampleError as error:
-            found["rejected"] = [str(error).partition(":")[0]]
-    assert found == {"a.png": ["from metadata"], "b.png": ["first", "second"], "c.png": ["red fox"], "rejected": ["lonely.png"]}
+            found["rejected"].append(str(error).partition(":")[0])
+    assert found == {"a.png": ["from metadata"], "b.png": ["first", "second"], "rejected": ["lonely.png", "red_fox/c.png"]}
+    (tmp_path / "metadata.jsonl").unlink()
+    assert [open_source(str(tmp_path)).captions_at(index) for index in (1, 3)] == [["first", "second"], ["red fox"]]
 
 
 def test_sources_that_do_not_open_say_why(tmp_path):

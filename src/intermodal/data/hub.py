@@ -10,18 +10,19 @@ from typing import Any
 
 from ..inputs.image import open_image
 from .records import (
-    CLASS_NUMBER,
     IMAGE_SUFFIXES,
     NAME_A_COLUMN,
+    TAR_CAPTIONS,
+    TEXT_COLUMNS,
     caption_names,
-    class_label,
     columns_of,
     image_of,
-    lines_of,
+    member_captions,
     texts_of,
 )
 from .source import NamedBytes, Sample, SourceError
-from .stream import StreamSource
+from .stream import UNDECODABLE, UNDECODED, StreamSource
+from .tables import class_names, with_names
 
 
 def open_pairs(
@@ -35,7 +36,7 @@ def open_pairs(
     """`owner/name[@revision][:config][:split][?image=COLUMN&text=COLUMN]`: pictures with captions, streamed.
 
     Args:
-        classes: what a tar's `.cls` means, by its number.
+        classes: what a tar's `.cls` means, or an integer in place of a caption, by its number.
         to_talk: makes something else of each sample and its key (a conversation).
     """
     name, _, query = rest.partition("?")
@@ -57,8 +58,7 @@ def pair_of(
     image = image_of(record, columns.get("image"), Path(), allow_urls)
     image = NamedBytes(image, key) if isinstance(image, bytes) else image
     decoded = open_image(image)  # what cannot be is told now, while another record can take its place
-    advice = f"{NAME_A_COLUMN}; {CLASS_NUMBER}" if "cls" in record else NAME_A_COLUMN
-    texts = texts_of(record, columns.get("text"), advice)
+    texts = texts_of(record, columns.get("text"), classes=classes)
     if to_talk is not None:
         return to_talk(key, Sample(key, decoded, texts))
     return Sample(key, image, texts)  # encoded it is a tenth in memory and on its way to a worker, who decodes it again
@@ -68,18 +68,20 @@ def _of_a_tar(record: dict[str, Any], columns: dict[str, str], classes: Sequence
     """A tar's members by their endings (None: other samples of the shard have such a one), with the picture and the captions that
     `TarSource` takes under the names that are looked for first, where no column was asked for. What is in its `.json` is beside them.
 
-    Raises SampleError: its `.cls` is none of `classes`."""
+    Raises SampleError: it has no caption, or its `.cls` is none of `classes`."""
     members = {name: value for name, value in record.items() if value is not None}
     inside = members.get("json")
     record = {**inside, **members} if isinstance(inside, dict) else members
     picture = next((members[name] for name in members if f".{name.lower()}" in IMAGE_SUFFIXES), None)
     if picture is not None and "image" not in columns:
         record = {**record, "image": picture}
-    written = caption_names(name for name, value in members.items() if isinstance(value, str))
-    if written and "text" not in columns:
-        record = {**record, "caption": [line for name in written for line in lines_of(members[name])]}
-    elif classes is not None and "cls" in members and "text" not in columns:
-        record = {**record, "caption": class_label(members["cls"], classes)}
+    endings = [name for name in members if not name.startswith("__")]
+    # a table's rows may have a __key__ too: its captions are texts, where members like .caption are bytes, which no tar's captions are
+    column = any(name in members and not isinstance(members[name], bytes) for name in TEXT_COLUMNS)
+    if "text" not in columns and (caption_names(endings) or not column):
+        advice = f"{TAR_CAPTIONS}; or {NAME_A_COLUMN}" if "__url__" in members else TAR_CAPTIONS  # the hub's have columns
+        captions = member_captions(str(members["__key__"]), endings, members.__getitem__, classes, advice)
+        record = {**record, "caption": captions}
     return record
 
 
@@ -106,10 +108,18 @@ def open_hub(rest: str, *, seed: int, to_sample: Callable[[str, dict[str, Any]],
         )
     except Exception as error:  # the hub's client raises many kinds
         hint = "; of several configurations name one: hf:NAME:CONFIG:SPLIT" if config is None and "onfig" in str(error) else ""
+        hint = f"; {UNDECODABLE}" if isinstance(error, UNDECODED) else hint
         raise SourceError(f"cannot stream {address}: {error}{hint}") from error
     assert isinstance(stream, datasets.IterableDataset)
+    named = class_names(stream.features or {})
     for column, feature in (stream.features or {}).items():
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
     # another configuration is other data, which a run must not be resumed on; names without one are as they were
+    to_sample = partial(_named, named, to_sample) if named else to_sample
     return StreamSource(f"{address}:{config}" if config else address, stream, to_sample, seed=seed)
+
+
+def _named(named: dict[str, list[str]], to_sample: Callable[[str, dict[str, Any]], Any], key: str, record: dict[str, Any]) -> Any:
+    """What a record becomes once its classes are names."""
+    return to_sample(key, with_names(record, named))

@@ -1,4 +1,4 @@
-"""Names of shards: braces and `*` expanded, several joined by `::`, as in a shell, open_clip and webdataset."""
+"""Names of shards: braces, `*` and `?` expanded, several joined by `::`, as in a shell, open_clip and webdataset."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _range(first: int, last: int, step: str | None) -> range:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files of a pattern with braces (`braces`), with `*` (sorted), and of several such joined by `::` one after the other.
+    """The files of a pattern with braces (`braces`), with `*` and `?` (sorted), and of several such joined by `::` one after the other.
 
     Raises:
         SourceError: nothing is there, or a file of those named is not.
@@ -85,5 +85,6 @@ def expand(pattern: str) -> list[Path]:
         files += map(Path, sorted(glob.glob(one)) if any(letter in one for letter in "*?[") else [one])
     missing = [file for file in files if not file.exists()]
     if missing or not files:
-        raise SourceError(f"{pattern}: no such file{f' ({missing[0]}, {len(missing)} missing)' if missing else ''}")
+        hint = "; a table's columns are named by ?image=COLUMN&text=COLUMN" if "?" in pattern else ""
+        raise SourceError(f"{pattern}: no such file{f' ({missing[0]}, {len(missing)} missing)' if missing else ''}{hint}")
     return files

@@ -21,15 +21,19 @@ from .signs import Signs
 from .source import Reject, SourceError
 from .stream import StreamSource, first_samples
 
+TOLD = 10
+"""Problems that are named one by one."""
+
 
 def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool = False) -> tuple[int, int]:
     """Draw the first `count` usable samples with their captions, of `side` pixels each.
 
     Returns:
-        How many are shown, and how many samples or shards could not be used; shards that are cut short are named on stderr.
+        How many are shown, and how many samples or shards could not be used; on stderr the first shards that are cut short, or records
+        of metadata without a picture, are named.
 
     Raises:
-        SourceError: the source does not open, or `out` ends like no picture.
+        SourceError: the source does not open, nothing in it could be used, or `out` ends like no picture.
     """
     known = Image.registered_extensions()  # reading it loads Pillow's formats, which `SAVE` is then of
     if known.get(out.suffix.lower()) not in Image.SAVE:
@@ -38,17 +42,21 @@ def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool 
         )
     source = open_source(spec, side=side, allow_urls=allow_urls)
     problems = getattr(source, "problems", [])
-    for name, reason in problems:
+    for name, reason in problems[:TOLD]:
         print(f"{name}: {reason}", file=sys.stderr)  # stdout may be JSON
+    if len(problems) > TOLD:
+        print(f"... and {len(problems) - TOLD} more of {source.name}", file=sys.stderr)
     cells: list[tuple[Image.Image, str]] = []
-    rejected = len(problems)
+    rejected, last = len(problems), problems[-1][1] if problems else "it is empty"
     for index, sample in enumerate(first_samples(source, None)):
         if isinstance(sample, Reject):
-            rejected += 1
+            rejected, last = rejected + 1, sample.reason
         else:
             cells.append((sample.image, sample.texts[index % len(sample.texts)]))
         if len(cells) >= count:
             break
+    if not cells:
+        raise SourceError(f"nothing in {spec} could be used; the last reason: {last}")
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet(cells, side).save(out)
     return len(cells), rejected
@@ -108,7 +116,7 @@ def describe(spec: str, count: int, side: int, progress: bool = False, allow_url
         out["reasons"] = dict(reasons.most_common(10))
     problems = getattr(source, "problems", [])
     if problems:
-        out["problems"] = dict(problems[:10])
+        out["problems"] = dict(problems[:TOLD])
     if isinstance(source, Scenes):
         out |= _scene_stats(samples, source, count, side, progress)
     if isinstance(source, Scenes | SpriteSource):

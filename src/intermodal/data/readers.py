@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ..config import override
@@ -9,12 +10,15 @@ from ..errors import nearest
 from .folders import FolderSource
 from .hub import open_pairs
 from .patterns import expand
-from .records import columns_of
+from .records import TAR_CAPTIONS, columns_of
 from .source import Source, SourceError
 from .stream import StreamSource
 from .tables import LinesSource, ParquetSource
 from .tar_streams import is_streamed, open_shards
-from .tars import TAR_CAPTIONS, TarSource
+from .tars import TarSource
+
+QUERY = re.compile(r"\?(?=[^/?=&]*=)|\?$")
+"""Before a table's columns: any other `?` in a path is, as `*`, of a pattern."""
 
 
 def open_source(
@@ -27,11 +31,12 @@ def open_source(
             `sprites:all`, `signs` (printed words, with settings of `SignConfig`), `tuxpaint:<.deb or folder>` (with settings of
             `TuxPaintConfig`), `hf:<owner/name>[@revision][:config][:split]`, tars that are streamed (`pipe:COMMAND`, `https://`, `s3://`,
             `gs://`; `tar_streams`), or a path: a folder of pictures, or files ending in .tar, .parquet, .jsonl, .csv. In shards' names
-            `{000..009}`, `{a,b}` and (in paths) `*` are expanded, and several such patterns are joined by `::`.
+            `{000..009}`, `{a,b}` and (in paths) `*` and `?` are expanded, and several such patterns are joined by `::`.
             `?image=COLUMN&text=COLUMN` after a table's path or a hub data set names its columns; folders and tars have none.
         side: pixels of a side for sources that draw their pictures.
         allow_urls: fetch pictures that a table names by http(s) address.
-        classes: labels by number, of which a tar's sample takes that of its `.cls` as its caption where it has no `.txt`.
+        classes: labels by number, of which a tar's sample takes that of its `.cls` as its caption where it has no `.txt`, and a table's
+            record that of an integer in the place of its caption.
 
     Raises:
         SourceError: nothing there, nothing readable, or a setting that the source does not have.
@@ -44,7 +49,8 @@ def open_source(
         return open_pairs(rest, seed=seed, allow_urls=allow_urls, classes=classes)
     if is_streamed(spec):
         return open_shards(spec, seed=seed, classes=classes)
-    path, _, query = spec.partition("?")
+    found = QUERY.search(spec)
+    path, query = (spec[: found.start()], spec[found.end() :]) if found else (spec, "")
     return _from_files(path, query, allow_urls, classes)
 
 
@@ -74,6 +80,8 @@ def _drawn(spec: str, side: int, seed: int) -> Source | None:
 
 def _from_files(path: str, query: str, allow_urls: bool, classes: Sequence[str] | None) -> Source:
     """The source of a folder, or of files that are all of one kind."""
+    if not path:
+        raise SourceError("the name of a source is empty: give a folder, files or one of docs/data.md; the folder you are in is .")
     files = expand(path)
     folder = next((file for file in files if file.is_dir()), None)
     if folder is not None and len(files) > 1:
@@ -83,10 +91,10 @@ def _from_files(path: str, query: str, allow_urls: bool, classes: Sequence[str] 
     if folder is not None:
         if query:
             raise SourceError(
-                f"{path}: a folder has no columns, so ?{query} has no meaning; captions come from metadata.jsonl or metadata.csv, "
+                f"{path}: a folder has no columns, so ?{query} has no meaning; captions come from metadata.jsonl, .csv or .parquet, "
                 f"from a .txt beside a picture, or from the names of folders"
             )
-        return FolderSource(folder)
+        return FolderSource(folder, classes)
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) != 1:
         raise SourceError(f"{path}: files of several kinds ({', '.join(sorted(suffixes))}); give one source a kind")
@@ -96,10 +104,11 @@ def _from_files(path: str, query: str, allow_urls: bool, classes: Sequence[str] 
             raise SourceError(f"{path}: a tar has no columns, so ?{query} has no meaning; {TAR_CAPTIONS}")
         return TarSource(files, classes)
     columns = columns_of(query)
-    if suffix == ".parquet":
-        return ParquetSource(files, columns, allow_urls)
-    if suffix in (".jsonl", ".csv", ".tsv"):
-        return LinesSource(files, columns, allow_urls)
+    if suffix in (".parquet", ".jsonl", ".csv", ".tsv"):
+        table = (ParquetSource if suffix == ".parquet" else LinesSource)(files, columns, allow_urls, classes)
+        if not len(table):
+            raise SourceError(f"{path}: {'they hold' if len(files) > 1 else 'it holds'} no records")
+        return table
     if suffix in (".gz", ".zst", ".xz"):
         raise SourceError(
             f"{files[0]}: a compressed shard has no random access; unpack it to .tar first (pictures do not shrink anyway)"

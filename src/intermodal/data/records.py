@@ -8,7 +8,8 @@ import http.client
 import json
 import re
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,6 +27,9 @@ URL_TIMEOUT = 20
 LONGEST_NAME = 100
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]+)*", re.IGNORECASE)
 NAME_A_COLUMN = "name it with ?text=COLUMN"
+NUMBERED = "label"
+"""The column whose integers are numbers of classes."""
+TAR_CAPTIONS = f"a caption is a .txt (one a line) or a .json with one of {', '.join(TEXT_COLUMNS)}"
 CLASS_NUMBER = (
     "a .cls is the number of a class and no caption: write the class's name, or a caption, into a .txt beside each picture; "
     "zero-shot `eval` takes it as a line of --classes FILE (the first is 0)"
@@ -42,9 +46,10 @@ def columns_of(query: str) -> dict[str, str]:
     return columns
 
 
-def json_object(text: str | bytes) -> dict[str, Any]:
+def json_object(value: Any) -> dict[str, Any]:
+    """An object that is written as JSON. Raises SampleError: it is none. (What `datasets` decodes is a list, a text or a number then.)"""
     try:
-        value = json.loads(text)
+        value = json.loads(value) if isinstance(value, str | bytes) else value
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SampleError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -62,6 +67,7 @@ def image_of(record: dict[str, Any], column: str | None, folder: Path, allow_url
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
+        value = text_of(value)
         if value.startswith(("http://", "https://")):
             return fetch(value, allow_urls)
         if value.startswith("data:"):
@@ -82,7 +88,7 @@ def _plain_base64(value: str) -> bytes | None:
     """The bytes of a picture that is written out: longer than a name, and of letters that no name with a suffix is made of."""
     try:
         return base64.b64decode(value, validate=True) if len(value) > LONGEST_NAME else None
-    except binascii.Error:
+    except ValueError:  # binascii's own, and that of a name with letters that are not of ASCII
         return None
 
 
@@ -92,32 +98,99 @@ def caption_names(suffixes: Iterable[str]) -> list[str]:
     return ["txt"] if "txt" in known else [suffix for suffix in known if suffix.endswith(".txt")]
 
 
-def class_label(number: Any, classes: Sequence[str]) -> list[str]:
+def member_captions(
+    name: str, endings: Sequence[str], read: Callable[[str], Any], classes: Sequence[str] | None, advice: str = TAR_CAPTIONS
+) -> list[str]:
+    """The captions of a tar's sample, at least one; the same whether the tar is a file or is streamed.
+
+    Args:
+        endings: of the sample's members.
+        read: the content of the one with an ending, as bytes or as `datasets` decodes it. What gives no caption is not asked for.
+        classes: labels by number, of which a `.cls` without a text beside it names one.
+
+    Raises:
+        SampleError: there is none, or what holds it cannot be read.
+    """
+    written = caption_names(endings)
+    texts: list[str] = []
+    for ending in written:
+        with naming(f"{name}.{ending}"):
+            texts += lines_of(read(ending))
+    if not written and classes is not None and "cls" in endings:
+        with naming(name):
+            return class_label(read("cls"), classes)
+    if not written and "json" in endings:
+        with naming(f"{name}.json"):
+            inside = read("json")
+            return texts_of(inside if isinstance(inside, dict) else json_object(inside), None, advice, classes)
+    if not texts:
+        number = f"; {CLASS_NUMBER}" if "cls" in endings else ""
+        raise SampleError(f"{name}: no caption in its members ({', '.join(f'.{ending}' for ending in endings)}); {advice}{number}")
+    return texts
+
+
+@contextmanager
+def naming(name: str):
+    """A reject from within begins with a name."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{name}: {error}") from error
+
+
+def class_label(number: Any, classes: Sequence[str], what: str = ".cls") -> list[str]:
     """The label that a `.cls` (a number, or its digits) stands for, as the only caption. Raises SampleError: it stands for none."""
     try:
         at = int(number)
     except ValueError:
-        raise SampleError(f"its .cls is {number!r} and no number") from None
+        raise SampleError(f"its {what} is {number!r} and no number") from None
     if not 0 <= at < len(classes) or not classes[at]:
-        raise SampleError(f"its .cls is {at}, and line {at} of the {len(classes)} class names (the first is 0) names none")
+        raise SampleError(f"its {what} is {at}, and line {at} of the {len(classes)} class names (the first is 0) names none")
     return [classes[at]]
 
 
-def lines_of(text: str) -> list[str]:
-    """Captions written one a line: stripped, empty ones left out."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def text_of(text: str | bytes) -> str:
+    """A text, without the mark that some editors begin UTF-8 with. Raises SampleError: it is in another encoding."""
+    try:
+        if isinstance(text, bytes):
+            return text.decode("utf-8-sig")
+        text.encode(
+            "utf-8"
+        )  # tables are read with `surrogateescape`: other bytes than UTF-8's come as characters that it does not have
+    except UnicodeDecodeError as error:
+        raise SampleError(_not_utf8(error.object[error.start])) from None
+    except UnicodeEncodeError as error:
+        raise SampleError(_not_utf8(ord(error.object[error.start]))) from None
+    return text.removeprefix("\ufeff")
 
 
-def texts_of(record: dict[str, Any], column: str | None, advice: str = NAME_A_COLUMN) -> list[str]:
+def _not_utf8(code: int) -> str:
+    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    said = f"byte 0x{byte:02x}" if byte <= 0xFF else f"half a character, \\u{byte:04x}"
+    return f"its text is not UTF-8 ({said}); save it as UTF-8, of Latin-1 for example by iconv -f latin1 -t utf-8"
+
+
+def lines_of(text: str | bytes) -> list[str]:
+    """Captions written one a line: stripped, empty ones left out. Raises SampleError: they are not UTF-8."""
+    return [line.strip() for line in text_of(text).splitlines() if line.strip()]
+
+
+def texts_of(
+    record: dict[str, Any], column: str | None, advice: str = NAME_A_COLUMN, classes: Sequence[str] | None = None
+) -> list[str]:
     """All captions of a record, stripped, empty ones left out: a text, a list of them, or either by language (`{"en": ..., "de": ...}`).
+
+    An integer under `label`, or in the column that was asked for, is the number of a class and no caption.
 
     Args:
         advice: what an error says can be done.
+        classes: labels by number, of which such an integer names one.
 
     Raises:
         SampleError: there is none.
     """
-    value = record.get(_column(record, column, TEXT_COLUMNS, "caption", advice))
+    name = _column(record, column, TEXT_COLUMNS, "caption", advice)
+    value = record.get(name)
     values: list[Any] = []
     if isinstance(value, dict) and all(LANGUAGE.fullmatch(str(name)) for name in value):
         given = list(value.values())
@@ -127,10 +200,27 @@ def texts_of(record: dict[str, Any], column: str | None, advice: str = NAME_A_CO
         values += one if isinstance(one, list | tuple) else [one]
     if any(isinstance(text, dict) for text in values):
         raise SampleError(f"the caption is an object and no text; {advice}")
-    texts = [str(text).strip() for text in values if text is not None and str(text).strip()]
-    if not texts:
+    numbered = column is not None or name == NUMBERED
+    texts = [_caption(one, numbered, advice, classes).strip() for one in values if one is not None]
+    if not any(texts):
         raise SampleError("the caption is empty")
-    return texts
+    return [text for text in texts if text]
+
+
+def _caption(value: Any, numbered: bool, advice: str, classes: Sequence[str] | None) -> str:
+    """One caption as a text. Raises SampleError: it is none."""
+    if isinstance(value, str | bytes):
+        return text_of(value)
+    if numbered and isinstance(value, int) and not isinstance(value, bool):
+        if classes is None:
+            raise SampleError(
+                f"its {NUMBERED} is {value}, the number of a class and no caption; {advice}; zero-shot `eval` takes it as a line of "
+                f"--classes FILE (the first is 0)"
+            )
+        return class_label(value, classes, NUMBERED)[0]
+    if isinstance(value, int | float):
+        return str(value)
+    raise SampleError(f"the caption is of type {type(value).__name__} and no text; {advice}")
 
 
 def _column(record: dict[str, Any], column: str | None, known: tuple[str, ...], what: str, advice: str) -> str:
@@ -138,8 +228,13 @@ def _column(record: dict[str, Any], column: str | None, known: tuple[str, ...], 
         return column
     found = next((name for name in known if column is None and name in record), None)
     if found is None:
-        raise SampleError(f"no {what} column among {', '.join(map(str, record))}; {advice}")
+        raise SampleError(f"no {what} column among {listed(record)}; {advice}")
     return found
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names of columns for a message, which a terminal must be able to show: what was not UTF-8 in them as `?`."""
+    return ", ".join(map(str, names)).encode("utf-8", "replace").decode()
 
 
 def fetch(address: str, allow_urls: bool) -> bytes:

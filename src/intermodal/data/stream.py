@@ -11,6 +11,7 @@ On several ranks each reads its own part: whole shards where their number divide
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,11 @@ from .source import Reject, Sample, Source
 
 AT_A_TIME, THREADS = 64, 8
 """Records that are read before they are decoded together, and on how many threads."""
+UNDECODED = (UnicodeDecodeError, json.JSONDecodeError)
+UNDECODABLE = (
+    "datasets stops at a text that is not UTF-8 or a .json that is none; of tars it can be passed over: read them as files, or from "
+    "their addresses (https://...tar), and it is one reject"
+)
 
 
 class StreamSource:
@@ -108,7 +114,7 @@ class StreamSource:
             self._iterator = iter(self.dataset)
         while len(samples) < self.block:
             # never more than the block still takes: its state is the data set's, which is behind the last record that was read
-            records = list(islice(self._iterator, min(AT_A_TIME, self.block - len(samples))))
+            records = self._records(self._iterator, min(AT_A_TIME, self.block - len(samples)))
             if not records:
                 if samples:
                     break
@@ -130,6 +136,14 @@ class StreamSource:
         self._counted = False
         random.Random(f"{self.seed}/{self.epoch}/{self.blocks}").shuffle(samples)
         self._samples = samples
+
+    def _records(self, iterator: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        try:
+            return list(islice(iterator, count))
+        except UNDECODED as error:  # within `datasets`, which cannot go on after it
+            raise IntermodalError(
+                f"{self.name}: after record {self.number} of pass {self.epoch}: {error}; {UNDECODABLE}"
+            ) from error
 
     def _key(self, number: int, record: dict[str, Any]) -> str:
         part = f"{self.part[0]}." if self.part[1] > 1 else ""

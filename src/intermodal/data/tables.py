@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import SampleError
-from .records import image_of, json_object, texts_of
+from .records import IMAGE_COLUMNS, NAME_A_COLUMN, NUMBERED, TEXT_COLUMNS, image_of, json_object, listed, naming, text_of, texts_of
 from .source import NamedBytes, Sample, SourceError
 
 LONGEST_FIELD = 1 << 30
 """Characters of a CSV field: a picture in base64 is far past the 131,072 that Python allows."""
+SEPARATORS = (",", "\t", ";")
+WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 
 
 class TableSource(ABC):
@@ -24,6 +26,8 @@ class TableSource(ABC):
 
     columns: dict[str, str]
     allow_urls: bool
+    classes: Sequence[str] | None
+    """Labels by number, of which an integer in place of a caption names one."""
 
     @abstractmethod
     def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
@@ -35,58 +39,91 @@ class TableSource(ABC):
 
     def __getitem__(self, index: int) -> Sample:
         key, folder, record = self._record(index)
-        with _naming(key):
-            record = json_object(record) if isinstance(record, str) else record
-            return Sample(key, self._picture(key, folder, record), texts_of(record, self.columns.get("text")))
+        with naming(key):
+            record = _as_object(record)
+            return Sample(key, self._picture(key, folder, record), self._captions(record))
 
     def picture_at(self, index: int) -> tuple[str, Any]:
         key, folder, record = self._record(index)
-        with _naming(key):
-            return key, self._picture(key, folder, json_object(record) if isinstance(record, str) else record)
+        with naming(key):
+            return key, self._picture(key, folder, _as_object(record))
 
     def captions_at(self, index: int) -> list[str]:
         key, _, record = self._record(index, words=True)
-        with _naming(key):
-            return texts_of(json_object(record) if isinstance(record, str) else record, self.columns.get("text"))
+        with naming(key):
+            return self._captions(_as_object(record))
+
+    def described_at(self, index: int) -> tuple[str, str | None, list[str] | str]:
+        """Of a table that lies beside pictures: (the record's name, its `file_name` or None, its captions or why it is of no use)."""
+        key, _, record = self._record(index, words=True)
+        file = None
+        try:
+            record = _as_object(record)
+            file = text_of(value) if isinstance(value := record.get("file_name"), str) and value else None
+            if file is None:
+                raise SampleError(f"no file_name among {listed(record)}: the picture's path, relative to this file")
+            return key, file, self._captions(record, f"beside pictures it is one of {', '.join(TEXT_COLUMNS)}")
+        except SampleError as error:
+            return key, file, str(error)
+
+    def _captions(self, record: dict[str, Any], advice: str = NAME_A_COLUMN) -> list[str]:
+        return texts_of(record, self.columns.get("text"), advice, self.classes)
 
     def _picture(self, key: str, folder: Path, record: dict[str, Any]) -> Any:
         image = image_of(record, self.columns.get("image"), folder, self.allow_urls)
         return NamedBytes(image, key) if isinstance(image, bytes) else image
 
 
-@contextmanager
-def _naming(key: str):
-    """A reject from within begins with the record's name."""
-    try:
-        yield
-    except SampleError as error:
-        raise SampleError(f"{key}: {error}") from error
+def _as_object(record: str | dict[str, Any]) -> dict[str, Any]:
+    return json_object(record) if isinstance(record, str) else record
 
 
 class LinesSource(TableSource):
     """JSONL, CSV or TSV: one record a line, pictures as paths beside the file, as base64 or data URIs, or as addresses.
 
+    A .csv is separated by what its header is separated by: comma, tab (open_clip's default) or semicolon.
+
     Raises:
         SourceError: a CSV or TSV that cannot be split into fields.
     """
 
-    def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool):
-        self.files, self.columns, self.allow_urls = list(files), columns, allow_urls
+    def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool, classes: Sequence[str] | None = None):
+        self.files, self.columns, self.allow_urls, self.classes = list(files), columns, allow_urls, classes
         self.name = files[0].name
         self.problems: list[tuple[str, str]] = []
         self.records: list[tuple[int, int, Any]] = []
         for number, file in enumerate(self.files):
-            if file.suffix.lower() == ".jsonl":
-                with file.open(encoding="utf-8", errors="replace") as lines:
+            # bytes that are not UTF-8 are kept as what `text_of` refuses, so that only records whose caption has some are rejects
+            with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+                if file.suffix.lower() == ".jsonl":
                     self.records += [(number, line, text) for line, text in enumerate(lines, 1) if text.strip()]
-            else:
-                csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
-                with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-                    rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-                    try:
-                        self.records += [(number, line, row) for line, row in enumerate(rows, 2)]
-                    except csv.Error as error:
-                        raise SourceError(f"{file}:{rows.line_num}: not readable as a table: {error}") from error
+                else:
+                    self.records += [(number, line, row) for line, row in enumerate(self._rows(file, lines), 2)]
+
+    def _rows(self, file: Path, lines: TextIO) -> Iterator[dict[str, Any]]:
+        """The records of a CSV or TSV. Raises SourceError."""
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
+        rows = None
+        try:
+            rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else self._separator(lines))
+            for row in rows:
+                digits = row.get(NUMBERED)  # text and numbers look alike here: digits are a class, as an integer is in other tables
+                yield {**row, NUMBERED: int(digits)} if isinstance(digits, str) and WHOLE.fullmatch(digits) else row
+        except csv.Error as error:
+            raise SourceError(f"{file}:{rows.line_num if rows else 1}: not readable as a table: {error}") from error
+
+    def _separator(self, lines: TextIO) -> str:
+        """That by which the header holds most of the names that are asked for or known, then most names at all."""
+        known = {*IMAGE_COLUMNS, *TEXT_COLUMNS, *self.columns.values()}
+
+        def held(separator: str) -> tuple[int, int]:
+            lines.seek(0)
+            names = next(csv.reader(lines, delimiter=separator), [])
+            return len(known.intersection(names)), len(names)
+
+        separator = max(SEPARATORS, key=held)
+        lines.seek(0)
+        return separator
 
     def __len__(self) -> int:
         return len(self.records)
@@ -100,25 +137,32 @@ class LinesSource(TableSource):
 class ParquetSource(TableSource):
     """Parquet through `datasets`: memory-mapped, so that a global shuffle costs one read a sample."""
 
-    def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool):
+    def __init__(self, files: Sequence[Path], columns: dict[str, str], allow_urls: bool, classes: Sequence[str] | None = None):
         import datasets
         import pyarrow.parquet as pq
 
         self.files, self.name = list(files), files[0].name
-        self.columns, self.allow_urls = columns, allow_urls
+        self.columns, self.allow_urls, self.classes = columns, allow_urls, classes
         self.problems: list[tuple[str, str]] = []
         try:
-            table = datasets.Dataset.from_parquet([str(file) for file in files])
+            rows = [pq.read_metadata(file).num_rows for file in files]
+            if not any(rows):
+                raise SourceError(f"{files[0]}: it holds no records")
+            # of a file without rows `datasets` says that it cannot be read
+            table = datasets.Dataset.from_parquet([str(file) for file, count in zip(files, rows, strict=True) if count])
+        except SourceError:
+            raise
         except Exception as error:  # pyarrow and datasets raise a dozen kinds for a damaged file
             raise SourceError(f"{files[0]}: not readable as parquet: {error}") from error
         assert isinstance(table, datasets.Dataset)
         for column, feature in list(table.features.items()):
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(column, datasets.Image(decode=False))
-        self.table = table
-        self.ends = list(accumulate(pq.read_metadata(file).num_rows for file in files))
+        self.table, self.named = table, class_names(table.features)
+        self.ends = list(accumulate(rows))
         """Before which record each file ends: paths are relative to the folder of their own."""
-        binary = [name for name, kind in table.features.items() if _holds_bytes(kind)]
+        captions = {*TEXT_COLUMNS, columns.get("text")}
+        binary = [name for name, kind in table.features.items() if _holds_bytes(kind) and name not in captions]
         self.words = table.remove_columns(binary)
         """The same without the columns of pictures, which are not read for a caption."""
 
@@ -127,7 +171,10 @@ class ParquetSource(TableSource):
 
     def _record(self, index: int, *, words: bool = False) -> tuple[str, Path, str | dict[str, Any]]:
         folder = self.files[bisect_right(self.ends, range(len(self))[index])].parent
-        return f"{self.name}:{index}", folder, (self.words if words else self.table)[index]
+        part = self.words if words else self.table
+        record = part[index] if part.column_names else {}  # a table that has no column left has no rows either
+        # an error names all columns, those too that were not read
+        return f"{self.name}:{index}", folder, with_names({**dict.fromkeys(self.table.column_names), **record}, self.named)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -137,3 +184,24 @@ def _holds_bytes(kind: Any) -> bool:
     if isinstance(kind, dict):
         return "bytes" in kind
     return isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and "binary" in kind.dtype)
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of classes that a table keeps beside their numbers (`datasets`' ClassLabel), by column."""
+    import datasets
+
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}  # of a list of classes its element's
+    return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel) and kind.names}
+
+
+def with_names(record: dict[str, Any], named: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A record with classes by name. One without a class, which `datasets` writes as -1, has None."""
+
+    def name(value: Any, names: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [name(one, names) for one in value]
+        if isinstance(value, str):
+            return value
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+    return {**record, **{column: name(record[column], names) for column, names in named.items() if column in record}}

@@ -30,7 +30,6 @@ from urllib.parse import urlsplit
 from ..errors import SampleError
 from .hub import pair_of
 from .patterns import braces, expand, joined
-from .records import json_object
 from .source import Sample, SourceError
 from .stream import StreamSource
 from .web import WebFile
@@ -223,12 +222,4 @@ def _tar_pair(classes: Sequence[str] | None, to_talk: Any, key: str, record: dic
     """A record of `samples_of` as a sample. Raises SampleError."""
     if PROBLEM in record:
         raise SampleError(record[PROBLEM])
-    members = {name: _decoded(name, value) for name, value in record.items()}
-    return pair_of({}, False, to_talk, key, members, classes=classes)
-
-
-def _decoded(name: str, value: Any) -> Any:
-    """A member as `datasets` decodes it in a tar of the hub: texts as text, JSON objects as such."""
-    if name == "txt" or name.endswith(".txt"):
-        return value.decode("utf-8", "replace")
-    return json_object(value) if name == "json" else value
+    return pair_of({}, False, to_talk, key, record, classes=classes)

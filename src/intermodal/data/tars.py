@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SampleError
-from .records import CLASS_NUMBER, IMAGE_SUFFIXES, TEXT_COLUMNS, caption_names, class_label, json_object, lines_of, texts_of
+from .records import IMAGE_SUFFIXES, member_captions
 from .source import NamedBytes, Sample, SourceError
 from .tar_index import shard_indexes
 
 OPEN_SHARDS = 64
 """Files that one tar source keeps open: a process may often have no more than 1,024, and a data set has thousands of shards."""
-TAR_CAPTIONS = f"a caption is a .txt (one a line) or a .json with one of {', '.join(TEXT_COLUMNS)}"
 
 
 class TarSource:
@@ -63,24 +62,8 @@ class TarSource:
         return name, NamedBytes(self._read(number, *parts[suffix]), f"{name}.{suffix}")
 
     def captions_at(self, index: int) -> list[str]:
-        number, name, parts, members = self._member(index)
-        written = caption_names(parts)
-        if self.classes is not None and "cls" in parts and not written:
-            try:
-                return class_label(self._read(number, *parts["cls"]), self.classes)
-            except SampleError as error:
-                raise SampleError(f"{name}: {error}") from error
-        if written or "json" not in parts:
-            texts = [line for suffix in written for line in lines_of(self._read(number, *parts[suffix]).decode("utf-8", "replace"))]
-        else:
-            try:
-                texts = texts_of(json_object(self._read(number, *parts["json"])), None, TAR_CAPTIONS)
-            except SampleError as error:
-                raise SampleError(f"{name}.json: {error}") from error
-        if not texts:
-            class_number = f"; {CLASS_NUMBER}" if "cls" in parts else ""
-            raise SampleError(f"{name}: no caption in its members ({members}); {TAR_CAPTIONS}{class_number}")
-        return texts
+        number, name, parts, _ = self._member(index)
+        return member_captions(name, list(parts), lambda ending: self._read(number, *parts[ending]), self.classes)
 
     def _member(self, index: int) -> tuple[int, str, dict[str, tuple[int, int]], str]:
         """(number of the shard, the sample's name, where its members are, their endings for a message)."""
