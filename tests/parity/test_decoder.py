@@ -120,7 +120,7 @@ def test_old_config_spelling(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(sliding_window=16, use_sliding_window=True), "sliding-window"),
+        (dict(sliding_window=16, use_sliding_window=True, max_window_layers=2, layer_types=None), "sliding-window"),
         (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "dynamic"),
         (dict(num_key_value_heads=4), "do not divide"),
         (dict(hidden_act="sylu"), "silu"),
@@ -135,11 +135,13 @@ def test_what_is_not_built_is_refused(made, tmp_path, change, message):
         intermodal.load(tmp_path)
 
 
-def write_gguf(path, model, *, without=""):
+def write_gguf(path, model, *, without="", rope=None, tensors=None):
     """A llama model as llama.cpp's converter writes it: q and k rows permuted to neighbouring pairs.
 
     Args:
         without: a tensor that is left out.
+        rope: more fields, by their names after `llama.rope.`.
+        tensors: more tensors.
     """
     import gguf
 
@@ -154,6 +156,11 @@ def write_gguf(path, model, *, without=""):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(1e4)
     writer.add_vocab_size(config.vocab_size)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in (rope or {}).items():
+        add[type(value)](f"llama.rope.{name}", value)
+    for name, value in (tensors or {}).items():
+        writer.add_tensor(name, value)
     alphabet = byte_tokenizer(QWEN_SPECIAL).get_vocab()
     tokens = sorted(alphabet, key=alphabet.get)
     tokens.append("he")

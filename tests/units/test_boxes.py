@@ -179,3 +179,41 @@ def test_affine():
     a, b = Affine((2.0, 3.0), (1.0, -4.0)), Affine.resize((10, 20), (5, 40))
     assert a.then(b)((1, 2, 3, 4)) == b(a((1, 2, 3, 4)))
     assert a.inverse()(a((1, 2, 3, 4))) == (1, 2, 3, 4)
+
+
+LABELS = ["a {x} <b>, (1,2)", 'say "hi"', "a } b { c", "{}", "two\nlines", "[1, 2]", "ümlaut 日本", '{"bbox_2d": [1, 2, 3, 4]}']
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen_vl"])
+def test_labels_with_marks_of_other_kinds_are_read_back(name, label):
+    planner = {**PLANNERS, **LEARNED}[name]
+    frame = planner.frame((200, 100), planner.plan(where(200, 100), 1))
+    reply = f"Sure {{1}}: {frame.write((50, 20, 100, 60), label)} and {frame.write((0, 0, 200, 100), 'b')}."
+    assert [said for said, _ in frame.read(reply)] == [label, "b"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen_vl"])
+def test_labels_with_the_marks_of_labels_are_refused(name):
+    planner = {**PLANNERS, **LEARNED}[name]
+    frame = planner.frame((200, 100), planner.plan(where(200, 100), 1))
+    for tag in frame.tags[:2]:
+        with pytest.raises(ValueError, match=r"the label 'a.*b' holds .* could not be read back"):
+            frame.write((50, 20, 100, 60), f"a {tag} b")
+    open_tag, shut, *_ = frame.tags
+    box = frame.write((50, 20, 100, 60), "dog")
+    assert [label for label, _ in frame.read(f"{open_tag}a cat{shut} and {open_tag}a {box}")] == ["dog"]
+
+
+def test_boxes_in_json_are_found_wherever_they_are():
+    frame = PLANNERS["qwen3_vl"].frame((1000, 1000), PLANNERS["qwen3_vl"].plan(where(200, 200), 1))
+    one, two = ({"bbox_2d": [1, 2, 3, number], "label": str(number)} for number in (4, 5))
+    for reply in (
+        f"```json\n{json.dumps([one, two], indent=2)}\n```",
+        json.dumps({"objects": [one, two], "note": "}{"}),
+        f"{json.dumps(one)} {{ {json.dumps(two)}",
+        f"{json.dumps({**one, 'inside': {'a': {}}})}{json.dumps(two)}",
+    ):
+        assert frame.read(reply) == [("4", (1, 2, 3, 4)), ("5", (1, 2, 3, 5))]
+    assert frame.read('{"a":' * 20_000) == []
+    assert frame.read("{" * 5000 + json.dumps(one)) == [("4", (1, 2, 3, 4))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +100,7 @@ class BoxFrame:
         """A box of the original picture as this model writes it, cut to the picture.
 
         Raises:
-            ValueError: no part of the box lies in the picture.
+            ValueError: no part of the box lies in the picture; the label holds a mark that ends labels.
         """
         width, height = self.size
         left, top, right, bottom = (min(max(value, 0), most) for value, most in zip(box, (width, height) * 2, strict=True))
@@ -113,6 +113,10 @@ class BoxFrame:
         if self.style == "json":
             return json.dumps({"bbox_2d": whole} | ({"label": label} if label else {}), ensure_ascii=False)
         before, after, start, stop = self.tags
+        if label and (before in label or after in label):
+            raise ValueError(
+                f"the label {label!r} holds {before} or {after}, between which labels stand: it could not be read back"
+            )
         named = f"{before}{label}{after}" if label else ""
         return f"{named}{start}({whole[0]},{whole[1]}),({whole[2]},{whole[3]}){stop}"
 
@@ -127,17 +131,27 @@ class BoxFrame:
             pattern = rf"\[{','.join([number] * 4)}\]"
             return [("", _box(match.groups())) for match in re.finditer(pattern, text)]
         if self.style == "json":
-            out = []
-            for match in re.finditer(r"\{[^{}]*\}", text):
-                try:
-                    entry = json.loads(match.group())
-                    out.append((str(entry.get("label", "")), _box(entry["bbox_2d"])))
-                except (ValueError, KeyError, TypeError):  # braces that hold something else
-                    continue
-            return out
+            return list(_json_boxes(text))
         before, after, start, stop = map(re.escape, self.tags)
-        pattern = rf"(?:{before}(?P<label>[^<]*){after})?{start}\({number},{number}\)\s*,\s*\({number},{number}\){stop}"
-        return [(match["label"] or "", _box(match.groups()[1:])) for match in re.finditer(pattern, text)]
+        label = rf"(?P<label>(?:(?!{before}|{after}).)*)"
+        pattern = rf"(?:{before}{label}{after})?{start}\({number},{number}\)\s*,\s*\({number},{number}\){stop}"
+        return [(match["label"] or "", _box(match.groups()[1:])) for match in re.finditer(pattern, text, re.DOTALL)]
+
+
+def _json_boxes(text: str) -> Iterator[tuple[str, Box]]:
+    """(label, box) of the objects with a "bbox_2d" in a text that need not be JSON elsewhere; of objects in objects too."""
+    at, read = text.find("{"), json.JSONDecoder().raw_decode
+    while at >= 0:
+        after = at + 1
+        try:
+            entry, stop = read(text, at)
+            found = str(entry.get("label", "")), _box(entry["bbox_2d"])
+        except (ValueError, KeyError, TypeError, RecursionError):  # braces that hold something else
+            pass
+        else:
+            yield found
+            after = stop
+        at = text.find("{", after)
 
 
 def _box(values: Sequence[str | float]) -> Box:

@@ -23,7 +23,7 @@ from ..nn.attention import Segments
 from .audit import NoSupervision, check_heard, check_mask
 from .codes import CodePlanner
 from .marks import all_marks, refuse_marks, without_marks
-from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part, rewrite
+from .media import Clip, Expanded, MediaError, Plan, Planner, expand, in_rendered_order, load_part, rewrite
 from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, with_tools, without_media
 from .template import ChatTemplate, TemplateError, settings_in, template_in
 from .text import content
@@ -226,6 +226,7 @@ class ChatProcessor:
             text, turns = find_turns(self.template, plain, ends, draws, **variables)
         check_heard(self.template, plain, text, reply=reply, **variables)
         if self.planner:
+            items, plans = in_rendered_order(text, items, plans, self._placeholders())
             text, turns = _rewritten(text, turns, plans, self._placeholders())
         # as transformers' processors of pictures: a template that leaves the beginning-of-text token to the tokenizer (LLaVA 1.5's) gets it
         begun = text.startswith(self.template.special.get("bos_token") or "\0")

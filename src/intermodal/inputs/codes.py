@@ -18,7 +18,7 @@ from ..batch import Visual
 from ..errors import CheckpointError, IntermodalError
 from .boxes import BoxFrame, cells
 from .image import ImageProcessor
-from .media import Clip, MediaError, Piece, Plan, Run
+from .media import Clip, MediaError, Piece, Plan, Run, refuse_bounds
 from .tiles import Whole
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class CodePlanner:
     """Set by the model: its own encoder."""
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        refuse_bounds(item, "this model")
         if isinstance(item, Clip):
             raise MediaError("this model takes no videos; give frames as pictures")
         tokens = self.image_tokens

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
 from ..files import read_json
+from .arrays import array_of
 from .boxes import Affine
 from .image_settings import crop_of, length_of, levels_of, size_of
 
@@ -28,26 +29,30 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
 def open_image(source: Any) -> Image.Image:
-    """A PIL image, a path, bytes or an (H, W[, C]) uint8 array -> an upright RGB image.
+    """A PIL image, a path, bytes, an open file, or an array or tensor of uint8 (`array_of`) -> an upright RGB image.
 
     EXIF rotation is applied as Hugging Face's `load_image` does, and transparency is laid on white as its processors do. (`load_image`
     itself drops the alpha channel of a file, so that transformers treats one picture in two ways; here it is always white.) A PIL image
     that is upright RGB already is returned as it is: whoever draws on it copies it first.
 
     Raises:
-        SampleError: the bytes are not a picture, are cut short, or the path does not exist. Bytes with a `name` are named by it.
+        SampleError: the bytes are not a picture, are cut short, or the path does not exist; a side has no pixels. Bytes and files with a
+            `name` are named by it.
         TypeError: something else was given, or an array of another type.
     """
     given = source
+    inside = isinstance(given, bytes | bytearray | memoryview) or hasattr(given, "read")
     try:
         if isinstance(source, bytes | bytearray | memoryview):
             source = Image.open(io.BytesIO(source))
-        elif isinstance(source, str | os.PathLike):
+        elif isinstance(source, str | os.PathLike) or inside:
             source = Image.open(source)
-        elif isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
+        elif isinstance(source, np.ndarray | Tensor):
+            source = Image.fromarray(array_of(source))
         if not isinstance(source, Image.Image):
             raise TypeError(f"expected a PIL image, a path, bytes or an array, got {type(source).__name__}")
+        if 0 in source.size:
+            raise ValueError(f"it has {source.width} x {source.height} pixels")
         if source.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies what it leaves as it is, too
             source = ImageOps.exif_transpose(source)
         if "A" in source.getbands() or source.info.get("transparency") is not None:
@@ -59,14 +64,17 @@ def open_image(source: Any) -> Image.Image:
     except FileNotFoundError as error:
         raise SampleError(f"no such picture: {error.filename}") from error
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, even TypeError on broken files
-        inside = isinstance(given, bytes | bytearray | memoryview)
-        if isinstance(error, TypeError) and not isinstance(given, bytes | bytearray | memoryview | str | os.PathLike):
+        if isinstance(error, TypeError) and not (inside or isinstance(given, str | os.PathLike)):
             raise
         name = given if isinstance(given, str | os.PathLike) else getattr(given, "name", "") if inside else ""
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):  # PIL's words name a buffer by its address in memory
-            why = "it is empty" if inside and not given else "it is of no picture format that Pillow knows"
+            why = "it is empty" if inside and _is_empty(given) else "it is of no picture format that Pillow knows"
         raise SampleError(f"cannot read the picture {name}: {why}" if name else f"cannot read the picture: {why}") from error
+
+
+def _is_empty(given: Any) -> bool:
+    return not (given.tell() or given.read(1)) if hasattr(given, "read") else not len(given)
 
 
 class LookUp:

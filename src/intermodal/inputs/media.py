@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -26,6 +28,19 @@ class MediaError(IntermodalError):
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """How large a part asks to be shown, by qwen-vl-utils' keys: a budget of pixels (of each frame), or a size."""
+
+    min_pixels: float | None = None
+    max_pixels: float | None = None
+    resized_height: float | None = None
+    resized_width: float | None = None
+
+
+_BOUNDS = "bounds of the part"  # where a PIL image's `info` has them
+
+
+@dataclass(frozen=True)
 class Clip:
     """Frames of a video and when each was shown.
 
@@ -35,6 +50,7 @@ class Clip:
     frames: np.ndarray
     times: tuple[float, ...]
     fps: float
+    bounds: Bounds | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,9 +138,11 @@ class Planner(Protocol):
 def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | None:
     """The picture or clip of a message part, or None for text.
 
-    Parts: `{"type": "image", "image": PIL, path, bytes or data-URI}`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
+    Parts: `{"type": "image", "image": PIL, path, bytes, file, uint8 array or tensor, or data-URI}`, transformers' `"url"`, `"path"` and
+    `"base64"` in the place of `"image"`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
     `{"type": "video", "video": path, Clip or frames}`: of a path `"fps"` or `"nframes"` beside it says which frames are read, of frames
-    given as a list of pictures `"fps"` says how fast they follow each other. A part
+    given as a list of pictures or an array `"fps"` says how fast they follow each other. `"min_pixels"`, `"max_pixels"`, or
+    `"resized_height"` and `"resized_width"` say how large a Qwen-VL shows it. A part
     `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`, counted from
     0), is text, written as the model's family writes boxes.
 
@@ -132,61 +150,112 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
         video: how a path is decoded and sampled where the part does not say it, a `video.Sampling`.
 
     Raises:
-        MediaError: an unknown part, an unreadable file, or an http(s) address.
+        MediaError: an unknown part, an unreadable file, an address on the network, or a rate or size that is none.
     """
     kind = part.get("type") or next((key for key in ("text", "image", "video", "image_url") if key in part), None)
     if kind in ("text", "box"):
         return None
+    bounds = _bounds(part)
     if kind in ("image", "image_url"):
-        value = part.get("image", part.get("image_url"))
-        if isinstance(value, dict):
-            value = value.get("url")
-        return _picture(value)
+        picture = _picture(_source(part, ("image", "image_url", "url", "path", "base64")))
+        if bounds is not None:
+            picture = picture.copy()  # the caller's own picture is left as it is
+            picture.info[_BOUNDS] = bounds
+        return picture
     if kind == "video":
-        value = part.get("video")
-        if isinstance(value, Clip):
-            return value
+        value = _source(part, ("video", "url", "path"))
         if isinstance(value, (str, Path)):
             from .video import decode, sampling_of
 
-            return decode(value, sampling_of(video, part.get("fps"), part.get("nframes")))
-        fps = part.get("fps", 2.0)
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
-            raise MediaError(f"the fps of a video's frames is a positive number, and not {fps!r}")
-        return _frames(value, float(fps))
+            value = decode(value, sampling_of(video, part.get("fps"), part.get("nframes")))
+        clip = value if isinstance(value, Clip) else _frames(value, part.get("fps", 2.0))
+        return clip if bounds is None else replace(clip, bounds=bounds)
     raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url, video or box")
+
+
+def bounds_of(item: Image.Image | Clip) -> Bounds | None:
+    """What the part of an item that `load_part` made asks about its size."""
+    return item.bounds if isinstance(item, Clip) else getattr(item, "info", {}).get(_BOUNDS)  # a size alone is planned for, too
+
+
+def refuse_bounds(item: Image.Image | Clip, family: str) -> None:
+    """Raises MediaError: the part asks for a size, of a model that shows everything at its own."""
+    if bounds_of(item) is not None:
+        names = ", ".join(field.name for field in fields(Bounds))
+        raise MediaError(f"{family} shows media at sizes of its own: leave {names} out of the part, or resize the picture before")
+
+
+def _bounds(part: dict[str, Any]) -> Bounds | None:
+    given = {field.name: part[field.name] for field in fields(Bounds) if part.get(field.name) is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 1):
+            raise MediaError(f"{name} of a part is a number of pixels, at least 1, and not {value!r}")
+    if ("resized_height" in given) != ("resized_width" in given):
+        raise MediaError("resized_height and resized_width of a part go together: give both, or neither")
+    if given.get("min_pixels", 1) > given.get("max_pixels", math.inf):
+        raise MediaError(f"min_pixels {given['min_pixels']} of a part is more than its max_pixels {given['max_pixels']}")
+    return Bounds(**given) if given else None
+
+
+def _source(part: dict[str, Any], keys: Sequence[str]) -> Any:
+    """What a part shows, under the first of the keys that it has."""
+    key = next((key for key in keys if part.get(key) is not None), None)
+    value = part[key] if key else None
+    if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
+        return f"data:;base64,{value}"
+    return value.get("url") if isinstance(value, dict) else value
+
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(?:localhost(?=/))?", re.IGNORECASE)
+
+
+def local_path(address: str | Path, kind: str) -> Path:
+    """The file that a path or a `file://` address names, whose `%20` and the like are characters.
+
+    Raises:
+        MediaError: an address on the network.
+    """
+    text = str(address)
+    found = _ADDRESS.match(text)
+    if found is None:
+        return Path(text).expanduser()
+    if found[1].lower() != "file":
+        raise MediaError(f"{kind} are not fetched from the network: download {text[:80]} and give its path")
+    as_written = Path(text[found.end() :]).expanduser()
+    return as_written if as_written.exists() else Path(unquote(text[found.end() :])).expanduser()
 
 
 def _picture(value: Any) -> Image.Image:
     if value is None:
         raise MediaError('an image part holds no picture; write {"type": "image", "image": path or PIL image}')
-    if isinstance(value, str) and value.startswith(("http://", "https://")):
-        raise MediaError(f"pictures are not fetched from the network: download {value[:80]} and give its path")
-    if isinstance(value, str) and value.startswith("data:"):
+    if isinstance(value, str) and value[:5].lower() == "data:":
         head, comma, body = value.partition(",")
         try:
-            value = base64.b64decode(body, validate=True) if comma and head.endswith(";base64") else None
+            value = base64.b64decode("".join(body.split()), validate=True) if comma and head.endswith(";base64") else None
         except binascii.Error:
             value = None
         if value is None:
             raise MediaError("a data URI is not base64: it should begin with data:image/png;base64,")
     if isinstance(value, str):
-        value = Path(value.removeprefix("file://")).expanduser()
+        value = local_path(value, "pictures")
     try:
         return open_image(value)
     except TypeError as error:
         raise MediaError(f"an image part cannot be read: {error}") from error
 
 
-def _frames(value: Any, fps: float) -> Clip:
-    if not isinstance(value, np.ndarray | list | tuple) or len(value) == 0:
-        raise MediaError('a video part holds no frames; write {"type": "video", "video": path or list of pictures, "fps": ...}')
-    if fps <= 0:
-        raise MediaError(f"a video's fps must be positive, got {fps}")
-    frames = value if isinstance(value, np.ndarray) else [np.asarray(_picture(frame)) for frame in value]
-    if len({frame.shape for frame in frames}) != 1 or frames[0].ndim != 3 or frames[0].shape[2] != 3:
+def _frames(value: Any, fps: Any) -> Clip:
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
+        raise MediaError(f"the fps of a video's frames is a positive number, and not {fps!r}")
+    several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+    if not several or len(value) == 0:
+        raise MediaError(
+            'a video part holds no frames; write {"type": "video", "video": path or list of pictures, "fps": ...} (arrays have four axes)'
+        )
+    frames = [np.asarray(_picture(frame)) for frame in value]
+    if len({frame.shape for frame in frames}) != 1:
         raise MediaError("the frames of a video must be RGB pictures of one size")
-    return Clip(np.stack(list(frames)), tuple(index / fps for index in range(len(frames))), fps)
+    return Clip(np.stack(frames), tuple(index / fps for index in range(len(frames))), float(fps))
 
 
 @dataclass
@@ -202,6 +271,22 @@ class Expanded:
     """Every run with the token it begins at."""
     placeholders: list[int] = field(default_factory=list)
     """For each run the index of the rendered token that it took the place of."""
+
+
+def in_rendered_order(
+    text: str, items: Sequence[Image.Image | Clip], plans: Sequence[Plan], names: dict[str, str]
+) -> tuple[list[Image.Image | Clip], list[Plan]]:
+    """Items and plans in the order in which a template wrote their placeholders, each kind's own order kept, as transformers pairs them:
+    LLaVA-OneVision's writes a message's pictures before its clips. Where the counts differ all stay as they are, and `rewrite` tells.
+    """
+    kinds = {name: kind for kind, name in names.items()}
+    there = [kinds[name] for name in re.findall("|".join(map(re.escape, kinds)), text)] if kinds else []
+    given = [plan.kind for plan in plans]
+    if sorted(there) != sorted(given):
+        return list(items), list(plans)
+    numbers = {kind: iter([number for number, other in enumerate(given) if other == kind]) for kind in set(given)}
+    order = [next(numbers[kind]) for kind in there]
+    return [items[number] for number in order], [plans[number] for number in order]
 
 
 def rewrite(

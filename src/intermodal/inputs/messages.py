@@ -13,7 +13,10 @@ from ..errors import SampleError
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 MEDIA = ("image", "video", "image_url")
-ADDRESSES = ("data:", "http:", "https:", "file:")
+ADDRESS = re.compile(r"data:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+KEYS = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "url", "path")}
+"""Under which keys a part has its medium (`media.load_part`)."""
+PLACED = (*MEDIA, "url", "path")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Under these names data sets have what the assistant thought before it spoke; which of them a template writes is its own."""
 TOOLS = "tools of the conversation"
@@ -124,8 +127,9 @@ def _check_part(part: Any) -> None:
             raise SampleError(f"a text part needs a text, got {_short(part)}")
         _check_text(part["text"])
     elif kind in MEDIA:
-        if all(part.get(name) is None for name in (("video",) if kind == "video" else ("image", "image_url"))):
-            raise SampleError(f"a part of type {kind} needs {kind!r}, got {_short(part)}")
+        keys = KEYS["video" if kind == "video" else "image"]
+        if all(part.get(name) is None for name in keys):
+            raise SampleError(f"a part of type {kind} needs {kind!r} (or {', '.join(keys[1:])}), got {_short(part)}")
     elif kind != "box":
         raise SampleError(f"a part is text, image, image_url, video or box, got {_short(part)}")
 
@@ -150,7 +154,7 @@ def placed(messages: Any, folder: Path) -> list[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         if isinstance(content, list | tuple):
-            content = [{key: _placed(value, folder) if key in MEDIA else value for key, value in part.items()} for part in content]
+            content = [{key: _placed(value, folder) if key in PLACED else value for key, value in part.items()} for part in content]
         out.append({**message, "content": content} if "content" in message else message)
     return out
 
@@ -192,7 +196,7 @@ def as_parts(value: Any) -> Any:
 def _bare(part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type", "text") == "text" and "text" in part:
         return {"type": "text", "text": part["text"]}
-    return {"type": "video" if "video" in part else "image"}
+    return {"type": "video" if part.get("type", "video" if "video" in part else "") == "video" else "image"}
 
 
 def _placed(value: Any, folder: Path) -> Any:
@@ -200,7 +204,7 @@ def _placed(value: Any, folder: Path) -> Any:
         return [_placed(one, folder) for one in value]
     if isinstance(value, dict):
         return {key: _placed(one, folder) if key == "url" else one for key, one in value.items()}
-    if not isinstance(value, str) or value.startswith(ADDRESSES):
+    if not isinstance(value, str) or ADDRESS.match(value):
         return value
     return str(folder / Path(value).expanduser())
 

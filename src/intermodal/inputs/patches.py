@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from ..batch import Visual
 from .boxes import Affine, BoxFrame, Style, cells
 from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, each, open_image
-from .media import Clip, MediaError, Piece, Plan, Run, mrope_positions
+from .image_settings import levels_of
+from .media import Bounds, Clip, MediaError, Piece, Plan, Run, bounds_of, mrope_positions
 
 MOST_ASPECT = 200
 BOX_TAGS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
@@ -29,6 +30,8 @@ VIDEO_TOKENS = (128, 768)
 """The authors' least and most tokens of one frame (pair)."""
 CLIP_TOKENS = 128_000 * 0.9
 """The authors' budget of a whole clip."""
+SIZED_TOKENS = (4, 16_384)
+"""The authors' least and most tokens of a size that a part asks for."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -105,21 +108,26 @@ class QwenPlanner:
     max_pixels: int = 28 * 28 * 1280
     video_pixels: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
     """transformers' rule: least and most pixels, of a frame or (Qwen3-VL) of the clip."""
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    mean: tuple[float, ...] | None = CLIP_MEAN
+    std: tuple[float, ...] | None = CLIP_STD
     resample: int = 3
-    rescale_factor: float = 1 / 255
+    rescale_factor: float | None = 1 / 255
     tokens_per_second: float = 1.0
     authors: bool = True
     _table: LookUp | None = field(default=None, repr=False)
 
     @classmethod
     def from_hf(cls, config: Any, settings: dict[str, Any], video: dict[str, Any], tokenizer: Tokenizer) -> QwenPlanner:
-        """From a model's config and the JSON of its image processor and of its video processor."""
+        """From a model's config and the JSON of its image processor and of its video processor.
+
+        Raises:
+            CheckpointError: a setting that is not of its kind, by its name.
+        """
         vision, third = config.vision, config.family == "qwen3_vl"
         least, most = _budget(settings)
         clip, unit = _budget(video), (32 if third else 28) ** 2
-        name = tokenizer.id_to_token
+        name, given = tokenizer.id_to_token, {key: value for key, value in settings.items() if value is not None}
+        usual = {"resample": 3, "image_mean": HALF if third else CLIP_MEAN, "image_std": HALF if third else CLIP_STD}
         placeholders = {"image": config.image_id, "video": config.video_id}
         return cls(
             family=config.family,
@@ -133,10 +141,7 @@ class QwenPlanner:
             min_pixels=least or 56 * 56,
             max_pixels=most or 28 * 28 * 1280,
             video_pixels=(clip[0] or unit * VIDEO_TOKENS[0], clip[1] or unit * VIDEO_TOKENS[1]),
-            mean=tuple(settings.get("image_mean") or (HALF if third else CLIP_MEAN)),
-            std=tuple(settings.get("image_std") or (HALF if third else CLIP_STD)),
-            resample=int(settings.get("resample", 3)),
-            rescale_factor=settings.get("rescale_factor", 1 / 255),
+            **levels_of(usual | given),
             tokens_per_second=config.tokens_per_second,
             authors=config.rules == "authors",
         )
@@ -148,8 +153,7 @@ class QwenPlanner:
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
         if not isinstance(item, Clip):
-            width, height = item.size
-            size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+            size = self._size(item.size, bounds_of(item), self.min_pixels, self.max_pixels)
             grid = (1, size[0] // self.factor, size[1] // self.factor)
             return Plan("image", self.placeholders["image"], ((Piece(grid=grid),),), detail=self._patches(1, size))
         size = self.clip_size(item)
@@ -166,6 +170,21 @@ class QwenPlanner:
         runs: tuple[Run, ...] = ((Piece(grid=(1, rows, columns)),),) * count
         return Plan("video", placeholder, runs, text, wrapped if self.authors else self.names["video"], self._patches(count, size))
 
+    def _size(self, size: tuple[int, int], asked: Bounds | None, least: float, most: float) -> tuple[int, int]:
+        """(height, width) of a picture of (width, height), or of every frame of a clip.
+
+        Args:
+            asked: what its part says; least and most are what the model's files say. A wish goes before a file.
+        """
+        if asked and asked.resized_height and asked.resized_width:
+            sized = (self.factor**2 * tokens for tokens in SIZED_TOKENS)
+            return smart_resize(round(asked.resized_height), round(asked.resized_width), self.factor, *sized)
+        if asked and asked.max_pixels:
+            most, least = asked.max_pixels, min(least, asked.max_pixels)
+        if asked and asked.min_pixels:
+            least, most = asked.min_pixels, max(most, asked.min_pixels)
+        return smart_resize(size[1], size[0], self.factor, least, most)
+
     def _patches(self, count: int, size: tuple[int, int]) -> tuple[int, int, int]:
         """(frames or frame pairs, rows, columns) of patches: the detail of a plan."""
         return count, size[0] // self.patch, size[1] // self.patch
@@ -176,13 +195,17 @@ class QwenPlanner:
         return [(times[at] + times[at + self.temporal - 1]) / 2 for at in range(0, len(times), self.temporal)]
 
     def clip_size(self, clip: Clip) -> tuple[int, int]:
-        """(height, width) of every frame, by the authors' budget or by transformers'."""
+        """(height, width) of every frame, by the authors' budget or by transformers'. Where the part asks for a size, by the authors':
+        transformers knows no such parts, and qwen-vl-utils has made the frames before it sees them."""
         width, height = clip.size
-        frames, unit = len(clip.frames), self.factor**2
-        if self.authors:
-            least = VIDEO_TOKENS[0] * unit
+        frames, unit, asked = len(clip.frames), self.factor**2, bounds_of(clip)
+        if self.authors or asked:
+            least = (asked and asked.min_pixels) or VIDEO_TOKENS[0] * unit
             share = CLIP_TOKENS * unit / frames * self.temporal
-            return smart_resize(height, width, self.factor, least, max(min(VIDEO_TOKENS[1] * unit, share), int(least * 1.05)))
+            most = max(min(VIDEO_TOKENS[1] * unit, share), int(least * 1.05))
+            if asked and asked.max_pixels:  # no more than the clip's budget leaves each frame
+                asked = replace(asked, max_pixels=min(asked.max_pixels, most))
+            return self._size(clip.size, asked, least, most)
         if self.family == "qwen3_vl":
             return resize_clip(frames, height, width, self.factor, self.temporal, *self.video_pixels)
         return smart_resize(height, width, self.factor, *self.video_pixels)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..batch import Visual
 from .boxes import BoxFrame, cells
 from .image import ImageProcessor
-from .media import Clip, MediaError, Piece, Plan, Run
+from .media import Clip, MediaError, Piece, Plan, Run, refuse_bounds
 from .tiles import Whole
 
 BOX_TAGS = ("<ref>", "</ref>", "<box>", "</box>")
@@ -56,6 +56,7 @@ class QueryPlanner(SquarePlanner):
     processor: ImageProcessor
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        refuse_bounds(item, "Qwen-VL")
         if isinstance(item, Clip):
             raise MediaError("Qwen-VL takes no videos; give frames as pictures, or use Qwen2-VL or later")
         piece = Piece(grid=(1, self.queries, self.queries))
@@ -80,6 +81,7 @@ class LatentPlanner(SquarePlanner):
     processor: ImageProcessor
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        refuse_bounds(item, "Idefics2")
         if isinstance(item, Clip):
             raise MediaError("Idefics2 takes no videos; give frames as pictures, or use a LLaVA-OneVision or Qwen2-VL model")
         run = (Piece(grid=(1, 1, self.latents)),)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batch import Visual
 from .boxes import Affine, BoxFrame, cells
 from .image import ImageProcessor, each, open_image
-from .media import Clip, MediaError, Piece, Plan, Run
+from .media import Clip, MediaError, Piece, Plan, Run, refuse_bounds
 from .video import Sampling
 
 Size = tuple[int, int]
@@ -124,6 +124,9 @@ class LlavaPlanner:
     pad: bool = False
     """transformers' rule for `llava`: pad to a square only where the files say `do_pad`; otherwise the picture is cropped."""
     most_frames: int = 32
+    extra: int = 0
+    """`llava`: features of a view beside its grid, before it: 1 for CLIP's class token where it is kept, -1 where the first feature of a
+    tower without one is dropped like it."""
     _single: ImageProcessor | None = field(default=None, repr=False)
 
     @property
@@ -132,12 +135,14 @@ class LlavaPlanner:
         return Sampling(most=self.most_frames, pair=1)
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
+        refuse_bounds(item, self.family)
         if isinstance(item, Clip):
             return self._clip(item)
         placeholder, side = self.placeholders["image"], self.grid
         base = Piece(grid=(1, side, side))
         if self.family == "llava":
-            return Plan("image", placeholder, ((base,),), detail=Whole(newline=False))
+            whole = base if not self.extra else Piece(grid=(1, 1, side**2 + self.extra))
+            return Plan("image", placeholder, ((whole,),), detail=Whole(newline=False))
         if self.family == "llava_onevision" and among > 1:  # several pictures leave AnyRes
             return Plan("image", placeholder, ((base, Piece(grid=(1, 1, 1))),), detail=Whole(newline=True))
         size = (item.height, item.width)
@@ -212,7 +217,8 @@ class LlavaPlanner:
                 longer = max(size)
                 middle = Affine.pad((longer - size[0]) // 2, (longer - size[1]) // 2)
                 view = middle.then(self.processor.affine((longer, longer)))
-            tokens = [*cells(view, square, grid, grid, size), *([None] if detail.newline else [])]
+            shown = cells(view, square, grid, grid, size)[max(0, -self.extra) :]
+            tokens = [*[None] * self.extra, *shown, *([None] if detail.newline else [])]
             return BoxFrame(
                 size, (((side, side), view),), "unit", "plain", tokens=tuple(tokens), unit_of_view=self.family == "llava"
             )

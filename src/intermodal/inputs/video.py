@@ -6,12 +6,13 @@ Sources of the two rules: `qwen_vl_utils/vision_process.py` (`smart_nframes`, ev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .media import Clip, MediaError
+from .media import Clip, MediaError, local_path
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Sampling:
         Raises:
             MediaError: the video is shorter than one pair of frames, or a setting is not above 0.
         """
-        if self.fps <= 0 or (self.frames is not None and self.frames < 1):
+        if not (math.isfinite(self.fps) and self.fps > 0) or (self.frames is not None and self.frames < 1):
             raise MediaError(f"a video is sampled by a positive fps or number of frames, not fps={self.fps}, frames={self.frames}")
         if total < self.pair:
             raise MediaError(f"the video has {total} frames; at least {self.pair} are needed")
@@ -49,14 +50,14 @@ def sampling_of(usual: Sampling | None, fps: float | None, frames: int | None) -
     """The usual way with another rate or number of frames, where one is given; a number goes before a rate.
 
     Raises:
-        MediaError: they are no numbers.
+        MediaError: they are no numbers, or the number of frames is none.
     """
     usual = usual or Sampling()
     try:
         if frames is not None:
             return replace(usual, frames=int(frames))
         return usual if fps is None else replace(usual, fps=float(fps), frames=None)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MediaError(f"a video's fps and nframes are numbers, and not {fps!r} and {frames!r}") from None
 
 
@@ -66,11 +67,11 @@ def decode(path: str | Path, sampling: Sampling) -> Clip:
     The times are those written in the file, so that a variable frame rate is told as it is.
 
     Raises:
-        MediaError: the file cannot be read, holds no video, or ends before its index says.
+        MediaError: an address on the network; the file cannot be read, holds no video, or ends before its index says.
     """
     import av
 
-    file = Path(str(path).removeprefix("file://")).expanduser()
+    file = local_path(path, "videos")
     try:
         with av.open(str(file)) as container:
             if not container.streams.video:

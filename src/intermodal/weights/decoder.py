@@ -28,7 +28,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
-        "sliding_window": 4096,
     },
     "qwen2": {
         **_SHARED,
@@ -80,23 +79,18 @@ def from_hf(config: dict[str, Any], defaults: dict[str, Any] | None = None) -> D
     """
     family = family_of_text(config)
     get = {**_DEFAULTS[family], **(defaults or {}), **{key: value for key, value in config.items() if value is not None}}
-    heads = get["num_attention_heads"]
-    window = get.get("sliding_window")
-    windowed = window and (family == "mistral" or get.get("use_sliding_window"))
-    if family == "mistral" and "sliding_window" in config and config["sliding_window"] is None:
-        windowed = False
-    if windowed and window < get["max_position_embeddings"]:
-        raise CheckpointError(
-            f"sliding-window attention (sliding_window={window} of {get['max_position_embeddings']} positions) is not built; "
-            f"set it to null in config.json to use the model on inputs shorter than the window"
-        )
-    bias = bool(get.get("attention_bias", False))
+    heads, kind = get["num_attention_heads"], config.get("model_type", family)
+    _check_window(config, get, family)
+    # transformers reads each of these in some families only; elsewhere a file may say what it likes
+    bias = family in ("llama", "qwen3") and bool(get.get("attention_bias", False))
+    mlp_bias = family == "llama" and bool(get.get("mlp_bias", False))
+    head_width = None if kind in ("qwen2_vl_text", "qwen2_5_vl_text") else get.get("head_dim")
     return DecoderConfig(
         width=get["hidden_size"],
         depth=get["num_hidden_layers"],
         heads=heads,
         kv_heads=get.get("num_key_value_heads") or heads,
-        head_width=get.get("head_dim") or get["hidden_size"] // heads,
+        head_width=head_width or get["hidden_size"] // heads,
         mlp_width=get["intermediate_size"],
         vocab_size=get["vocab_size"],
         context=get["max_position_embeddings"],
@@ -105,10 +99,37 @@ def from_hf(config: dict[str, Any], defaults: dict[str, Any] | None = None) -> D
         rope=rope_from_hf(get),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(get.get("mlp_bias", False)),
+        mlp_bias=mlp_bias,
         qk_norm=family == "qwen3",
         tied=bool(get["tie_word_embeddings"]),
     )
+
+
+_WINDOW_FROM = {"qwen2": 28, "qwen3": 28, "qwen2_vl_text": 80, "qwen2_5_vl_text": 80}
+"""The layer from which on attention is windowed where a config.json with `use_sliding_window` leaves `max_window_layers` out."""
+
+
+def _check_window(config: dict[str, Any], get: dict[str, Any], family: str) -> None:
+    """Raise where transformers would look at a window of the positions alone: `mistral` in all layers, Qwen's text models in those that
+    `layer_types` or `max_window_layers` says, if they use it at all. Other families have no window, whatever their file says.
+
+    Raises:
+        CheckpointError: a window shorter than the context.
+    """
+    # null says that there is none, unlike a field that is left out
+    window, kind = config.get("sliding_window", 4096), config.get("model_type", family)
+    if family == "mistral":
+        windowed = True
+    elif kind in _WINDOW_FROM and get.get("use_sliding_window"):
+        first, types = get.get("max_window_layers", _WINDOW_FROM[kind]), get.get("layer_types")
+        windowed = "sliding_attention" in types if types else first < get["num_hidden_layers"]
+    else:
+        windowed = False
+    if windowed and window and window < get["max_position_embeddings"]:
+        raise CheckpointError(
+            f"sliding-window attention (sliding_window={window} of {get['max_position_embeddings']} positions) is not built; "
+            f"set it to null in config.json to use the model on inputs shorter than the window"
+        )
 
 
 def rope_from_hf(get: dict[str, Any]) -> RopeConfig:

@@ -14,7 +14,7 @@ from ..inputs.tiles import LlavaPlanner, as_sizes
 from ..models.llava import Llava, LlavaConfig
 from ..models.vit import VisionConfig
 from . import decoder
-from .qwen2_vl import OURS
+from .qwen2_vl import OURS, rules_said
 from .rules import Alias, Ignore, Rename, Reshape, Rule
 
 _ARCHITECTURES = {
@@ -40,6 +40,11 @@ _PINPOINTS = {
 
 
 def from_hf(config: dict[str, Any]) -> LlavaConfig:
+    """config.json -> ours.
+
+    Raises:
+        CheckpointError: a setting that this library does not build, or that transformers has no features for.
+    """
     family = config["model_type"]
     given = config.get("vision_config") or _CLIP_L
     kind = given.get("model_type", "clip_vision_model")
@@ -48,10 +53,8 @@ def from_hf(config: dict[str, Any]) -> LlavaConfig:
     vision = {**_VISION[kind], **{key: value for key, value in given.items() if value is not None}}
     onevision = family == "llava_onevision"
     text = config.get("text_config") or {"model_type": "qwen2" if onevision else "llama"}
-    strategy = config.get("vision_feature_select_strategy", "full" if onevision else "default")
-    layer = config.get("vision_feature_layer", -1 if onevision else -2)
-    if not isinstance(layer, int):
-        raise CheckpointError(f"vision_feature_layer {layer}: joining several layers of the tower is not built")
+    tower: Any = "clip" if kind == "clip_vision_model" else "siglip"
+    drop_first = _drops_first(config.get("vision_feature_select_strategy", "full" if onevision else "default"), family, tower)
     aspect = config.get("vision_aspect_ratio", "anyres_max_9") if onevision else None
     found = re.fullmatch(r"anyres_max_(\d+)", aspect) if aspect else None
     if aspect and not found:
@@ -62,17 +65,52 @@ def from_hf(config: dict[str, Any]) -> LlavaConfig:
         text=decoder.from_hf(
             {**text, "tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
         ),
-        tower="clip" if kind == "clip_vision_model" else "siglip",
-        layer=layer,
-        drop_first=strategy == "default",
+        tower=tower,
+        layer=_layer(config.get("vision_feature_layer", -1 if onevision else -2), vision["num_hidden_layers"]),
+        drop_first=drop_first,
         projector_activation=config.get("projector_hidden_act", "gelu"),
         projector_bias=config.get("multimodal_projector_bias", True),
         image_id=config.get("image_token_index", config.get("image_token_id", 151646 if onevision else 32000)),
         video_id=config.get("video_token_index", config.get("video_token_id", 151647)) if onevision else None,
         pinpoints=as_sizes(config.get("image_grid_pinpoints") or _PINPOINTS[family]) if family != "llava" else (),
         max_tiles=int(found[1]) if found else None,
-        rules=config.get(OURS, {}).get("rules", "authors"),
+        rules=rules_said(config),
     )
+
+
+def _layer(said: Any, depth: int) -> int:
+    """Which hidden state of a tower of so many blocks is read; a list of one number is that number.
+
+    Raises:
+        CheckpointError: the tower has no such state, or several are asked for.
+    """
+    layer = said[0] if isinstance(said, list | tuple) and len(said) == 1 else said
+    if isinstance(layer, list | tuple):
+        raise CheckpointError(f"vision_feature_layer {layer}: joining several layers of the tower is not built")
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise CheckpointError(
+            f"vision_feature_layer is {layer!r}; a tower of {depth} blocks (vision_config.num_hidden_layers) has {-depth - 1} to {depth}"
+        )
+    return layer
+
+
+def _drops_first(strategy: Any, family: str, tower: str) -> bool:
+    """Whether the tower's first feature is left out.
+
+    Raises:
+        CheckpointError: an unknown strategy, or one that leaves AnyRes no square of features: transformers fails at the first picture.
+    """
+    if strategy not in ("default", "full"):
+        raise CheckpointError(
+            f"vision_feature_select_strategy is {strategy!r}; default (without the class token) and full are known"
+        )
+    if family != "llava" and (strategy == "default") != (tower == "clip"):
+        needs = "default" if tower == "clip" else "full"
+        raise CheckpointError(
+            f"vision_feature_select_strategy {strategy!r} does not fit a {tower} vision tower in {family}: its features would be no "
+            f"square to tile with; write {needs!r} in config.json if the weights were trained so"
+        )
+    return strategy == "default"
 
 
 _TOWER_FIELDS = {
@@ -164,6 +202,7 @@ def processor(folder: Path, family: str, config: LlavaConfig, raw: dict[str, Any
         max_tiles=config.max_tiles,
         authors=config.rules == "authors",
         pad=bool(settings.get("do_pad")),
+        extra=int(clip) - int(config.drop_first),
     )
     return ChatProcessor.from_folder(folder, raw, lambda tokenizer: planner)
 

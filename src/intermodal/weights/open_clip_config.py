@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -17,17 +18,11 @@ from ..inputs.text import canonicalise, lower_case
 from ..models.clip import DualConfig, DualEncoder
 from ..models.text import LEGACY_EOS, TextConfig
 from ..models.vit import VisionConfig
+from .open_clip_checks import check_towers, refuse
 
 OWN_VOCABULARY = 49408
 """Tokens of CLIP's tokenizer, which open_clip brings along."""
 RESIZE_MODES = ("shortest", "longest", "squash")
-
-
-def _refuse(cfg: dict[str, Any], section: str, allowed: dict[str, tuple]) -> None:
-    """Raise for settings that would change the model's answers and that our towers do not have."""
-    for name, values in allowed.items():
-        if cfg.get(name) and cfg[name] not in values:
-            raise CheckpointError(f"open_clip {section}.{name}={cfg[name]!r} is not built here; known: {values}")
 
 
 def _text_config(raw: dict[str, Any], state: dict[str, Tensor], prefix: str, **defaults: Any) -> TextConfig:
@@ -95,24 +90,35 @@ def clip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
         KeyError: a tensor that shapes are read from is missing.
     """
     model = raw.get("model_cfg", {})
-    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    _refuse(
+    check_towers(model)
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    refuse(
         vision,
         "vision_cfg",
-        {"pool_type": ("tok",), "act_kwargs": (), "attentional_pool": (), "no_ln_pre": (), "ls_init_value": ()},
+        {
+            "pool_type": ("tok",),
+            "act_kwargs": (),
+            "attentional_pool": (),
+            "no_ln_pre": (),
+            "ls_init_value": (),
+            "timm_model_name": (),
+        },
     )
-    _refuse(
+    refuse(
         text, "text_cfg", {"pool_type": ("argmax", "eos"), "act_kwargs": (), "no_causal_mask": (), "proj_bias": (), "embed_cls": ()}
     )
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     columns, _, _, side = _shape(state, "visual.conv1.weight", 4)
     width, layers = vision.get("width", columns), "visual.transformer.resblocks."
+    head_width = vision.get("head_width", 64)
+    if isinstance(head_width, bool) or not isinstance(head_width, int) or not 1 <= head_width <= width:
+        raise CheckpointError(f"open_clip_config.json: vision_cfg.head_width {head_width!r} does not fit a tower {width} wide")
     prefix = "text." if "text.token_embedding.weight" in state else ""
     return DualConfig(
         vision=VisionConfig(
             width=width,
             depth=vision.get("layers", _depth(state, layers)),
-            heads=width // vision.get("head_width", 64),
+            heads=width // head_width,
             mlp_width=_mlp_width(state, layers),
             activation=activation,
             norm_eps=_eps(vision),
@@ -148,12 +154,18 @@ TIMM_EPS = 1e-6
 
 
 def _trunk_width(raw: dict[str, Any]) -> tuple[int, int]:
-    """Width and heads of a timm trunk, from its name."""
+    """Width and heads of a timm trunk, from its name: of those with `_gap` and the like in it the pooling is another.
+
+    Raises:
+        CheckpointError: a name that is not known.
+    """
     name = raw.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
     for known, ((width, _, heads, _), _) in TRUNKS.items():
-        if name.startswith(f"{known}_"):
+        if re.fullmatch(rf"{re.escape(known)}_patch\d+_siglip_\d+(\..*)?", str(name)):
             return width, heads
-    raise CheckpointError(f"open_clip vision_cfg.timm_model_name={name!r}: heads unknown; known trunks: {', '.join(TRUNKS)}")
+    raise CheckpointError(
+        f"open_clip vision_cfg.timm_model_name={name!r}: heads unknown; known are NAME_patchP_siglip_SIZE with NAME of {', '.join(TRUNKS)}"
+    )
 
 
 def trunk_name(vision: VisionConfig) -> str:
@@ -174,8 +186,10 @@ def trunk_name(vision: VisionConfig) -> str:
 
 
 def siglip_config(raw: dict[str, Any], state: dict[str, Tensor]) -> DualConfig:
-    """A SigLIP's config; raises as `clip_config`."""
+    """A SigLIP's config; raises as `clip_config`, and for a trunk that is not timm's SigLIP."""
     model = raw.get("model_cfg", {})
+    check_towers(model)
+    refuse(model["vision_cfg"], "vision_cfg", {"timm_pool": ("map",), "timm_proj": ("none",)})
     width, heads = _trunk_width(raw)
     text_kwargs = model.get("text_cfg", {}).get("act_kwargs") or {}
     vision = VisionConfig(

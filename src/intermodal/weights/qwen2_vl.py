@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError, nearest
 from ..inputs.chat import CHAT_FILES, ChatProcessor
 from ..inputs.image import read_processor
 from ..inputs.patches import QwenPlanner
@@ -42,10 +43,30 @@ _ARCHITECTURES = {
 FAMILIES = tuple(_ARCHITECTURES)
 OURS = "intermodal"
 """The section of config.json that holds our named settings; other libraries ignore it."""
+RULES = ("authors", "transformers")
+
+
+def rules_said(config: dict[str, Any]) -> Any:
+    """Whose rules config.json asks for where the authors and transformers disagree; the authors' where it says nothing.
+
+    Raises:
+        CheckpointError: another name than the two.
+    """
+    said = config.get(OURS) or {}
+    rules = said.get("rules", "authors") if isinstance(said, dict) else said
+    if rules not in RULES:
+        raise CheckpointError(
+            f'config.json: {OURS}.rules is {rules!r}; write "{OURS}": {{"rules": "authors"}} or "transformers"{nearest(str(rules), RULES)}'
+        )
+    return rules
 
 
 def from_hf(config: dict[str, Any]) -> QwenVLConfig:
-    """config.json -> ours. The hub's first Qwen2-VL files keep the text fields at the top; later ones in `text_config`."""
+    """config.json -> ours. The hub's first Qwen2-VL files keep the text fields at the top; later ones in `text_config`.
+
+    Raises:
+        CheckpointError: a setting that this library does not build.
+    """
     family = config["model_type"]
     text = config.get("text_config") or {key: value for key, value in config.items() if key != "vision_config"}
     text = {**text, "model_type": f"{family}_text"}
@@ -70,7 +91,7 @@ def from_hf(config: dict[str, Any]) -> QwenVLConfig:
         vision_start_id=config.get("vision_start_token_id", 151652),
         vision_end_id=config.get("vision_end_token_id", 151653),
         tokens_per_second=float(vision.get("tokens_per_second", 1.0)) if family == "qwen2_5_vl" else 1.0,
-        rules=config.get(OURS, {}).get("rules", "authors"),
+        rules=rules_said(config),
     )
 
 
@@ -126,6 +147,9 @@ def rules(family: str, config: QwenVLConfig) -> list[Rule]:
                 kind(f"{prefix}.merger.mlp.2.{{rest}}", "visual.merger.fc2.{rest}"),
             ]
         table += [
+            Reshape(
+                "model.visual.patch_embed.proj.weight", "visual.patch_embed.weight", **shape
+            ),  # the first of the two is written
             Alias("model.visual.blocks.{rest}", "visual.blocks.{rest}"),
             Alias("model.language_model.{rest}", "model.{rest}"),
         ]

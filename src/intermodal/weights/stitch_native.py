@@ -145,6 +145,11 @@ def _tower(
         assert vision.processor is not None
         planner = vision.processor.planner
         assert isinstance(planner, QwenPlanner)
+        if planner.mean is None or planner.std is None:
+            raise IntermodalError(
+                f"this {vision.family} takes pictures that are not normalised (do_normalize is false in preprocessor_config.json), which "
+                "stitch does not write: set it to true, with the mean and deviation that its tower was trained with"
+            )
         settings = _settings(config, planner.mean, planner.std, planner.min_pixels, planner.max_pixels)
         return config, kept, settings, planner.video_pixels, vision.family
     pictures = vision.processor.images if vision.processor else None
