@@ -18,11 +18,8 @@ from .drawn import SpriteSource
 from .readers import open_source
 from .scenes import Scenes
 from .signs import Signs
-from .source import Reject, SourceError
+from .source import TOLD, Reject, SourceError
 from .stream import StreamSource, first_samples
-
-TOLD = 10
-"""Problems that are named one by one."""
 
 
 def contact_sheet(spec: str, out: Path, count: int, side: int, allow_urls: bool = False) -> tuple[int, int]:

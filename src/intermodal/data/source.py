@@ -7,6 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..errors import IntermodalError
 
+TOLD = 10
+"""Problems of a source that are named one by one."""
+
 
 class SourceError(IntermodalError):
     """A source that cannot be opened at all."""

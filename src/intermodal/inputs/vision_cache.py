@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
 
 from ..batch import States
 from .media import Clip, Plan, Planner
@@ -27,6 +27,15 @@ MEMORY = 512 << 20
 """Bytes that a chat's cache may hold."""
 SAMPLED = 32
 """Values of each of the tower's parameters that are compared."""
+
+
+class Tower(dict[str, nn.Parameter]):
+    """A vision tower's parameters by name, and `adapters`: by layer, how much each one on it counts. Their weights do not say when they
+    are switched off, or scaled."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], adapters: Mapping[str, Mapping[str, float]]):
+        super().__init__(parameters)
+        self.adapters = {layer: dict(counting) for layer, counting in adapters.items()}
 
 
 class VisionCache(Protocol):
@@ -51,7 +60,7 @@ class MemoryCache:
         self._items: OrderedDict[str, States] = OrderedDict()
         self._weights: Any = None
 
-    def begin(self, tower: Mapping[str, Tensor]) -> None:
+    def begin(self, tower: Tower) -> None:
         """Forget everything if the tower's weights, or how it computes, are not those of the last time."""
         weights = _state_of(tower)
         if weights != self._weights:
@@ -74,15 +83,20 @@ class MemoryCache:
             self.held -= _size(self._items.popitem(last=False)[1])
 
 
-def _state_of(tower: Mapping[str, Tensor]) -> tuple[Any, ...]:
+def _state_of(tower: Tower) -> tuple[Any, ...]:
     """What differs when a tower would say something else. Addresses and versions alone do not tell: a fused optimizer changes weights
     and leaves both as they are, so a few values of every parameter are compared too."""
     if not tower:
         return ()
-    device = next(iter(tower.values())).device.type
     places = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tower.values()]
     samples = [p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].float() for p in tower.values()]
-    return places, torch.cat(samples).cpu().numpy().tobytes(), torch.is_autocast_enabled(device)
+    return places, torch.cat(samples).cpu().numpy().tobytes(), tower.adapters, _autocast(tower)
+
+
+def _autocast(tower: Tower) -> torch.dtype | None:
+    """What the tower's products are rounded to, where that is not the type of its weights."""
+    device = next(iter(tower.values())).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _size(states: States) -> int:
@@ -93,7 +107,7 @@ class DiskCache:
     """States of a frozen tower in a folder, one safetensors file an item. Several processes may read and write it at once.
 
     Args:
-        weights: names the tower's weights, as `fingerprint` does; another tower never finds these files.
+        weights: names the tower and its precision, as `fingerprint` does; another tower never finds these files.
     """
 
     def __init__(self, folder: Path, weights: str):
@@ -120,10 +134,12 @@ class DiskCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def fingerprint(tower: Mapping[str, Tensor]) -> str:
-    """Names a tower's weights by their content."""
+def fingerprint(tower: Tower) -> str:
+    """Names a tower by its weights' content, its adapters, and the autocast that is on: all that its states depend on."""
     digest = hashlib.blake2b(digest_size=10)
     for name, value in sorted(tower.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
+    if tower.adapters or _autocast(tower):  # else the name stays what it was before these counted
+        digest.update(f"{tower.adapters} {_autocast(tower)}".encode())
     return digest.hexdigest()

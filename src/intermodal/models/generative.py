@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..batch import States, TokenBatch, Visual
 from ..inputs.messages import with_tools
+from ..inputs.vision_cache import Tower
 from ..nn.cache import Cache
 from ..nn.laid_out import KeptLayout, LaidOutLinear, Layout, can_lay_out
 from ..nn.layers import Linear, linear
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from ..inputs.vision_cache import VisionCache
 
 Tools = Sequence[dict[str, Any]] | None
+
+
+def counting(layer: nn.Module) -> dict[str, float]:
+    """peft's adapters that come on top of a layer's weight, with their factors: not what is switched off or already merged into it."""
+    peft: Any = layer
+    if not hasattr(layer, "active_adapters") or peft.disable_adapters:
+        return {}
+    factors = getattr(layer, "scaling", {})  # a module that peft trains whole has none
+    return {name: factors[name] for name in peft.active_adapters if name in factors and name not in peft.merged_adapters}
 
 
 class Generative(nn.Module):
@@ -63,7 +73,7 @@ class Generative(nn.Module):
         if self.lm_head is None:
             return self.model.embed_tokens.weight
         weight, head = self.lm_head.weight, cast(Any, self.lm_head)
-        for adapter in getattr(head, "active_adapters", ()):  # peft's
+        for adapter in counting(head):
             weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
         return weight
 
@@ -84,27 +94,38 @@ class Generative(nn.Module):
         """The tower's states of all items -> the decoder's tokens (V, D), and one such tensor for each DeepStack layer."""
         raise NotImplementedError(f"a {type(self).__name__} has no vision tower")
 
-    def tower_parameters(self) -> dict[str, nn.Parameter]:
+    def tower_parameters(self) -> Tower:
         """Everything that `see` depends on."""
         inside = tuple(name for name in self.tower if not name.startswith("-"))
         outside = tuple(name[1:] for name in self.tower if name.startswith("-"))
-        return {name: p for name, p in self.named_parameters() if name.startswith(inside) and not name.startswith(outside)}
+
+        def belongs(name: str) -> bool:
+            return name.startswith(inside) and not name.startswith(outside)
+
+        adapters = {
+            name: counting(module) for name, module in self.named_modules() if belongs(name) and hasattr(module, "active_adapters")
+        }
+        return Tower({name: p for name, p in self.named_parameters() if belongs(name)}, adapters)
 
     def states(self, visual: Visual) -> States:
         """The tower's states of all items: of those known already from there, of the others by looking. New ones with a key are kept."""
         if not any(states is not None for states in visual.known):
-            states = self.see(visual)
-            self._keep(states, visual)
-            return states
+            return self._look(visual)
         new = visual.unknown()
         looked: list[States] = []
         if len(new.rows()):
-            states = self.see(new)
-            self._keep(states, new)
+            states = self._look(new)
             looked = list(zip(*(state.split(new.rows()) for state in states), strict=True))
         found = iter(looked)
         items = [next(found) if states is None else states for states in visual.known]
         return tuple(torch.cat(layer) for layer in zip(*items, strict=True))
+
+    def _look(self, visual: Visual) -> States:
+        """What the tower says, laid out as states from a cache are: a bf16 product of a view (LLaVA's, without the class token) rounds
+        otherwise, and a resumed run would not be the uninterrupted one."""
+        states = tuple(state.contiguous() for state in self.see(visual))
+        self._keep(states, visual)
+        return states
 
     def _keep(self, states: States, visual: Visual) -> None:
         if self.vision_cache is not None and visual.keys:

@@ -231,7 +231,7 @@ class PairTrainer(Trainer):
         if part is None or part >= len(batch):
             embeddings = self._forward(batch)
             value, objective = loss(embeddings, batch)
-            self._check_finite(value, batch)
+            self._check_finite(value, batch.keys)
             objective.backward()
         else:
             value = backward_in_parts(

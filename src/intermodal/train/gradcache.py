@@ -6,7 +6,7 @@ differ under dropout. Here the second pass of a part starts from the random stat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def backward_in_parts(
     loss: Callable[[Embeddings, PairBatch], tuple[Tensor, Tensor]],
     *,
     on_part: Callable[[bool], None] = lambda last: None,
-    check: Callable[[Tensor, PairBatch], None] = lambda value, batch: None,
+    check: Callable[[Tensor, Sequence[str]], None] = lambda value, keys: None,
 ) -> Tensor:
     """Gradients of the whole batch's loss, with the activations of only `part` pairs alive at a time.
 
@@ -34,7 +34,7 @@ def backward_in_parts(
         part: pairs a forward; B needs not be a multiple.
         loss: embeddings of all B pairs -> (what to report, the scalar to call backward on).
         on_part: called before each part's second pass, told whether it is the last (ranks exchange gradients only then).
-        check: called with the reported value before any backward; may raise.
+        check: called with the reported value and the pairs' keys before any backward; may raise.
 
     Returns:
         The first of what `loss` returned, detached.
@@ -52,7 +52,7 @@ def backward_in_parts(
     for leaf in leaves:
         leaf.requires_grad_()
     reported, objective = loss(Embeddings(*leaves, *([None] if len(leaves) == 3 else [])), batch)
-    check(reported, batch)
+    check(reported, batch.keys)
     image, text, *scalars = torch.autograd.grad(objective, leaves, allow_unused=True)
     for start, state in zip(starts, states, strict=True):
         last, stop = start + part >= len(batch), min(start + part, len(batch))

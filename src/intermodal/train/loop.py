@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import to_dict
 from ..data.loader import DataError, Loader, Mixture, Rejects
+from ..data.source import TOLD
 from ..data.sprites import HELD_OUT_STYLE
 from ..data.stream import StreamSource
 from ..errors import IntermodalError
@@ -63,6 +64,7 @@ class Trainer(ABC):
             refuse_changes(checkpoint.read_meta(self.resumed_from)["recipe"], recipe, self._fixed, folder)
         self.dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
         """Of the master weights."""
+        self.autocast = autocast_for(recipe.train.precision, world.device)
         torch.manual_seed(recipe.train.seed * 1009 + world.rank)
         self._set_up()
         self.average: dict[str, Tensor] | None = None
@@ -86,7 +88,6 @@ class Trainer(ABC):
         """Unusable samples so far, of all ranks."""
         self.saved: tuple[int, dict[str, Any]] | None = None
         """Step and place of the newest checkpoint that this process wrote."""
-        self.autocast = autocast_for(recipe.train.precision, world.device)
         self.asked_to_stop: str | None = None
 
     @abstractmethod
@@ -245,9 +246,14 @@ class Trainer(ABC):
             if isinstance(source, StreamSource):
                 source.split(*((world.rank, world.size) if data.split_streams else (0, 1)))
             problems = getattr(source, "problems", [])
-            for key, reason in problems if world.main else []:
+            for number, (key, reason) in enumerate(problems if world.main else []):
                 rejects.note(key, reason)
-                self.console.print(f"[yellow]{key}: {reason}[/yellow]")
+                if number < TOLD:
+                    self.console.print(f"{key}: {reason}", style="yellow", markup=False)
+            if world.main and len(problems) > TOLD:
+                self.console.print(
+                    f"... and {len(problems) - TOLD} more of {source.name}, in {rejects.path}", style="yellow", markup=False
+                )
             _refuse_cut(source, problems, data.max_reject_share)
             if world.main and HELD_OUT_STYLE in getattr(getattr(_within(source), "config", None), "styles", ()):
                 self.console.print(
@@ -289,9 +295,9 @@ class Trainer(ABC):
             update_average(self.average, self.model, config.ema)
         return rate, norm
 
-    def _check_finite(self, value: Tensor, batch: Any) -> None:
+    def _check_finite(self, value: Tensor, keys: Sequence[str]) -> None:
         if self.world.any(not bool(torch.isfinite(value))):
-            raise self._not_finite(f"the loss is {value.item()}", batch.keys)
+            raise self._not_finite(f"the loss is {value.item()}", keys)
 
     def _not_finite(self, what: str, keys: Sequence[str]) -> NotFinite:
         """An error that names this rank's samples, all of them in a file."""
@@ -299,8 +305,8 @@ class Trainer(ABC):
         file.write_text(json.dumps({"step": self.step + 1, "what": what, "samples": list(keys)}) + "\n")
         more = f" and {len(keys) - 8} more, all in {file}" if len(keys) > 8 else ""
         return NotFinite(
-            f"{what} at step {self.step + 1}; this rank's samples: {', '.join(keys[:8])}{more}. {self._before_it()} Look at the samples, "
-            f"lower optim.lr, or set train.precision=fp32"
+            f"{what} at step {self.step + 1}; this rank's samples: {', '.join(keys[:8]) or 'none'}{more}. {self._before_it()} "
+            f"Look at the samples, lower optim.lr, or set train.precision=fp32"
         )
 
     def _before_it(self) -> str:

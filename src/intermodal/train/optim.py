@@ -36,11 +36,15 @@ def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dic
         learn: (pattern, multiple of the rate); the last pattern that fits a parameter's name counts.
 
     Raises:
-        IntermodalError: a pattern fits nothing, or nothing learns.
+        IntermodalError: a pattern fits nothing, its rate is no multiple, or nothing learns.
     """
     factors: dict[str, float] = {}
     names = [name for name, _ in model.named_parameters()]
     for pattern, factor in learn:
+        if not 0 <= factor < math.inf:  # NaN, too: it would freeze what fits without a word
+            raise IntermodalError(
+                f"the rate of {pattern!r} in a stage's learn is {factor}: it multiplies optim.lr, so write 0 (frozen) or a number above it"
+            )
         fitting = fnmatch.filter(names, pattern)
         if not fitting:
             heads = sorted({name.split(".")[0] for name in names})

@@ -233,7 +233,7 @@ class Stage:
     """Which parameters learn, at which rate, on what."""
 
     name: str
-    learn: tuple[tuple[str, float], ...]
+    learn: tuple[tuple[str, Amount], ...]
     """(pattern of parameter names, multiple of `optim.lr`): `("projector.*", 1.0)`. The last pattern that fits a parameter counts; what
     none fits, or a rate of 0 names, is frozen."""
     data: TalksConfig = field(default_factory=TalksConfig)

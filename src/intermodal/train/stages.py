@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from ..batch import TokenBatch
+from ..config import to_dict
+from ..data.loader import ATTEMPTS, DataError
 from ..data.packing import Packs, TalkFetcher
 from ..data.stream import StreamSource
 from ..data.talks import TalkSource, open_talks
@@ -37,9 +37,11 @@ from . import lora
 from .attention_scores import attention_scores
 from .learning import Unreached, keep_word_rows
 from .loop import Trainer
+from .model_folder import copy_model, is_done, save_model
 from .optim import choose_learning, optimizer_of
+from .ranks import idle_conversations, in_step, sum_gradients
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
-from .resume import keep_staged
+from .resume import staged_record, write_record
 
 
 def train_stages(
@@ -51,8 +53,9 @@ def train_stages(
         resume: stages that are done are skipped; the one that was interrupted goes on from its newest checkpoint, bit for bit.
 
     Raises:
-        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model and it is on; a source
-            cannot be trained on, a pattern names no parameter, the loss is not finite, or the run was interrupted (after saving).
+        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model, or has done a stage with
+            other settings, and it is on; a source cannot be trained on, a pattern names no parameter, a rate is no multiple, the loss is
+            not finite, or the run was interrupted (after saving).
     """
     if not recipe.stages:
         raise IntermodalError("the recipe has no stages")
@@ -60,18 +63,23 @@ def train_stages(
     folders = [out / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
     if not resume and ((out / "model").exists() or any(map(checkpoint.latest, folders))):
         raise IntermodalError(f"{out} already holds a run; go on with --resume, or give another --out")
-    keep_staged(recipe, out, resume=resume, write=world.main)
+    done = {folder for folder in folders if resume and is_done(folder)}
+    record = staged_record(recipe, out, folders, done) if resume else to_dict(recipe)
     before: Path | None = None
     for stage, folder in zip(recipe.stages, folders, strict=True):
-        if not (resume and (folder / "model" / "config.json").exists()):
+        if folder not in done:
             going_on = resume and checkpoint.latest(folder) is not None
             if world.main and not quiet:
                 console.print(f"stage {stage.name}: {', '.join(f'{pattern} x{factor:g}' for pattern, factor in stage.learn)}")
-            StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main).run()
+            trainer = StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main)
+            if world.main:  # only now: what could not be gone on with is not what the run is made of
+                write_record(record, out)
+            trainer.run()
         before = folder / "model"
     assert before is not None
     if world.main:
-        shutil.copytree(before, out / "model", dirs_exist_ok=True)
+        write_record(record, out)
+        copy_model(before, out / "model")
     return load(before)
 
 
@@ -170,7 +178,12 @@ class StageTrainer(Trainer):
             if self.world.main and self.whole.model.start is None:
                 save(self.model, initial)
         if self.model.processor is None:
-            raise IntermodalError("the model came without a tokenizer: there is nothing to read conversations with")
+            half = (
+                f"; if saving {self.before} was cut short, remove it and resume: it is saved anew"
+                if self.before is not None
+                else ""
+            )
+            raise IntermodalError(f"the model came without a tokenizer: there is nothing to read conversations with{half}")
         if self.recipe.lora is not None:
             lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
         self.model.to(self.dtype).train()
@@ -180,6 +193,7 @@ class StageTrainer(Trainer):
         for layer in self.model.model.layers:
             layer.dropout = self.recipe.dropout
         factors = choose_learning(self.model, self.recipe.learn)
+        self.learned = set(factors)
         self.sharded = self.world.size > 1 and self.recipe.train.parallel == "fsdp"
         if self.sharded:
             self._shard()  # each layer's part goes to the device on its own: no device has to hold the whole model
@@ -223,8 +237,27 @@ class StageTrainer(Trainer):
         if learning or not tower:
             why = f"{learning[0]} learns" if learning else f"a {self.model.family} has none"
             raise IntermodalError(f"stage {self.recipe.name}: cache_tower keeps what a frozen tower says, and {why}")
-        self.model.vision_cache = DiskCache(self.folder.parent / "tower-cache", fingerprint(tower))
+        with self.autocast():
+            self.model.vision_cache = DiskCache(self.folder.parent / "tower-cache", fingerprint(tower))
         return self.model.vision_cache
+
+    def _in_step(self, batches: Iterator[Packs]) -> Generator[Packs, None, None]:
+        """As every trainer's, but for steps that hold no conversation on any rank, which streams can give: all of it rejects. The next one
+        is drawn in its place.
+
+        Raises:
+            DataError: that went on for too long.
+        """
+        empty = 0
+        for fetched in super()._in_step(batches):
+            if self.world.any(bool(fetched.batches)):
+                empty = 0
+                yield fetched
+            elif (empty := empty + 1) == ATTEMPTS:
+                raise DataError(
+                    f"stage {self.recipe.name}: {ATTEMPTS} steps in a row had no conversation to train on, at step {self.step + 1}: "
+                    f"{self.folder}/rejects*.jsonl says why of each; raise data.tokens if they are too long, or mend the data"
+                )
 
     def _train_step(self, fetched: Packs, logging: bool) -> dict[str, Any]:
         """The loss of a step is the sum over all packs of all ranks, divided once by their supervised tokens."""
@@ -254,11 +287,12 @@ class StageTrainer(Trainer):
                 (loss * (scale / count)).backward()
             total += loss.detach()
             bad = bad or (None if bool(torch.isfinite(loss.detach())) else batch)
-        self._check_finite(total, bad or fetched.batches[0])
+        keys = [key for batch in fetched.batches for key in batch.keys]
+        self._check_finite(total, bad.keys if bad is not None else keys)
         if not self.sharded:
             sum_gradients(self.model, self.world)
         self._look_for_gradients(fetched.batches)
-        rate, norm = self._update([key for batch in fetched.batches for key in batch.keys])
+        rate, norm = self._update(keys)
         if not logging:
             return {}
         length = sum(len(batch.ids) for batch in fetched.batches)
@@ -320,10 +354,12 @@ class StageTrainer(Trainer):
         self.model.float().eval()
         if self.recipe.lora is not None:
             if self.world.main:
-                lora.save(self.model, self.recipe.lora, self.folder / "adapter")
+                initial = self.folder / "initial"
+                base = self.before or (initial if initial.exists() else self.whole.model.start)
+                lora.save(self.model, self.recipe.lora, self.folder / "adapter", self.learned, base)
             lora.merge(self.model)
         if self.world.main:
-            save(self.model, self.folder / "model")
+            save_model(self.model, self.folder / "model")
         if self.world.size > 1:
             dist.barrier()
         return self.model
@@ -342,35 +378,6 @@ class StageTrainer(Trainer):
         return plain
 
 
-def idle_conversations(processor: ChatProcessor) -> tuple[TokenBatch, TokenBatch]:
-    """(with a picture where the model sees, of words alone): conversations of which nothing is learned."""
-    grey = {"type": "image", "image": Image.new("RGB", (64, 64), (128, 128, 128))}
-    made = []
-    for parts in ([grey] if processor.planner is not None and not isinstance(processor.planner, CodePlanner) else [], []):
-        content = [*parts, {"type": "text", "text": "?"}]
-        batch = processor([{"role": "user", "content": content}, {"role": "assistant", "content": "."}])
-        made.append(replace(batch, supervised=torch.zeros_like(batch.supervised)))
-    return made[0], made[1]
-
-
-def in_step(batches: list[TokenBatch], idle: tuple[TokenBatch, TokenBatch], world: World) -> list[TokenBatch]:
-    """Packs with which all ranks call the same layers equally often, as sharded weights ask.
-
-    A rank with fewer packs than others idles; a pack without pictures, where another rank's has some, gets an idle conversation with
-    one. Nothing of those is learned, so sums and gradients stay what they are.
-    """
-    rounds = int(world.most(torch.tensor(float(len(batches)), device=world.device)))
-    seen = torch.zeros(rounds, device=world.device)
-    seen[: len(batches)] = torch.tensor([float(batch.visual is not None) for batch in batches])
-    out = []
-    for number, looked in enumerate(world.most(seen).tolist()):
-        own = batches[number : number + 1]
-        if looked and not (own and own[0].visual is not None):
-            own = [*own, idle[0]]
-        out.append(TokenBatch.pack(own) if own else idle[1])
-    return out
-
-
 def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcessor:
     """A processor whose VQ-VAE, if it has one, is on the CPU: data workers are forked, and CUDA does not survive that."""
     planner = processor.planner
@@ -379,20 +386,3 @@ def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcesso
     other = copy.copy(processor)
     other.planner = replace(planner, vq=copy.deepcopy(planner.vq).cpu() if planner.vq is not None else None)
     return other
-
-
-def sum_gradients(model: torch.nn.Module, world: World) -> None:
-    """Add the gradients of all ranks in one exchange.
-
-    A part that one rank did not use (no picture in its packs) counts as zero there; a part that no rank used keeps no gradient, so that
-    the optimizer leaves it alone as it does on one rank.
-    """
-    if world.size == 1:
-        return
-    learning = [p for p in model.parameters() if p.requires_grad]
-    used = torch.tensor([float(p.grad is not None) for p in learning], device=world.device)
-    flat = torch.cat([used, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning)])
-    dist.all_reduce(flat)
-    used, *sums = flat.split([len(learning), *(p.numel() for p in learning)])
-    for parameter, count, summed in zip(learning, used.tolist(), sums, strict=True):
-        parameter.grad = summed.view_as(parameter).clone() if count else None

@@ -30,8 +30,8 @@ from ..parallel.setup import World, start
 from ..weights.load import load, save
 from .loop import Trainer
 from .optim import optimizer_for
+from .ranks import sum_gradients
 from .recipe import AdversarialConfig, CodebookConfig, VQRecipe
-from .stages import sum_gradients
 from .vq_terms import PatchCritic, Perceptual, balance, entropy_term
 
 HELD_OUT_BATCHES = 16
@@ -241,7 +241,7 @@ class VQTrainer(Trainer):
             loss = loss + recipe.codebook.entropy * entropy_term(latents, vq)
         if self.model.critic is not None and self.step >= recipe.adversarial.start:
             loss = loss + self._adversarial(self.model.critic, drawn, pixels, error, terms)
-        self._check_finite(loss.detach(), fetched)
+        self._check_finite(loss.detach(), fetched.keys)
         (loss / self.world.size).backward()
         sum_gradients(self.model, self.world)
         rate, norm = self._update(fetched.keys)
