@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -10,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_data import png, write_tar
 from test_evaluate import Colours
+from typer.testing import CliRunner
 
+from intermodal.cli.app import app
 from intermodal.data.preview import contact_sheet, describe
 from intermodal.data.readers import SourceError, open_source
 from intermodal.data.source import Reject
@@ -369,3 +372,16 @@ def test_a_sheet_of_nothing_is_not_drawn_and_few_of_many_problems_are_told(tmp_p
     assert len([line for line in said if "not there" in line]) == 10
     assert said[-1] == "... and 20 more of f"
     assert len(describe(spec, 4, 16)["problems"]) == 10
+
+
+def test_a_run_tells_few_of_many_problems_and_keeps_all(tmp_path):
+    rows = [{"file_name": f"{name}.png", "text": name} for name in ("1", "2", *(f"gone{n}" for n in range(30)))]
+    spec = written(tmp_path / "f", **{"1__png": png(1), "2__png": png(2), "metadata__jsonl": as_table("jsonl", rows, tmp_path)})
+    recipe = Path(__file__).parents[2] / "recipes" / "clip.py"
+    settings = [f'data.train=["{spec}"]', "data.batch=2", "data.workers=0", "train.steps=1"]
+    done = CliRunner().invoke(app, ["train", str(recipe), "--tiny", *settings, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    said = done.output.replace("\n", "")
+    assert said.count("not there") == 10
+    assert "... and 20 more of f" in said
+    assert len((tmp_path / "run" / "rejects.jsonl").read_text().splitlines()) == 30
