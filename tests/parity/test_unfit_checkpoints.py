@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import intermodal
-from intermodal.errors import CheckpointError, InputError
+from intermodal.errors import CheckpointError, InputError, IntermodalError
 from intermodal.inputs.image_settings import crop_of, levels_of, size_of
 
 CASE = {"clip": "clip-quick-7", "siglip": "siglip-gelu-7", "siglip2": "siglip2-gelu-7"}
@@ -41,6 +41,20 @@ def test_weights_of_eight_bits_are_named(folder_of, dtype, key):
     save_file({**state, key: state[key].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"of type {str(dtype).removeprefix('torch.')} {key}: quantised"):
         intermodal.load(folder)
+
+
+def test_weights_that_a_type_cannot_hold_are_named(folder_of):
+    """As float16 1e6 is infinity, and what `convert` writes would be refused by the next command."""
+    folder = folder_of("clip")
+    state = load_file(folder / "model.safetensors")
+    state["visual_projection.weight"][0, 0] = 1e6
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"visual_projection\.weight: values beyond 65,504"):
+        intermodal.load(folder, dtype="float16")
+    assert intermodal.load(folder, dtype="bfloat16")
+    for kind in (torch.int8, torch.complex64, 16):
+        with pytest.raises(IntermodalError, match=f"weights have no type {kind!r}; known are float32"):
+            intermodal.load(folder, dtype=kind)
 
 
 @pytest.mark.parametrize(

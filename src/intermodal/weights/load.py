@@ -84,10 +84,10 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "float32", device: st
 
     Raises:
         CheckpointError: says which file or key is wrong.
-        IntermodalError: a dtype by a name that there is not.
+        IntermodalError: a dtype that there is not, or that weights cannot have.
     """
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind is None:
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise IntermodalError(f"weights have no type {dtype!r}{nearest(str(dtype), DTYPES)}; known are {', '.join(DTYPES)}")
     found = _read(source)
     family, handler = found.family, codec(found.family)
@@ -131,11 +131,20 @@ def load_encoder(source: str | Path, **settings: Any) -> Any:
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
-    """Give a model built on the meta device its weights, floating-point ones in `dtype`."""
+    """Give a model built on the meta device its weights, floating-point ones in `dtype`.
+
+    Raises:
+        CheckpointError: values beyond what float16 holds.
+    """
     placed = {
         key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
         for key, value in state.items()
     }
+    lost = [key for key, value in placed.items() if value.dtype == torch.float16 and not bool(torch.isfinite(value).all())]
+    if lost:
+        raise CheckpointError(
+            f"{', '.join(lost[:3])}: values beyond 65,504, the most that float16 holds; take bfloat16 ({len(lost)} such)"
+        )
     model.load_state_dict(placed, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
