@@ -47,6 +47,10 @@ def check(file, model, tmp_path):
         (LINEAR, {"scaling.factor": 4.0}),
         (LINEAR, {"scale_linear": 4.0}),
         (YARN, {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64, "scaling.finetuned": True}),
+        (
+            YARN,
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64, "scaling.yarn_beta_fast": 32.0},
+        ),
         (None, {"scaling.type": "none", "scaling.factor": 4.0}),
         (None, {"scaling.type": "linear"}),
     ],

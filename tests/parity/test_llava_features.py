@@ -99,11 +99,15 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_part_cannot_ask_for_a_size(made, family):  # noqa: F811
-    """The tower's square is what it is; a wish that only Qwen-VL models grant is not passed over in silence."""
+    """The tower's square is what it is; what only Qwen-VL models grant is not passed over in silence, a budget with a warning."""
     processor = intermodal.load(made(family)[0]).processor
-    parts = [{"type": "image", "image": picture(40, 30, 1), "max_pixels": 400}]
+    parts = [{"type": "image", "image": picture(40, 30, 1)}]
     if family == "llava_onevision":
-        parts.append({"type": "video", "video": clip(3, 1), "resized_height": 28, "resized_width": 28})
+        parts.append({"type": "video", "video": clip(3, 1)})
     for part in parts:
-        with pytest.raises(MediaError, match=rf"{family} shows media at sizes of its own: leave min_pixels"):
-            processor([{"role": "user", "content": [part]}], reply=True)
+        asked = [{"role": "user", "content": [part | {"resized_height": 28, "resized_width": 28}]}]
+        with pytest.raises(MediaError, match=rf"{family} shows media at sizes of its own: leave resized_height"):
+            processor(asked, reply=True)
+        with pytest.warns(UserWarning, match=rf"{family} shows media at sizes of its own: min_pixels and max_pixels"):
+            bounded = processor([{"role": "user", "content": [part | {"max_pixels": 400}]}], reply=True)
+        assert torch.equal(bounded.ids, processor([{"role": "user", "content": [part]}], reply=True).ids)

@@ -11,7 +11,7 @@ from test_boxes import llava, qwen, where
 
 from intermodal.errors import SampleError
 from intermodal.inputs.image import open_image
-from intermodal.inputs.media import Clip, MediaError, in_rendered_order, load_part, local_path
+from intermodal.inputs.media import Clip, MediaError, bounds_of, in_rendered_order, load_part, local_path
 from intermodal.inputs.video import Sampling, decode, sampling_of
 
 PICTURE = where(23, 40)
@@ -109,6 +109,30 @@ def test_arrays_of_other_numbers_are_refused(kind):
 def test_arrays_of_other_axes_are_refused(shape):
     with pytest.raises(TypeError, match=r"has axes \(H, W\), \(H, W, C\) or \(C, H, W\), and not"):
         open_image(np.zeros(shape, np.uint8))
+
+
+def test_black_and_white_has_two_axes():
+    assert load_part({"type": "image", "image": GREY > 100}).mode == "RGB"
+    with pytest.raises(MediaError, match="not bool"):
+        load_part({"type": "image", "image": LEVELS > 100})
+
+
+def test_a_damaged_stream_that_cannot_seek_is_a_reject():
+    class Pipe(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            return 0
+
+    with pytest.raises(SampleError, match="cannot read the picture"):
+        open_image(Pipe())
+
+
+def test_a_budget_may_be_a_number_of_numpys():
+    assert bounds_of(load_part({"type": "image", "image": PICTURE, "max_pixels": np.int64(400)})).max_pixels == 400
+    with pytest.raises(MediaError, match="at least 1"):
+        load_part({"type": "image", "image": PICTURE, "max_pixels": True})
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])

@@ -115,6 +115,11 @@ def test_the_verbs_tell_the_template(folder, tmp_path):  # noqa: F811
     assert wanted.usage["prompt_tokens"] > intermodal.load(thinker).generate([ASKED], max_new_tokens=6).usage["prompt_tokens"]
     done = CliRunner().invoke(app, ["chat", str(thinker), *options], input="q\n\n")
     assert wanted.text.strip() in done.output
+    options[-3] = "enable_thinking=False"  # Python's spelling, which as a text would be true
+    done = CliRunner().invoke(app, ["generate", str(thinker), "q", *options, "--json"])
+    assert json.loads(done.stdout)["usage"] == wanted.usage
+    done = CliRunner().invoke(app, ["generate", "nowhere", "q", "--variable", "messages=1"])
+    assert "messages is what intermodal itself tells the template" in str(done.exception)
     for wrong in ("enable_thinking", "=false"):
         done = CliRunner().invoke(app, ["generate", "nowhere", "q", "--variable", wrong])
         assert f"--variable {wrong}: give NAME=VALUE" in str(done.exception)

@@ -120,7 +120,7 @@ def _read_tools(file: Path | None) -> list[dict[str, Any]] | None:
     if file is None:
         return None
     try:
-        schemas = json.loads(file.read_text("utf-8"))
+        schemas = json.loads(file.read_text("utf-8-sig"))
         if not schemas:
             raise SampleError("it is empty")
         with_tools([], schemas)
@@ -342,7 +342,12 @@ def _content(text: str, images: list[str], videos: list[str]) -> Any:
 
 def _is_missing(path: str) -> bool:
     """Whether a name can only be a path, and nothing is there."""
-    return not path.startswith("data:") and "://" not in path and not Path(path).expanduser().exists()
+    if path.startswith("data:") or "://" in path:
+        return False
+    try:
+        return not Path(path).expanduser().exists()
+    except OSError:  # no name that a file can have
+        return True
 
 
 def _sorted(media: list[str]) -> tuple[list[str], list[str]]:

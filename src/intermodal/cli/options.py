@@ -35,8 +35,12 @@ def variables_of(given: list[str] | None) -> dict[str, Any]:
         name, equals, value = one.partition("=")
         if not name.isidentifier() or not equals:
             raise IntermodalError(f"--variable {one}: give NAME=VALUE, enable_thinking=false")
+        if name in ("messages", "tools", "reply", "add_generation_prompt"):
+            raise IntermodalError(
+                f"--variable {one}: {name} is what intermodal itself tells the template; tools are given by --tools"
+            )
         try:
-            out[name] = json.loads(value)
+            out[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except ValueError:
             out[name] = value
     return out

@@ -275,9 +275,10 @@ def _kept(where: str) -> tuple[list[str], torch.Tensor, str | None] | None:
         IntermodalError: the file is cut short, or holds no key or no vector for each row.
     """
     try:
-        kept = _of_parquet(where) if where.endswith(".parquet") else _of_npy(where) if where.endswith(".npy") else None
-    except FileNotFoundError as error:
-        raise IntermodalError(f"{where}: no such file") from error
+        if where.endswith(".npy"):
+            kept = _of_npy(where)
+        else:
+            kept = _of_parquet(where) if where.endswith(".parquet") and os.path.isfile(where) else None
     except (OSError, ValueError, EOFError, pa.ArrowException) as error:
         raise IntermodalError(f"{where} cannot be read ({error}); if `embed` wrote it, run that again") from error
     if kept is None:

@@ -13,9 +13,9 @@ def array_of(source: np.ndarray | Tensor) -> np.ndarray:
     Of three axes the first may be the channels, as in most tensors: where either could be, an array's are last and a tensor's first.
 
     Raises:
-        TypeError: other numbers than uint8 (or, for black and white, bool), whose range could only be guessed; axes of no picture.
+        TypeError: other numbers than uint8 (or, with two axes, bool), whose range could only be guessed; axes of no picture.
     """
-    if source.dtype not in (torch.uint8, torch.bool, np.uint8, np.bool_):
+    if source.dtype not in ((torch.uint8, torch.bool, np.uint8, np.bool_) if source.ndim == 2 else (torch.uint8, np.uint8)):
         raise TypeError(f"an array of a picture holds uint8, 0 to 255, and not {source.dtype}; scale and convert it first")
     channels, firsts = (1, 2, 3, 4), isinstance(source, Tensor)
     levels = source.detach().cpu().numpy() if isinstance(source, Tensor) else source

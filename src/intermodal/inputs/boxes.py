@@ -145,7 +145,7 @@ def _json_boxes(text: str) -> Iterator[tuple[str, Box]]:
         after = at + 1
         try:
             entry, stop = read(text, at)
-            found = str(entry.get("label", "")), _box(entry["bbox_2d"])
+            found = str(entry.get("label") or ""), _box(entry["bbox_2d"])
         except (ValueError, KeyError, TypeError, RecursionError):  # braces that hold something else
             pass
         else:

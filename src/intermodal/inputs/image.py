@@ -74,7 +74,10 @@ def open_image(source: Any) -> Image.Image:
 
 
 def _is_empty(given: Any) -> bool:
-    return not (given.tell() or given.read(1)) if hasattr(given, "read") else not len(given)
+    try:
+        return not (given.tell() or given.read(1)) if hasattr(given, "read") else not len(given)
+    except (OSError, ValueError, AttributeError):  # a stream that cannot say where it is
+        return False
 
 
 class LookUp:

@@ -6,8 +6,10 @@ import base64
 import binascii
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -179,16 +181,25 @@ def bounds_of(item: Image.Image | Clip) -> Bounds | None:
 
 
 def refuse_bounds(item: Image.Image | Clip, family: str) -> None:
-    """Raises MediaError: the part asks for a size, of a model that shows everything at its own."""
-    if bounds_of(item) is not None:
-        names = ", ".join(field.name for field in fields(Bounds))
-        raise MediaError(f"{family} shows media at sizes of its own: leave {names} out of the part, or resize the picture before")
+    """Of a model that shows everything at sizes of its own: a budget, which sets of data for Qwen-VL give every part, is passed over and
+    told of; a size is not.
+
+    Raises:
+        MediaError: the part asks for a size.
+    """
+    bounds = bounds_of(item)
+    if bounds is None:
+        return
+    own = f"{family} shows media at sizes of its own"
+    if bounds.resized_height is not None:
+        raise MediaError(f"{own}: leave resized_height and resized_width out of the part, or resize the picture before")
+    warnings.warn(f"{own}: min_pixels and max_pixels of parts are passed over", stacklevel=2)
 
 
 def _bounds(part: dict[str, Any]) -> Bounds | None:
     given = {field.name: part[field.name] for field in fields(Bounds) if part.get(field.name) is not None}
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 1):
+        if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and float(value) >= 1):
             raise MediaError(f"{name} of a part is a number of pixels, at least 1, and not {value!r}")
     if ("resized_height" in given) != ("resized_width" in given):
         raise MediaError("resized_height and resized_width of a part go together: give both, or neither")
@@ -252,10 +263,14 @@ def _frames(value: Any, fps: Any) -> Clip:
         raise MediaError(
             'a video part holds no frames; write {"type": "video", "video": path or list of pictures, "fps": ...} (arrays have four axes)'
         )
+    times = tuple(index / fps for index in range(len(value)))
+    whole = value.detach().cpu().movedim(1, -1).numpy() if isinstance(value, Tensor) and value.shape[1] == 3 else value
+    if isinstance(whole, np.ndarray) and whole.dtype == np.uint8 and whole.shape[-1] == 3:  # nothing is left to look at in each
+        return Clip(np.ascontiguousarray(whole), times, float(fps))
     frames = [np.asarray(_picture(frame)) for frame in value]
     if len({frame.shape for frame in frames}) != 1:
         raise MediaError("the frames of a video must be RGB pictures of one size")
-    return Clip(np.stack(frames), tuple(index / fps for index in range(len(frames))), float(fps))
+    return Clip(np.stack(frames), times, float(fps))
 
 
 @dataclass

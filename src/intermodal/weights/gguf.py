@@ -36,6 +36,8 @@ DIVISORS = "rope_freqs.weight"
 """Llama 3.1 and later: what each frequency is divided by."""
 _SCALING = ("type", "factor", "original_context_length", "finetuned")
 """Of `rope.scaling.`, what is read; other settings change the angles. `finetuned` is a note."""
+_PLAIN = {"attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""Settings that say what holds without them."""
 
 
 class Unpermute(Rule):
@@ -138,7 +140,9 @@ def _rope(get: dict[str, Any], divisors: Tensor | None, head: int, path: Path) -
     plain = RopeConfig(theta=float(get.get("rope.freq_base", 10_000.0)))
     said = {key.removeprefix("rope.scaling."): value for key, value in get.items() if key.startswith("rope.scaling.")}
     kind, factor = said.get("type", "linear"), float(said.get("factor") or get.get("rope.scale_linear") or 1.0)
-    unknown = [f"llama.rope.scaling.{key}={value}" for key, value in said.items() if key not in _SCALING]
+    unknown = [
+        f"llama.rope.scaling.{key}={value}" for key, value in said.items() if key not in _SCALING and value != _PLAIN.get(key)
+    ]
     if kind not in ("none", "linear", "yarn") or (unknown and kind != "none"):
         what = f"of type {kind!r}" + (f" with {', '.join(unknown)}" if unknown else "")
         raise CheckpointError(f"{path}: rope scaling {what} is not read from GGUF; none, linear and plain yarn are")
