@@ -107,7 +107,8 @@ def blind_twin(recipe: StagedRecipe, start: Path) -> StagedRecipe:
     chosen = [number for number, spec in enumerate(last.data.train) if spec.startswith("questions:")]
     sources = tuple(last.data.train[number].replace("questions:", "blind:", 1) for number in chosen)
     weights = None if last.data.weights is None else tuple(last.data.weights[number] for number in chosen)
-    stage = replace(last, name="blind", data=replace(last.data, train=sources, weights=weights))
+    learn = (*last.learn, ("vision.*", 0.0), ("projector.*", 0.0))  # nothing is shown: no gradient would reach them
+    stage = replace(last, name="blind", data=replace(last.data, train=sources, weights=weights), learn=learn)
     return replace(recipe, name="blind", model=replace(recipe.model, start=str(start)), stages=(stage,))
 
 
