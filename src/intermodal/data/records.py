@@ -6,6 +6,7 @@ import base64
 import binascii
 import http.client
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +28,8 @@ URL_TIMEOUT = 20
 LONGEST_NAME = 100
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]+)*", re.IGNORECASE)
 NAME_A_COLUMN = "name it with ?text=COLUMN"
-NUMBERED = "label"
-"""The column whose integers are numbers of classes."""
+NUMBERED = ("label", "labels", "cls")
+"""The columns whose integers are numbers of classes."""
 TAR_CAPTIONS = f"a caption is a .txt (one a line) or a .json with one of {', '.join(TEXT_COLUMNS)}"
 CLASS_NUMBER = (
     "a .cls is the number of a class and no caption: write the class's name, or a caption, into a .txt beside each picture; "
@@ -50,7 +51,9 @@ def json_object(value: Any) -> dict[str, Any]:
     """An object that is written as JSON. Raises SampleError: it is none. (What `datasets` decodes is a list, a text or a number then.)"""
     try:
         value = json.loads(value) if isinstance(value, str | bytes) else value
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise SampleError("not JSON that can be read: its lists and objects are too deep inside each other") from None
+    except ValueError as error:  # also bytes of another encoding, and a number of thousands of digits
         raise SampleError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise SampleError(f"a JSON {type(value).__name__} where an object was expected")
@@ -67,7 +70,7 @@ def image_of(record: dict[str, Any], column: str | None, folder: Path, allow_url
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        value = text_of(value)
+        value = text_of(value, "the picture's path")
         if value.startswith(("http://", "https://")):
             return fetch(value, allow_urls)
         if value.startswith("data:"):
@@ -139,7 +142,7 @@ def naming(name: str):
 
 
 def class_label(number: Any, classes: Sequence[str], what: str = ".cls") -> list[str]:
-    """The label that a `.cls` (a number, or its digits) stands for, as the only caption. Raises SampleError: it stands for none."""
+    """The label that a class's number (or its digits, in a `.cls`) stands for, as the only caption. Raises SampleError: for none."""
     try:
         at = int(number)
     except ValueError:
@@ -149,8 +152,8 @@ def class_label(number: Any, classes: Sequence[str], what: str = ".cls") -> list
     return [classes[at]]
 
 
-def text_of(text: str | bytes) -> str:
-    """A text, without the mark that some editors begin UTF-8 with. Raises SampleError: it is in another encoding."""
+def text_of(text: str | bytes, what: str = "its text") -> str:
+    """A text, without the mark that some editors begin UTF-8 with. Raises SampleError: `what` is in another encoding."""
     try:
         if isinstance(text, bytes):
             return text.decode("utf-8-sig")
@@ -158,16 +161,16 @@ def text_of(text: str | bytes) -> str:
             "utf-8"
         )  # tables are read with `surrogateescape`: other bytes than UTF-8's come as characters that it does not have
     except UnicodeDecodeError as error:
-        raise SampleError(_not_utf8(error.object[error.start])) from None
+        raise SampleError(_not_utf8(what, error.object[error.start])) from None
     except UnicodeEncodeError as error:
-        raise SampleError(_not_utf8(ord(error.object[error.start]))) from None
+        raise SampleError(_not_utf8(what, ord(error.object[error.start]))) from None
     return text.removeprefix("\ufeff")
 
 
-def _not_utf8(code: int) -> str:
+def _not_utf8(what: str, code: int) -> str:
     byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     said = f"byte 0x{byte:02x}" if byte <= 0xFF else f"half a character, \\u{byte:04x}"
-    return f"its text is not UTF-8 ({said}); save it as UTF-8, of Latin-1 for example by iconv -f latin1 -t utf-8"
+    return f"{what} is not UTF-8 ({said}); save it as UTF-8, of Latin-1 for example by iconv -f latin1 -t utf-8"
 
 
 def lines_of(text: str | bytes) -> list[str]:
@@ -180,10 +183,10 @@ def texts_of(
 ) -> list[str]:
     """All captions of a record, stripped, empty ones left out: a text, a list of them, or either by language (`{"en": ..., "de": ...}`).
 
-    An integer under `label`, or in the column that was asked for, is the number of a class and no caption.
+    An integer under one of `NUMBERED` is the number of a class and no caption; in another column that was asked for only with `classes`.
 
     Args:
-        advice: what an error says can be done.
+        advice: what an error says can be done, where no column was asked for.
         classes: labels by number, of which such an integer names one.
 
     Raises:
@@ -198,29 +201,35 @@ def texts_of(
         given = [value]
     for one in given:
         values += one if isinstance(one, list | tuple) else [one]
+    hint = f"; {advice}" if column is None else ""
     if any(isinstance(text, dict) for text in values):
-        raise SampleError(f"the caption is an object and no text; {advice}")
-    numbered = column is not None or name == NUMBERED
-    texts = [_caption(one, numbered, advice, classes).strip() for one in values if one is not None]
+        raise SampleError(f"the caption is an object and no text{hint}")
+    numbered = name in NUMBERED or (column is not None and classes is not None)
+    texts = [_caption(one, name, numbered, hint, classes).strip() for one in values if one is not None]
     if not any(texts):
         raise SampleError("the caption is empty")
     return [text for text in texts if text]
 
 
-def _caption(value: Any, numbered: bool, advice: str, classes: Sequence[str] | None) -> str:
-    """One caption as a text. Raises SampleError: it is none."""
+def _caption(value: Any, name: str, numbered: bool, hint: str, classes: Sequence[str] | None) -> str:
+    """One caption of the column `name` as a text, whose numbers may be of classes. Raises SampleError: it is none."""
     if isinstance(value, str | bytes):
         return text_of(value)
-    if numbered and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool) and name in NUMBERED:
+        raise SampleError(f"its {name} is {value}, which is no caption{hint}")
+    if isinstance(value, float) and math.isnan(value):  # what pandas writes for nothing
+        return ""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 3.0: pandas' integers beside nothing
+    if numbered and whole and not isinstance(value, bool):
         if classes is None:
             raise SampleError(
-                f"its {NUMBERED} is {value}, the number of a class and no caption; {advice}; zero-shot `eval` takes it as a line of "
+                f"its {name} is {int(value)}, the number of a class and no caption{hint}; zero-shot `eval` takes it as a line of "
                 f"--classes FILE (the first is 0)"
             )
-        return class_label(value, classes, NUMBERED)[0]
+        return class_label(value, classes, name)[0]
     if isinstance(value, int | float):
         return str(value)
-    raise SampleError(f"the caption is of type {type(value).__name__} and no text; {advice}")
+    raise SampleError(f"the caption is of type {type(value).__name__} and no text{hint}")
 
 
 def _column(record: dict[str, Any], column: str | None, known: tuple[str, ...], what: str, advice: str) -> str:

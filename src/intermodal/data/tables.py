@@ -18,7 +18,8 @@ from .source import NamedBytes, Sample, SourceError
 LONGEST_FIELD = 1 << 30
 """Characters of a CSV field: a picture in base64 is far past the 131,072 that Python allows."""
 SEPARATORS = (",", "\t", ";")
-WHOLE = re.compile(r"\s*-?[0-9]+\s*")
+WHOLE = re.compile(r"\s*(-?[0-9]{1,18})(\.0*)?\s*")
+"""Digits that may be the number of a class, also as pandas writes integers beside empty fields (3.0)."""
 
 
 class TableSource(ABC):
@@ -54,12 +55,13 @@ class TableSource(ABC):
             return self._captions(_as_object(record))
 
     def described_at(self, index: int) -> tuple[str, str | None, list[str] | str]:
-        """Of a table that lies beside pictures: (the record's name, its `file_name` or None, its captions or why it is of no use)."""
+        """Of a table that lies beside pictures: (the record's name, its `file_name` or None, its captions or why it has none)."""
         key, _, record = self._record(index, words=True)
         file = None
         try:
             record = _as_object(record)
-            file = text_of(value) if isinstance(value := record.get("file_name"), str) and value else None
+            value = record.get("file_name")
+            file = text_of(value, "its file_name") if isinstance(value, str) and value else None
             if file is None:
                 raise SampleError(f"no file_name among {listed(record)}: the picture's path, relative to this file")
             return key, file, self._captions(record, f"beside pictures it is one of {', '.join(TEXT_COLUMNS)}")
@@ -107,10 +109,18 @@ class LinesSource(TableSource):
         try:
             rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else self._separator(lines))
             for row in rows:
-                digits = row.get(NUMBERED)  # text and numbers look alike here: digits are a class, as an integer is in other tables
-                yield {**row, NUMBERED: int(digits)} if isinstance(digits, str) and WHOLE.fullmatch(digits) else row
+                yield self._with_numbers(row)
         except csv.Error as error:
             raise SourceError(f"{file}:{rows.line_num if rows else 1}: not readable as a table: {error}") from error
+
+    def _with_numbers(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Text and numbers look alike in a CSV: digits where a class's number may be are one, as an integer is in other tables."""
+        asked = [self.columns["text"]] if self.classes is not None and "text" in self.columns else []
+        for name in (*NUMBERED, *asked):
+            found = WHOLE.fullmatch(value) if isinstance(value := row.get(name), str) else None
+            if found is not None:
+                row[name] = int(found[1])
+        return row
 
     def _separator(self, lines: TextIO) -> str:
         """That by which the header holds most of the names that are asked for or known, then most names at all."""
@@ -132,6 +142,35 @@ class LinesSource(TableSource):
         number, line, record = self.records[index]
         file = self.files[number]
         return f"{file.name}:{line}", file.parent, record
+
+
+class ParquetLines(LinesSource):
+    """A small parquet, read whole: the metadata of a folder. Only what may be of use there is: not what else such a file may hold.
+
+    Raises:
+        SourceError: it is not readable as parquet.
+    """
+
+    def __init__(self, file: Path, classes: Sequence[str] | None = None):
+        import pyarrow.parquet as pq
+
+        self.files, self.columns, self.allow_urls, self.classes = [file], {}, False, classes
+        self.name = file.name
+        self.problems = []
+        try:
+            with pq.ParquetFile(file) as table:
+                schema, names = table.schema_arrow, table.schema_arrow.names
+                named: dict[str, list[str]] = {}
+                if b"huggingface" in (schema.metadata or {}):  # where `datasets` keeps names of classes
+                    import datasets
+
+                    named = class_names(datasets.Features.from_arrow_schema(schema))
+                batches = table.iter_batches(columns=[name for name in ("file_name", *TEXT_COLUMNS) if name in names])
+                rows = [row for batch in batches for row in batch.to_pylist()]
+        except Exception as error:  # pyarrow and datasets raise a dozen kinds for a damaged file
+            raise SourceError(f"{file}: not readable as parquet: {error}") from error
+        # an error names all columns, those too that were not read
+        self.records = [(0, at, with_names({**dict.fromkeys(names), **row}, named)) for at, row in enumerate(rows)]
 
 
 class ParquetSource(TableSource):
