@@ -165,6 +165,35 @@ def test_a_template_that_leaves_out_the_system_prompt_is_refused():
     processor(LLAMA3).conversation(told)
 
 
+# In the manner of Qwen2's: it writes a system prompt by itself where none is given.
+PROMPTS = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|start|>system<|mid|>You help.<|end|>{% endif %}\
+<|start|>{{ m.role }}<|mid|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|mid|>{% endif %}"""
+# It has the prompt, but no other: what is asked of it is lost.
+FIXED = (
+    PROMPTS.replace("loop.first and m.role != 'system'", "loop.first")
+    .replace("%}\\\n", "%}")
+    .replace(
+        "<|start|>{{ m.role }}<|mid|>{{ m.content }}<|end|>",
+        "{% if m.role != 'system' %}<|start|>{{ m.role }}<|mid|>{{ m.content }}<|end|>{% endif %}",
+    )
+)
+
+
+def test_a_system_prompt_that_the_template_writes_anyway_is_heard():
+    assert FIXED.count("m.role != 'system'") == 1
+    for words in ("You help.", "Be brief.", " \n"):
+        told = [{"role": "system", "content": words}, *TALK]
+        for messages, reply in ((told, False), (told[:2], True)):
+            assert processor(PROMPTS).conversation(messages, reply=reply).text == processor(PROMPTS).template.render(
+                messages, reply=reply
+            )
+            if words.strip():
+                with pytest.raises(TemplateError, match="leaves out the system prompt"):
+                    processor(FIXED).conversation(messages, reply=reply)
+            else:
+                processor(FIXED).conversation(messages, reply=reply)
+
+
 def test_sampling_equals_transformers_warpers():
     from transformers.generation import logits_process as theirs
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from intermodal.data.loader import DataError
@@ -46,6 +47,17 @@ SHOWN = {
     ),
     "own": (asked([part("image", "/a.png"), text("q")], images=None), [part("image", "/a.png"), text("q")]),
     "words": (asked("write <image> in html"), "write <image> in html"),
+    "words beside no pictures": (asked("an <image> tag", images=[], video=None), "an <image> tag"),
+    "words beside others": (asked("<image>a <video> tag", image="/a.png"), [part("image", "/a.png"), text("a <video> tag")]),
+    "told twice": (asked([part("image", "/a.png"), text("q")], image="/a.png"), [part("image", "/a.png"), text("q")]),
+    "clip told twice": (asked([part("video", "/v.mp4")], videos=["/v.mp4"]), [part("video", "/v.mp4")]),
+    "url told twice": (
+        asked([{"type": "image_url", "image_url": {"url": "https://a/b.png"}}], images=["/b.png"]),
+        [{"type": "image_url", "image_url": {"url": "https://a/b.png"}}],
+    ),
+    "a clip's own picture": (asked([part("video", "/v.mp4"), text("q")], image="/a.png"), [part("video", "/v.mp4"), text("q")]),
+    "two names": (asked("<image>q", image="/a.png", images=["/a.png"]), [part("image", "/a.png"), text("q")]),
+    "empty payload": (asked([{"type": "image", "image": ""}], images=["/a.png"]), [part("image", "/a.png")]),
 }
 
 
@@ -63,7 +75,19 @@ def test_pictures_beside_messages_are_shown_where_the_messages_say_from_files_an
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        (asked("what", images=["a.png"]), "1 pictures more than its messages show"),
+        (asked("what", images=["a.png"]), "1 pictures more than its messages show: show each by a part of type image"),
+        (asked([text("what")], image="a.png"), "1 pictures more than its messages show"),
+        (asked("<image>what", images=["a.png", "b.png"]), "1 pictures more than its messages show"),
+        (asked([part("image", "a.png"), {"type": "image"}], images=["a.png", "b.png"]), "1 pictures more than its messages show"),
+        (
+            asked([part("image", "a.png"), {"type": "image"}], images=["b.png"], video="a.mp4"),
+            "1 videos more than its messages show",
+        ),
+        (asked([{"type": ["image"]}], images=["a.png"]), r"a part's type is a text, such as 'image', got \['image'\]"),
+        (asked("What?\n<image>", image=""), "more <image> than the record names"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"turn 1 is from \['human'\]; known are human"),
+        ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": None}, "more <image> than the record names"),
+        ({"conversations": SPOKEN, "image": "a.png"}, "names more images than its text has <image>"),
         (asked("what", videos=["a.mp4"]), "1 videos more than its messages show"),
         (asked("<image><image>", images=["a.png"]), "more <image> than the record names"),
         (asked("<image>", images=[]), "more <image> than the record names"),
@@ -75,13 +99,39 @@ def test_pictures_beside_messages_are_shown_where_the_messages_say_from_files_an
         ({"conversations": SPOKEN, "tools": "[{"}, "no JSON"),
         ({"conversations": [{"from": "human", "value": None}, SPOKEN[1]]}, "turn 1, from human, needs a text in `value`, got None"),
         ({"conversations": [SPOKEN[0], {"from": "gpt"}]}, "turn 2, from gpt, needs a text"),
-        ({"conversations": [SPOKEN[0], {"from": "gpt", "value": 4}]}, "turn 2, from gpt, needs a text in `value`, got 4"),
+        ({"conversations": [SPOKEN[0], {"from": "gpt", "value": True}]}, "turn 2, from gpt, needs a text in `value`, got True"),
+        (
+            {"conversations": [SPOKEN[0], {"from": "gpt", "value": float("nan")}]},
+            "turn 2, from gpt, needs a text in `value`, got nan",
+        ),
     ],
 )
 def test_records_that_say_something_else_than_they_show_are_rejects(record, why):
     for read in (messages_of, lambda given: record_talk("k", given)):
         with pytest.raises(SampleError, match=why):
             read(record)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [None], {"bytes": None, "path": None}, [{"bytes": b"", "path": ""}]])
+@pytest.mark.parametrize("column", ["image", "images", "video", "audio"])
+def test_what_tables_have_in_a_row_of_text_alone_is_no_picture(nothing, column):
+    for record in ({"conversations": SPOKEN}, asked("hi")):
+        assert record_talk("k", {**record, column: nothing}).messages == messages_of(record)
+
+
+@pytest.mark.parametrize(("value", "said"), [(3, "3"), (0, "0"), (2.5, "2.5")])
+def test_a_number_is_what_a_turn_says(value, said):
+    record = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": value}],
+    }
+    assert messages_of(record)[1] == {"role": "assistant", "content": said}
+
+
+def test_two_columns_of_arrays_are_told_apart():
+    pictures = [[np.full((2, 2, 3), grey, np.uint8)] for grey in (0, 1)]
+    with pytest.raises(SampleError, match="both 'image' and 'images'"):
+        messages_of(asked("<image>", image=pictures[0], images=pictures[1]))
 
 
 @pytest.mark.parametrize("record", [{"conversations": SPOKEN}, asked("hi")])
@@ -91,7 +141,7 @@ def test_a_system_prompt_and_tools_beside_a_conversation_are_part_of_it(record):
     assert tools_of([first]) == [TOOL]
     assert [message["role"] for message in rest] == ["user", "assistant"]
     assert messages_of({**record, "system": "", "tools": ""}) == messages_of(record)
-    said = {"messages": [{"role": "system", "content": "Be a pirate."}, ANSWER], "system": "Be a pirate."}
+    said = {"messages": [{"role": "system", "content": "Be a pirate."}, ANSWER], "system": "Be a pirate.\n"}
     assert messages_of(said) == said["messages"]  # told twice, written once
 
 
@@ -127,6 +177,7 @@ def test_a_line_that_cannot_be_read_is_one_reject(why, tmp_path):
     with pytest.raises(SampleError, match=f"line 1 is.*{why}"):
         source[0]
     assert source[1].messages[0]["content"] == "q"
+    assert len(source) == len(source.records) == 2
     (tmp_path / "t.json").write_bytes(ODD[why])
     with pytest.raises(SourceError, match=f"t.json is.*{why}"):
         FileTalks(tmp_path / "t.json")

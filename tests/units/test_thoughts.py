@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from test_chat import CHATML, processor
 from test_generate import folder  # noqa: F401
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import intermodal
 from intermodal.cli.app import app
 from intermodal.errors import SampleError
 from intermodal.inputs.messages import check_messages
-from intermodal.inputs.template import TemplateError
+from intermodal.inputs.template import ChatTemplate, TemplateError
+from intermodal.inputs.turns import _Replies
 
 # In the manner of Qwen3: thoughts are of the last reply alone, and where it has none a template writes that it has none.
 THINKS = """{%- set ns = namespace(last=0) %}
@@ -39,6 +41,9 @@ THINKS = """{%- set ns = namespace(last=0) %}
 {%- endif %}"""
 # In the manner of Qwen3's later thinking models: a reply begins inside the thought.
 BEGUN = THINKS.replace("{{- '<|start|>assistant\\n' }}{%- if enable", "{{- '<|start|>assistant\\n<think>\\n' }}{%- if enable")
+# In the manner of gpt-oss: a header names a channel, which a reply must name itself.
+CHANNELS = """{% for m in messages %}<|start|>{{ m.role }}{{ 'final' if m.role == 'assistant' }}<|mid|>{{ m.content }}<|end|>{% endfor %}\
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
 ASKED = {"role": "user", "content": "q"}
 EMPTY = "<think>\n\n</think>\n\n"
 
@@ -88,6 +93,33 @@ def test_a_thought_that_the_template_does_not_write_is_refused(name):
     processor(CHATML).conversation([ASKED, said("r", **{name: "why"}), ASKED], reply=True)  # nothing is learned of it
     with pytest.raises(SampleError, match=f"{name} is a text"):
         check_messages([ASKED, said("r", **{name: ["why"]})])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_written_under_whichever_name_it_comes(name):
+    """As transformers writes it, also by templates in the manner of gpt-oss, which read `thinking`."""
+    for template in (THINKS, THINKS.replace("message.reasoning_content", "message.thinking")):
+        ours, talk = processor(template), [ASKED, said("r", **{name: "why"})]
+        assert learned(ours, talk)[0] == "<think>\nwhy\n</think>\n\nr<|end|>"
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=ours.tokenizer, bos_token="<s>", eos_token="<|end|>", chat_template=template
+        )
+        assert ours.conversation(talk).ids == theirs.apply_chat_template(talk, return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [THINKS, BEGUN, CHANNELS])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_long_conversations_are_not_rendered_once_for_every_turn(template, thinking, monkeypatch):
+    """Nor is anything else learned for that than where every turn is looked for by itself."""
+    talk, variables = [ASKED, said("a"), ASKED, said("b")] * 10, {"enable_thinking": thinking}
+    ours, renders, render = processor(template), [], ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *given, **named: renders.append(1) or render(*given, **named))
+    quick = ours.conversation(talk, **variables)
+    assert len(renders) <= 8
+    monkeypatch.setattr(_Replies, "known_begin", _Replies.begin)
+    assert (quick.supervised, quick.turns) == ((slow := ours.conversation(talk, **variables)).supervised, slow.turns)
+    assert len(renders) > 20
+    ours.audit(quick)
 
 
 @pytest.mark.parametrize("reply", [said("r", reasoning_content="why"), said("<think>\nwhy\n</think>\n\nr")])

@@ -188,6 +188,24 @@ def test_content_that_is_none_is_not_looped_over():
     ours.audit(ours.conversation(messages))
 
 
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_calls_are_written_by_a_template_that_asks_for_a_content_of_none(content):
+    """In the manner of DeepSeek-R1's: a content that is left out is none to it that is None."""
+    asks = """{% for m in messages %}<|start|>{{ m.role }}<|mid|>\
+{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}\
+{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|mid|>{% endif %}"""
+    function = {"name": "weather", "arguments": '{"city": "Rio"}'}
+    called = {"role": "assistant", **content, "tool_calls": [{"type": "function", "function": function}]}
+    messages = [TALK[0], called, {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "It is dry."}]
+    ours = reader(asks)
+    conversation = ours.conversation(messages)
+    ours.audit(conversation)
+    assert learned(ours, conversation) == 'weather{"city": "Rio"}<|end|>It is dry.<|end|>'
+    assert 'weather{"city": "Rio"}' in ours.conversation(messages[:3], reply=True).text
+    with pytest.raises(TemplateError, match="leaves out the assistant's call"):
+        ours.conversation([messages[0], {**called, "content": "I look."}, *messages[2:]])
+
+
 def test_what_a_template_leaves_out_is_refused():
     ours, messages = reader(LLAMA3), talk()
     with pytest.raises(TemplateError, match="leaves out the tools of the conversation"):

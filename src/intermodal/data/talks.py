@@ -254,11 +254,11 @@ class FileTalks:
             data = file.read_bytes()
         except OSError as error:
             raise SourceError(f"cannot read {file}: {error}") from error
-        self.lines: list[tuple[int, bytes]] = []
-        """Of a .jsonl file, parsed one by one: a bad line is a reject."""
-        if file.suffix == ".jsonl":
-            self.lines = json_lines(data)
-            self.records: list[Any] = [None] * len(self.lines)
+        self.by_line = file.suffix == ".jsonl"
+        """The records are lines and their numbers, parsed when their turn comes: a bad one is a reject."""
+        self.records: list[Any]
+        if self.by_line:
+            self.records = json_lines(data)
         else:
             try:
                 self.records = json_of(data)
@@ -274,8 +274,8 @@ class FileTalks:
 
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]
-        if self.lines:
-            number, line = self.lines[index]
+        if self.by_line:
+            number, line = record
             try:
                 record = json_of(line)
             except SampleError as error:

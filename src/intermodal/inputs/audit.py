@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IntermodalError
-from .messages import as_parts, calls_of
+from .messages import as_parts, calls_of, with_null_content
 from .template import ChatTemplate, TemplateError
+from .turns import Turn, find_turns
 
 if TYPE_CHECKING:
     from .chat import Conversation
@@ -18,6 +19,34 @@ if TYPE_CHECKING:
 
 class NoSupervision(IntermodalError):
     """A conversation from which nothing can be learned, or whose loss mask is not the assistant's words."""
+
+
+def rendered_whole(
+    template: ChatTemplate, messages: Sequence[dict[str, Any]], ends: Sequence[str], draws: bool, reply: bool, **variables: Any
+) -> tuple[str, list[Turn]]:
+    """(text, turns) as of `find_turns`, nothing that was said lost; no turns where a reply is wanted.
+
+    Raises:
+        TemplateError: as `find_turns` and `check_heard`.
+    """
+
+    def rendered(form: Sequence[dict[str, Any]]) -> tuple[str, list[Turn]]:
+        whole = (
+            (template.render(form, reply=True, **variables), []) if reply else find_turns(template, form, ends, draws, **variables)
+        )
+        check_heard(template, form, whole[0], reply=reply, **variables)
+        return whole
+
+    try:
+        return rendered(messages)
+    except TemplateError as error:
+        nulled = with_null_content(messages)
+        if nulled == messages:
+            raise
+        try:
+            return rendered(nulled)
+        except TemplateError:
+            raise error from None
 
 
 def check_heard(
@@ -47,10 +76,12 @@ def check_heard(
         except TemplateError:  # it misses them
             return False
 
-    # not by its words, of which some templates take settings ("/no_think") out
-    untold = [message for message in messages if message["role"] not in ("system", "developer") or not message.get("content")]
+    # not by its words, of which some templates take settings ("/no_think") out; and a template may write this very prompt by itself where
+    # none is given, as Qwen2's does: then it hears other words
+    untold = [message for message in messages if not _prompts(message)]
     if 0 < len(untold) < len(messages) and says_as_much(untold, tools=tools, **variables):
-        lost = "the system prompt"
+        others = [_reworded(message) if _prompts(message) else message for message in messages]
+        lost = "the system prompt" if says_as_much(others, tools=tools, **variables) else lost
     if any(map(calls_of, messages)):
         uncalled = [{name: said for name, said in message.items() if name != "tool_calls"} for message in messages]
         lost = "the assistant's calls of tools" if says_as_much(uncalled, tools=tools, **variables) else lost
@@ -61,6 +92,18 @@ def check_heard(
             f"the chat template leaves out {lost}: give the model one that writes such messages, "
             "model.processor.set_template(text), in a recipe model.template=FILE"
         )
+
+
+def _prompts(message: dict[str, Any]) -> bool:
+    """Whether a message is a system prompt that says something."""
+    parts = as_parts(message.get("content")) or [] if message["role"] in ("system", "developer") else []
+    return any(part["type"] != "text" or part["text"].strip() for part in parts)
+
+
+def _reworded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that says something else, in a content of the same form."""
+    words = "Say something else."
+    return {**message, "content": words if isinstance(message["content"], str) else as_parts(words)}
 
 
 def check_mask(

@@ -20,14 +20,14 @@ from tokenizers import Tokenizer
 from ..batch import TokenBatch, Visual
 from ..errors import CheckpointError
 from ..nn.attention import Segments
-from .audit import NoSupervision, check_heard, check_mask
+from .audit import NoSupervision, check_mask, rendered_whole
 from .codes import CodePlanner
 from .marks import all_marks, refuse_marks, without_marks
 from .media import Clip, Expanded, MediaError, Plan, Planner, expand, in_rendered_order, load_part, rewrite
 from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, with_tools, without_media
 from .template import ChatTemplate, TemplateError, settings_in, template_in
 from .text import content
-from .turns import Span, Turn, find_turns
+from .turns import Span, Turn
 from .video import Sampling
 from .vision_cache import VisionCache, content_key
 
@@ -219,12 +219,8 @@ class ChatProcessor:
         if self.template.drops_strings:
             plain = [message | {"content": as_parts(message["content"])} if "content" in message else message for message in plain]
         draws = isinstance(self.planner, CodePlanner)
-        if reply:
-            text, turns = self.template.render(plain, reply=True, **variables), []
-        else:
-            ends = [str(self.tokenizer.id_to_token(token)) for token in self.end_ids]
-            text, turns = find_turns(self.template, plain, ends, draws, **variables)
-        check_heard(self.template, plain, text, reply=reply, **variables)
+        ends = [str(self.tokenizer.id_to_token(token)) for token in self.end_ids]
+        text, turns = rendered_whole(self.template, plain, ends, draws, reply, **variables)
         if self.planner:
             items, plans = in_rendered_order(text, items, plans, self._placeholders())
             text, turns = _rewritten(text, turns, plans, self._placeholders())

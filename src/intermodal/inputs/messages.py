@@ -17,8 +17,8 @@ ADDRESS = re.compile(r"data:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 KEYS = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "url", "path")}
 """Under which keys a part has its medium (`media.load_part`)."""
 PLACED = (*MEDIA, "url", "path")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Under these names data sets have what the assistant thought before it spoke; which of them a template writes is its own."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Under these names data sets have what the assistant thought before it spoke; templates read one of the first two."""
 TOOLS = "tools of the conversation"
 """Where each message of a conversation with tools has them: they are then with whatever part of the conversation is read, and a template
 does not see this key."""
@@ -174,7 +174,8 @@ def parts_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def without_media(messages: Sequence[dict[str, Any]], as_text: bool) -> list[dict[str, Any]]:
     """Messages as templates want them: media without their payload, tools and what is None left out (as transformers leaves it out, for
-    some templates loop over a content that is there); for text-only templates the text alone."""
+    some templates loop over a content that is there), thoughts under the names that templates read; for text-only templates the text
+    alone."""
     out = []
     for message in messages:
         bare = {name: said for name, said in message.items() if name != TOOLS and said is not None}
@@ -184,8 +185,19 @@ def without_media(messages: Sequence[dict[str, Any]], as_text: bool) -> list[dic
             if as_text and all(part["type"] == "text" for part in value):
                 value = "".join(part["text"] for part in value)
             bare["content"] = value
-        out.append(bare)
+        out.append(_with_thought(bare))
     return out
+
+
+def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thought under each name that templates read, as transformers has it."""
+    thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def with_null_content(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is there and None where they only call tools: DeepSeek-R1's template writes no other calls."""
+    return [{**message, "content": None} if calls_of(message) and not message.get("content") else message for message in messages]
 
 
 def as_parts(value: Any) -> Any:

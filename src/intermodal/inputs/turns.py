@@ -257,6 +257,9 @@ class _Replies:
     render: Callable[..., str]
     messages: Sequence[dict[str, Any]]
     plain: str
+    openings: dict[str, int] = field(default_factory=dict)
+    """What was found between the message before and the words of turns without a thought, and how many characters of it are the
+    assistant's own."""
 
     def whole(self, index: int, turn: Turn) -> Turn:
         """Message `index` with what is written before its words, and whether it says anything.
@@ -267,8 +270,8 @@ class _Replies:
         thoughts, (start, stop) = thoughts_of(self.messages[index]), turn.span
         begin = start
         # a picture that the assistant shows may be written there, whatever its place among the words
-        if not _shows(self.messages[index]) and (thoughts or not self.follows_header(start)):
-            begin = self.begin(index, start)
+        if not _shows(self.messages[index]) and self.header:
+            begin = self.begin(index, start) if thoughts else self.known_begin(index, start)
         between = self.plain[begin:start]
         lost = next((thought for thought in thoughts if thought not in between), None)
         if lost is not None:
@@ -282,21 +285,32 @@ class _Replies:
             return replace(turn, says=says)
         return Turn((begin, stop), _merged([(begin, start), *turn.words]), says)
 
-    def follows_header(self, start: int) -> bool:
-        """Whether nothing but white space is between the header and a place; it saves rendering the conversation up to every turn."""
-        return bool(self.header) and self.plain[:start].rstrip().endswith(self.header)
+    def known_begin(self, index: int, start: int) -> int:
+        """As `begin`, of a turn without a thought: the conversation up to it is rendered only where it opens like no turn before it."""
+        if self.plain[:start].rstrip().endswith(self.header.strip()):
+            return start
+        own = next((own for opening, own in self.openings.items() if self.plain.endswith(opening, 0, start)), None)
+        return self.begin(index, start) if own is None else start - own
 
     def begin(self, index: int, start: int) -> int:
         """Where the reply to the messages before message `index` begins, or `start` where the template does not tell."""
-        asked = self._asked(index) if self.header else None
-        return len(asked) if asked is not None and len(asked) <= start and self.plain.startswith(asked) else start
+        asked = self._asked(index)
+        if asked is None:
+            return start
+        begin = len(asked) if len(asked) <= start and self.plain.startswith(asked) else start
+        told = asked.removesuffix(self.header)
+        if len(told) < len(asked) and self.plain.startswith(told) and not thoughts_of(self.messages[index]):
+            opening = self.plain[len(told) : start]
+            self.openings |= {opening: start - begin} if opening.strip() else {}
+        return begin
 
     @cached_property
     def header(self) -> str:
-        """What the template writes before a reply to the first question."""
+        """What the template writes before a reply to the first question; nothing where that is white space."""
         first = next(index for index, message in enumerate(self.messages) if message.get("role") == "assistant")
         asked, told = self._asked(first), self._asked(first, reply=False)
-        return asked[len(told) :].strip() if asked is not None and told is not None and asked.startswith(told) else ""
+        header = asked[len(told) :] if asked is not None and told is not None and asked.startswith(told) else ""
+        return header if header.strip() else ""
 
     def _asked(self, index: int, reply: bool = True) -> str | None:
         try:
