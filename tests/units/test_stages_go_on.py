@@ -1,8 +1,11 @@
 """Stages that go on: after a killed save, with other settings, in another precision, past steps that hold nothing."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +16,11 @@ from small_llava import QUESTION, captioned_tar, made, recipe, stage, weights
 
 import intermodal
 from intermodal.config import SettingError, override, validated
-from intermodal.data.loader import DataError
-from intermodal.errors import IntermodalError
+from intermodal.data.loader import DataError, Rejects
+from intermodal.errors import CheckpointError, IntermodalError
 from intermodal.inputs.chat import ChatProcessor
-from intermodal.train.model_folder import copy_model, save_model
+from intermodal.train.loop import Stopped
+from intermodal.train.model_folder import copy_model, is_done, save_model
 from intermodal.train.stages import train_stages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
@@ -76,6 +80,34 @@ def test_a_step_of_rejects_alone_is_drawn_again(small, tmp_path):
 def test_steps_of_rejects_alone_end_at_some_point(small, tmp_path):
     with pytest.raises(DataError, match=r"50 steps in a row had no conversation to train on, at step 1: .*rejects"):
         train_stages(streamed(small, [TOO_LONG] * 4), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(("rejected", "resumed"), [((2, 7), False), ((6,), False), ((6,), True)])
+def test_a_run_that_stops_in_an_empty_step_goes_on_as_it_would_have(small, tmp_path, monkeypatch, rejected, resumed):
+    """Where nothing was trained there is nothing to save: the optimizer has no moments yet, and saving would give it some. The stream's
+    order is 2, 7, 10, 6."""
+    whole = streamed(small, [TOO_LONG if number in rejected else f"a dog {number}" for number in range(12)])
+    once, run, note = tmp_path / "once", tmp_path / "run", Rejects.note
+    train_stages(whole, once, quiet=True)
+    if resumed:
+        shutil.copytree(once, run)
+        shutil.rmtree(run / "1-a" / "model")
+        for step in range(4, 7):
+            shutil.rmtree(run / "1-a" / "checkpoints" / f"step-{step:08d}")
+
+    def stopped(self, key, reason):
+        os.kill(os.getpid(), signal.SIGINT)
+        return note(self, key, reason)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Rejects, "note", stopped)
+        with pytest.raises(Stopped, match="before it had anything new" if resumed or 2 in rejected else "at step 3 .*saved in"):
+            train_stages(whole, run, resume=resumed, quiet=True)
+    assert not (run / "1-a" / "checkpoints" / "step-00000000").exists()
+    train_stages(whole, run, resume=True, quiet=True)
+    assert losses(run / "1-a") == losses(once / "1-a")
+    assert equal(weights(run), weights(once))
+    assert (run / "1-a" / "rejects.jsonl").read_text() == (once / "1-a" / "rejects.jsonl").read_text()
 
 
 def _on_rank(rank, size, whole, out):
@@ -177,6 +209,55 @@ def test_a_model_takes_an_earlier_ones_place_whole(small, tmp_path, monkeypatch)
     copy_model(small / "start", folder)
     assert equal(weights(tmp_path), before)
     assert (folder / "notes.txt").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_folder_that_is_a_link_stays_one(small, tmp_path):
+    (tmp_path / "disk").mkdir()
+    folder = tmp_path / "model"
+    folder.symlink_to(tmp_path / "disk")
+    (tmp_path / "disk.old").symlink_to(small)  # left by a process that was killed: what a link leads to is not to be removed
+    (tmp_path / "disk.partial").symlink_to(small)
+    for _ in range(2):
+        copy_model(small / "start", folder)
+        assert folder.is_symlink()
+        assert (tmp_path / "disk" / "model.safetensors").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["disk", "model"]
+    assert (small / "start").exists()
+
+
+def test_a_model_folder_that_cannot_be_renamed_says_what_to_do(small, tmp_path, monkeypatch):
+    copy_model(small / "start", tmp_path / "model")
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(CheckpointError, match=r"model cannot be saved: .* busy.*mount point.*make it a link to a folder within"):
+        copy_model(small / "start", tmp_path / "model")
+
+
+def test_what_was_kept_in_a_models_folder_outlives_a_kill_between_the_renames(small, tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", Path.rename
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+
+    def killed(self, target):
+        if self.name == "model.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        for _ in range(2):  # and once more, while it makes good for the first
+            with pytest.raises(KeyboardInterrupt):
+                copy_model(small / "start", folder)
+            assert not is_done(tmp_path), "an earlier model would count as this one"
+    copy_model(small / "start", folder)
+    assert is_done(tmp_path)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "config.json").read_text() == (small / "start" / "config.json").read_text()
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 

@@ -102,10 +102,13 @@ class Generative(nn.Module):
         def belongs(name: str) -> bool:
             return name.startswith(inside) and not name.startswith(outside)
 
-        adapters = {
-            name: counting(module) for name, module in self.named_modules() if belongs(name) and hasattr(module, "active_adapters")
-        }
-        return Tower({name: p for name, p in self.named_parameters() if belongs(name)}, adapters)
+        parameters, adapters = {}, {}
+        for path, module in self.named_modules():  # once, and what is cheap in each: a server asks before every reply
+            if belongs(f"{path}."):
+                parameters |= {f"{path}.{name}": p for name, p in module._parameters.items() if p is not None}
+                if hasattr(type(module), "active_adapters"):  # of an instance, nn.Module looks in three places before it says no
+                    adapters[path] = counting(module)
+        return Tower(parameters, adapters)
 
     def states(self, visual: Visual) -> States:
         """The tower's states of all items: of those known already from there, of the others by looking. New ones with a key are kept."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..config import to_dict
-from ..data.loader import DataError, Loader, Mixture, Rejects
+from ..data.loader import Loader, Mixture, Rejects
 from ..data.source import TOLD
 from ..data.sprites import HELD_OUT_STYLE
 from ..data.stream import StreamSource
@@ -27,6 +27,7 @@ from ..parallel.setup import World, gradient_norm
 from .metrics import Display, Metrics
 from .optim import learning_rate, multiplies_bf16, update_average
 from .resume import changes, refuse_changes
+from .sources import refuse_cut, within
 
 ROLLBACKS = 5
 ALARM = 3.0
@@ -89,6 +90,8 @@ class Trainer(ABC):
         self.saved: tuple[int, dict[str, Any]] | None = None
         """Step and place of the newest checkpoint that this process wrote."""
         self.asked_to_stop: str | None = None
+        self.trained = False
+        """Whether this process has begun a step: before, there is nothing to save."""
 
     @abstractmethod
     def _set_up(self) -> None:
@@ -116,6 +119,7 @@ class Trainer(ABC):
                 clock, since = time.perf_counter(), self.step
                 every = recipe.train.save_every
                 for fetched in self._in_step(batches) if batches is not None else ():
+                    self.trained = True
                     saving = self.step + 1 == steps or bool(every and (self.step + 1) % every == 0)
                     # a run that can roll back saves nothing before it has looked at the loss
                     judged = saving and recipe.train.rollback is not None
@@ -159,10 +163,10 @@ class Trainer(ABC):
         The ranks agree on it before each step, in one exchange: who went into a step alone would wait for the others for ever.
 
         Raises:
-            Stopped: a rank was asked to stop; all have saved.
+            Stopped: a rank was asked to stop; all have saved, where a step was trained.
             IntermodalError: a rank's data cannot go on, or the share of rejects of all ranks is past the limit; the same on all ranks.
         """
-        first = True  # before the first step there is nothing to save
+        first = True  # a run that is asked to stop while it sets up trains a step, so that it has something to save
         while self.step < self.recipe.train.steps:
             stop, fetched, failure = self.asked_to_stop is not None and not first, None, None
             if not stop:
@@ -178,11 +182,13 @@ class Trainer(ABC):
             if failures:
                 raise next(error for error in self._of_all_ranks(failure) if error is not None)
             if stops:
-                if self.saved != (self.step, self.place):
+                # a step of rejects alone trains nothing: saving then would put moments of a step that never was into the optimizer
+                if self.trained and self.saved != (self.step, self.place):
                     self._save()
                 raise Stopped(
-                    f"stopped at step {self.step} of {self.recipe.train.steps} ({self.asked_to_stop or 'another rank'}), saved in "
-                    f"{self.folder}; go on with the same command and --resume"
+                    f"stopped at step {self.step} of {self.recipe.train.steps} ({self.asked_to_stop or 'another rank'}), "
+                    f"{'saved' if self.trained else 'before it had anything new to save'} in {self.folder}; go on with the same command "
+                    f"and --resume"
                 )
             if self.world.size > 1 and counted.over(read, self.rejected):
                 last = next((reject for reject in self._of_all_ranks(counted.last) if reject is not None), None)
@@ -254,8 +260,8 @@ class Trainer(ABC):
                 self.console.print(
                     f"... and {len(problems) - TOLD} more of {source.name}, in {rejects.path}", style="yellow", markup=False
                 )
-            _refuse_cut(source, problems, data.max_reject_share)
-            if world.main and HELD_OUT_STYLE in getattr(getattr(_within(source), "config", None), "styles", ()):
+            refuse_cut(source, problems, data.max_reject_share)
+            if world.main and HELD_OUT_STYLE in getattr(getattr(within(source), "config", None), "styles", ()):
                 self.console.print(
                     f"[yellow]{source.name} shows {HELD_OUT_STYLE} drawings, the style that the evaluation holds out: its numbers for an "
                     f"unseen style will say nothing[/yellow]"
@@ -367,26 +373,6 @@ class Trainer(ABC):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _refuse_cut(source: Any, problems: Sequence[tuple[str, str]], most: float) -> None:
-    """Raises DataError: more than this share of the files of a source were not read to their end.
-
-    They are found before the first sample is read, and say nothing of how many samples are lost: so files are counted against files.
-    A problem within a file (a line of a folder's metadata) is no cut file: the sample that it leaves without a caption is a reject.
-    """
-    files = {str(file) for file in getattr(_within(source), "files", ())}
-    cut = [(key, reason) for key, reason in problems if key in files]
-    if len(cut) > most * len(files):
-        raise DataError(
-            f"{source.name}: {len(cut)} of {len(files)} files cannot be read to their end, more than data.max_reject_share={most}: "
-            f"fetch them again, or raise it; the last: {cut[-1][0]}: {cut[-1][1]}"
-        )
-
-
-def _within(source: Any) -> Any:
-    """The source that conversations are made from, or the source itself."""
-    return getattr(source, "source", None) or getattr(source, "scenes", source)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:

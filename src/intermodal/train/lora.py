@@ -62,7 +62,8 @@ def state(model: nn.Module, learned: Collection[str] = ()) -> dict[str, torch.Te
 
 
 def save(model: nn.Module, config: LoraConfig, folder: Path, learned: Collection[str] = (), base: str | Path | None = None) -> None:
-    """Write the adapters alone, a few megabytes, and whatever learned beside them, in peft's form under this library's parameter names.
+    """Write the adapters and whatever learned beside them, in peft's form under this library's parameter names: a few megabytes where
+    only adapters learned, as much as the whole model where all of it did.
 
     `peft.PeftModel.from_pretrained(model, folder)` takes all of it: what is no adapter it puts in the base model's place, as it does with
     trained embedding tables.

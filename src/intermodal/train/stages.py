@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ from . import lora
 from .attention_scores import attention_scores
 from .learning import Unreached, keep_word_rows
 from .loop import Trainer
-from .model_folder import copy_model, is_done, save_model
+from .model_folder import copy_model, save_model
 from .optim import choose_learning, optimizer_of
 from .ranks import idle_conversations, in_step, sum_gradients
 from .recipe import NativeConfig, Stage, StagedRecipe, StitchConfig, TalksConfig
-from .resume import staged_record, write_record
+from .resume import staged_record, stages_done, write_record
 
 
 def train_stages(
@@ -53,9 +54,9 @@ def train_stages(
         resume: stages that are done are skipped; the one that was interrupted goes on from its newest checkpoint, bit for bit.
 
     Raises:
-        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model, or has done a stage with
-            other settings, and it is on; a source cannot be trained on, a pattern names no parameter, a rate is no multiple, the loss is
-            not finite, or the run was interrupted (after saving).
+        IntermodalError: the folder holds another run and `resume` is off, or one that began with another model, has done a stage with
+            other settings, or one after a stage that is not done, and it is on; a source cannot be trained on, a pattern names no
+            parameter, a rate is no multiple, the loss is not finite, or the run was interrupted (after saving).
     """
     if not recipe.stages:
         raise IntermodalError("the recipe has no stages")
@@ -63,8 +64,9 @@ def train_stages(
     folders = [out / f"{number}-{stage.name}" for number, stage in enumerate(recipe.stages, 1)]
     if not resume and ((out / "model").exists() or any(map(checkpoint.latest, folders))):
         raise IntermodalError(f"{out} already holds a run; go on with --resume, or give another --out")
-    done = {folder for folder in folders if resume and is_done(folder)}
-    record = staged_record(recipe, out, folders, done) if resume else to_dict(recipe)
+    tell = partial(console.print, style="yellow", markup=False) if world.main and not quiet else lambda line: None
+    done = stages_done(folders) if resume else []
+    record = staged_record(recipe, out, folders, done, tell) if resume else to_dict(recipe)
     before: Path | None = None
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder not in done:
@@ -319,7 +321,7 @@ class StageTrainer(Trainer):
         if self.unreached is None:  # now that a checkpoint, if any, is restored
             self.unreached = Unreached(self.model, self.optimizer)
         self.unreached.look()
-        sees = bool(self.model.tower_parameters())
+        sees = bool(self.model.tower)
         shown = self.world.any(any(batch.visual is not None for batch in batches)) if sees else True
         if shown or self.step + 1 == self.recipe.train.steps:
             self.told_of_gradients = True
