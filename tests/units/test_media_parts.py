@@ -11,7 +11,8 @@ from test_boxes import llava, qwen, where
 
 from intermodal.errors import SampleError
 from intermodal.inputs.image import open_image
-from intermodal.inputs.media import Clip, MediaError, bounds_of, in_rendered_order, load_part, local_path
+from intermodal.inputs.media import Clip, MediaError, bounds_of, load_part, local_path
+from intermodal.inputs.placeholders import in_rendered_order
 from intermodal.inputs.video import Sampling, decode, sampling_of
 
 PICTURE = where(23, 40)

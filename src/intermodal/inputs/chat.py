@@ -23,8 +23,9 @@ from ..nn.attention import Segments
 from .audit import NoSupervision, check_mask, rendered_whole
 from .codes import CodePlanner
 from .marks import all_marks, refuse_marks, without_marks
-from .media import Clip, Expanded, MediaError, Plan, Planner, expand, in_rendered_order, load_part, rewrite
+from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part
 from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, with_tools, without_media
+from .placeholders import in_rendered_order, rewrite
 from .template import ChatTemplate, TemplateError, settings_in, template_in
 from .text import content
 from .turns import Span, Turn
