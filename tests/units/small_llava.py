@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from intermodal.models.clip import initialise
 from intermodal.models.decoder import DecoderConfig
 from intermodal.train.contrastive import build_model
 from intermodal.train.recipe import LoopConfig, OptimConfig, Stage, StagedRecipe, StitchConfig, TalksConfig, load_recipe
+from intermodal.train.stages import train_stages
 from intermodal.weights.stitch import fresh_decoder, stitch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -72,3 +74,18 @@ def captioned_tar(folder, name, captions):
                 info.size = len(data)
                 shard.addfile(info, io.BytesIO(data))
     return folder / name
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """`made` once a file of tests."""
+    return made(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def two_stages(small, tmp_path_factory):
+    """A run of two stages, and its recipe."""
+    out = tmp_path_factory.mktemp("two")
+    whole = recipe(small, stage(small), stage(small, "b", (("*", 1.0),)))
+    train_stages(whole, out, quiet=True)
+    return out, whole

@@ -1,5 +1,6 @@
 """Adapters saved with what learned beside them, read back here and by peft, and switched off."""
 
+# ruff: noqa: F811  # fixtures are imported by their names
 import json
 import warnings
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
-from small_llava import ASKED, QUESTION, made, recipe, stage
+from small_llava import ASKED, QUESTION, recipe, small, stage  # noqa: F401
 
 import intermodal
 from intermodal.errors import CheckpointError
@@ -17,11 +18,6 @@ from intermodal.train import lora
 from intermodal.train.recipe import LoraConfig
 from intermodal.train.stages import train_stages
 from intermodal.weights.stitch import fresh_decoder
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("small"))
 
 
 def with_noise(model):

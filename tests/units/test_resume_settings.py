@@ -1,5 +1,6 @@
 """Which settings a run of stages may go on with: what came or went, what does not matter, and in which order stages are done."""
 
+# ruff: noqa: F811  # fixtures are imported by their names
 import io
 import json
 import shutil
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from small_llava import made, recipe, stage, weights
+from small_llava import recipe, small, stage, two_stages, weights  # noqa: F401
 
 import intermodal
 from intermodal.config import override, to_dict
@@ -18,20 +19,6 @@ from intermodal.train.resume import changes
 from intermodal.train.stages import train_stages
 
 ADAPTERS = LoraConfig(("model.layers.*_proj",), rank=2)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def two_stages(small, tmp_path_factory):
-    """A run of two stages, and its recipe."""
-    out = tmp_path_factory.mktemp("two")
-    whole = recipe(small, stage(small), stage(small, "b", (("*", 1.0),)))
-    train_stages(whole, out, quiet=True)
-    return out, whole
 
 
 def test_settings_that_come_or_go_are_changes(small):

@@ -1,5 +1,6 @@
 """Stages that go on: after a killed save, with other settings, in another precision, past steps that hold nothing."""
 
+# ruff: noqa: F811  # fixtures are imported by their names
 import errno
 import json
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llava import QUESTION, captioned_tar, made, recipe, stage, weights
+from small_llava import QUESTION, captioned_tar, made, recipe, small, stage, two_stages, weights  # noqa: F401
 
 import intermodal
 from intermodal.config import SettingError, override, validated
@@ -27,20 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "properties"))
 from ranks import on_ranks
 
 TOO_LONG = "a very long caption " * 60
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def two_stages(small, tmp_path_factory):
-    """A run of two stages, and its recipe."""
-    out = tmp_path_factory.mktemp("two")
-    whole = recipe(small, stage(small), stage(small, "b", (("*", 1.0),)))
-    train_stages(whole, out, quiet=True)
-    return out, whole
 
 
 def equal(ours, theirs):

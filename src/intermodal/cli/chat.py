@@ -77,11 +77,7 @@ def generate(
 
     `intermodal generate my-chameleon "draw a red apple left of a cat" --guidance 3 --out out/`
     """
-    from ..errors import IntermodalError
-
-    _check_places(prompt, jsonl, out)
-    if jsonl is not None and (system is not None or tools is not None):
-        raise IntermodalError('--system and --tools are for one prompt; in --jsonl each line has its own "messages" and "tools"')
+    _check_places(prompt, jsonl, out, beside=system is not None or tools is not None)
     schemas, variables = _read_tools(tools), variables_of(variable)
     settings: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -98,8 +94,8 @@ def generate(
         _reply_once(loaded, messages, out, settings | {"tools": schemas}, as_json)
 
 
-def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None) -> None:
-    """Refuse, before anything is loaded, what cannot be asked or written."""
+def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None, *, beside: bool) -> None:
+    """Refuse, before anything is loaded, what cannot be asked or written; `beside` is whether --system or --tools was given."""
     from ..errors import IntermodalError
 
     if (prompt is None) == (jsonl is None):
@@ -110,6 +106,8 @@ def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None) -> N
         raise IntermodalError("--jsonl needs --out FILE for the replies")
     elif out.is_dir():
         raise IntermodalError(f"--out {out} is a folder; with --jsonl it is the file of replies")
+    elif beside:
+        raise IntermodalError('--system and --tools are for one prompt; in --jsonl each line has its own "messages" and "tools"')
 
 
 def _read_tools(file: Path | None) -> list[dict[str, Any]] | None:

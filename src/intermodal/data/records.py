@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
-import json
 import math
 import re
 import urllib.request
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SampleError, nearest
+from ..inputs.json_lines import parsed
 from .source import SourceError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -49,12 +49,7 @@ def columns_of(query: str) -> dict[str, str]:
 
 def json_object(value: Any) -> dict[str, Any]:
     """An object that is written as JSON. Raises SampleError: it is none. (What `datasets` decodes is a list, a text or a number then.)"""
-    try:
-        value = json.loads(value) if isinstance(value, str | bytes) else value
-    except RecursionError:
-        raise SampleError("not JSON that can be read: its lists and objects are too deep inside each other") from None
-    except ValueError as error:  # also bytes of another encoding, and a number of thousands of digits
-        raise SampleError(f"not JSON: {error}") from error
+    value = parsed(value) if isinstance(value, str | bytes) else value
     if not isinstance(value, dict):
         raise SampleError(f"a JSON {type(value).__name__} where an object was expected")
     return value

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from typing import Any
 
 from ..errors import SampleError
-from ..inputs.messages import with_tools
+from ..inputs.messages import KEYS, with_tools
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 KINDS = ("image", "video")
 UNHEARD = ("audio", "audios")
-PAYLOADS = (*KINDS, "image_url", "url", "path", "base64")
+PAYLOADS = {*KEYS["image"], *KEYS["video"]}
 """Under one of these names a part brings its own picture or clip."""
 
 

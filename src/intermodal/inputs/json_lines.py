@@ -1,4 +1,4 @@
-"""Files of one JSON value a line."""
+"""JSON that other people wrote: what Python cannot read of it is one error, and files of one value a line are read line by line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ def json_of(text: bytes) -> Any:
         SampleError: it is not UTF-8, or not JSON that Python can read.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return parsed(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SampleError(
             f"not UTF-8: byte 0x{error.object[error.start]:02x} at its place {error.start}; save the file as UTF-8"
         ) from None
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON holds. Raises SampleError: it is none, or none that Python can read."""
+    try:
+        return json.loads(text)
     except RecursionError:
         raise SampleError("not JSON that can be read: its lists and objects are too deep inside each other") from None
     except ValueError as error:  # also a number of thousands of digits

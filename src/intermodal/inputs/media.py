@@ -23,6 +23,7 @@ from ..batch import Visual
 from ..errors import IntermodalError
 from .boxes import BoxFrame
 from .image import open_image
+from .messages import KEYS
 
 
 class MediaError(IntermodalError):
@@ -159,13 +160,13 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
         return None
     bounds = _bounds(part)
     if kind in ("image", "image_url"):
-        picture = _picture(_source(part, ("image", "image_url", "url", "path", "base64")))
+        picture = _picture(_source(part, KEYS["image"]))
         if bounds is not None:
             picture = picture.copy()  # the caller's own picture is left as it is
             picture.info[_BOUNDS] = bounds
         return picture
     if kind == "video":
-        value = _source(part, ("video", "url", "path"))
+        value = _source(part, KEYS["video"])
         if isinstance(value, (str, Path)):
             from .video import decode, sampling_of
 
