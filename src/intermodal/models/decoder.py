@@ -100,7 +100,7 @@ class DecoderAttention(nn.Module):
             q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         else:
             queries, keys = self.q_proj.out_features // self.head_width, self.k_proj.out_features // self.head_width
-            whole_THK = laid.qkv(x_TD).unflatten(-1, (-1, self.head_width))
+            whole_THK = laid.qkv(x_TD).view(len(x_TD), -1, self.head_width)
             if not self.normed:  # queries and keys turned in one go
                 turned, v = rotate(whole_THK[:, : queries + keys], *tables), whole_THK[:, queries + keys :]
                 return turned[:, :queries], turned[:, queries:], v

@@ -20,7 +20,7 @@ from ..batch import States, Visual
 from ..errors import IntermodalError
 from ..nn.attention import Segments, attention
 from ..nn.layers import ACTIVATIONS
-from ..nn.rope import rotate
+from ..nn.rope import rotate, turns
 from .decoder import GatedMLP
 
 Grid = tuple[int, int, int]
@@ -157,8 +157,8 @@ class NativeVisionTower(nn.Module):
         if config.window is not None:
             order, windows = window_order(grids, config.merge, config.window // (config.patch_size * config.merge))
             x_PD, angles = _by_unit(x_PD, order.to(x_PD.device), config.merge), _by_unit(angles, order, config.merge)
-        angles = angles.to(x_PD.device, torch.promote_types(x_PD.dtype, torch.float32))[:, None]
-        tables = angles.cos(), angles.sin()
+        wide = torch.promote_types(x_PD.dtype, torch.float32)
+        tables = turns(angles.to(x_PD.device, wide), wide)
         deep = []
         for index, block in enumerate(self.blocks):
             segments = frames if index in config.full_blocks or config.window is None else windows
@@ -196,13 +196,13 @@ class NativeVisionTower(nn.Module):
 
 @lru_cache(maxsize=256)
 def rotary_angles(grid: Grid, merge: int, head: int, theta: float) -> Tensor:
-    """(P, K) float32 angles in block-major order: a quarter of the head turns with the row, a quarter with the column, then both again."""
+    """(P, K/2) float32 angles in block-major order: half of them turn with the row, half with the column."""
     frames, rows, columns = grid
     inverse = 1.0 / theta ** (torch.arange(0, head // 2, 2, dtype=torch.float32) / (head // 2))
     places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
     blocks = places.unflatten(0, (-1, merge)).unflatten(2, (-1, merge)).transpose(1, 2).flatten(0, 3)  # (rows * columns, 2)
     angles = (blocks[..., None].float() * inverse).flatten(1)
-    return torch.cat([angles, angles], dim=-1).repeat(frames, 1)
+    return angles.repeat(frames, 1)
 
 
 def window_order(grids: Sequence[Grid], merge: int, side: int) -> tuple[Tensor, Segments]:

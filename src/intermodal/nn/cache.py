@@ -44,18 +44,25 @@ class Cache:
             store[..., : self.capacity, :] = self.store
             self.store, self.capacity = store, capacity
         self.single = segments.longest == 1
-        self.mask = None
         if self.single:
-            self.slots_N = torch.tensor(slots, device=self.device)
-            # where the new keys and values stand when a layer's store is seen as rows of K: one write for all, half the calls of two
-            heads = 2 * self.shape[2]
-            first_N = torch.tensor(
-                [slot * heads * self.capacity + total - 1 for slot, total in zip(slots, self.totals, strict=True)]
-            )
-            self.rows = (first_N[:, None] + torch.arange(heads) * self.capacity).flatten().to(self.device)
-            reach = torch.arange(self.most, device=self.device)
-            if len(set(self.totals)) > 1:
-                self.mask = (reach[None] < torch.tensor(self.totals, device=self.device)[:, None])[:, None, None]
+            self._begin_single()
+
+    def _begin_single(self) -> None:
+        """One new token of each: what is the same for all layers is made once, for small products the calls themselves take the time."""
+        layers, _, heads, head = self.shape
+        count, totals_N = len(self.slots), torch.tensor(self.totals)
+        # where the new keys and values stand when a layer's store is seen as rows of K: one write for all, half the calls of two
+        first_N = torch.tensor(self.slots) * 2 * heads * self.capacity + totals_N - 1
+        self.rows = (first_N[:, None] + torch.arange(2 * heads) * self.capacity).flatten().to(self.device)
+        self.as_rows = self.store.view(layers, -1, head).unbind(0)
+        first = self.slots[0]
+        together = self.slots == list(range(first, first + count))
+        seen = (self.store[:, first : first + count] if together else self.store)[:, :, :, : self.most]
+        self.seen = [half.unbind(0) for half in seen.chunk(2, dim=2)]
+        self.chosen = None if together else torch.tensor(self.slots, device=self.device)
+        self.mask = None
+        if len(set(self.totals)) > 1:
+            self.mask = (torch.arange(self.most)[None] < totals_N[:, None])[:, None, None].to(self.device)
 
     def commit(self) -> None:
         for slot, total in zip(self.slots, self.totals, strict=True):
@@ -67,17 +74,15 @@ class Cache:
 
     def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float | None = None) -> Tensor:
         """Store the new keys and values and let the new queries see everything up to themselves: (T, H, K)."""
-        store = self.store[layer]
-        q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))  # under autocast they come in another type
+        if not q_THK.dtype == k_TGK.dtype == v_TGK.dtype == self.dtype:  # under autocast
+            q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))
         if self.single:
-            store.view(-1, store.shape[-1]).index_copy_(0, self.rows, torch.cat([k_TGK, v_TGK], 1).flatten(0, 1))
-            every = self.slots == list(range(self.shape[1]))
-            seen = store[:, :, : self.most] if every else store[self.slots_N, :, : self.most]
-            k, v = seen.chunk(2, dim=1)
+            self.as_rows[layer].index_copy_(0, self.rows, torch.cat([k_TGK, v_TGK], 1).flatten(0, 1))
+            k, v = (half[layer] if self.chosen is None else half[layer][self.chosen] for half in self.seen)
             # the heads of a group stand where several queries would: the kernel reads their keys once instead of once a head
-            q_NGRK = q_THK.unflatten(1, (k.shape[1], -1))
+            q_NGRK = q_THK.reshape(len(q_THK), k.shape[1], -1, q_THK.shape[2])
             return F.scaled_dot_product_attention(q_NGRK, k, v, attn_mask=self.mask, scale=scale).flatten(1, 2)
-        gqa, pieces = q_THK.shape[1] != k_TGK.shape[1], []
+        store, gqa, pieces = self.store[layer], q_THK.shape[1] != k_TGK.shape[1], []
         for slot, total, q, k, v in zip(
             self.slots, self.totals, *(x.split(self.segments.lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True
         ):

@@ -92,7 +92,7 @@ class Rope:
             self.axis = None if config.sections is None else axis_of_frequency(config.sections, config.interleaved)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Position ids (T,) or, for M-RoPE, (3, T) -> cosines and sines (T, 1, K) in `dtype`, ready to broadcast over heads.
+        """Position ids (T,) or, for M-RoPE, (3, T) -> what `rotate` takes, (T, 1, K) in `dtype`, ready to broadcast over heads.
 
         M-RoPE also takes (T,): text alone, all three axes equal.
         """
@@ -105,12 +105,16 @@ class Rope:
             angles = positions.float()[self.axis.to(positions.device)].T * inverse
         if dtype == torch.float64:  # exactness tests: the angles stay those of float32
             angles = angles.double()
-        halves = ((table * self.scale).to(dtype) for table in (angles.cos(), angles.sin()))
-        cos, sin = (torch.cat([half, half], dim=-1)[:, None] for half in halves)
-        return cos, sin
+        return turns(angles, dtype, self.scale)
+
+
+def turns(angles_TK2: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Angles (T, K/2) -> what `rotate` takes, (T, 1, K) in `dtype`: cosines, and sines that are negative in the first half."""
+    cos, sin = ((table * scale).to(dtype) for table in (angles_TK2.cos(), angles_TK2.sin()))
+    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
 
 
 def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of (T, H, K) by its angle; tables as `Rope.tables` gives them."""
-    first, second = x_THK.chunk(2, dim=-1)
-    return x_THK * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn each pair (i, i + K/2) of (T, H, K) by its angle; tables as `turns` gives them. Three operators, for in decoding each costs more
+    than what it computes."""
+    return torch.addcmul(x_THK * cos, x_THK.roll(x_THK.shape[-1] // 2, -1), sin)
