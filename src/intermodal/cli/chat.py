@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +77,8 @@ def generate(
 
     `intermodal generate my-chameleon "draw a red apple left of a cat" --guidance 3 --out out/`
     """
-    _check_places(prompt, jsonl, out, beside=system is not None or tools is not None)
+    one = {"--system": system, "--tools": tools, "--image": image, "--video": video}
+    _check_places(prompt, jsonl, out, [name for name, value in one.items() if value not in (None, [])])
     schemas, variables = _read_tools(tools), variables_of(variable)
     settings: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -94,8 +95,8 @@ def generate(
         _reply_once(loaded, messages, out, settings | {"tools": schemas}, as_json)
 
 
-def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None, *, beside: bool) -> None:
-    """Refuse, before anything is loaded, what cannot be asked or written; `beside` is whether --system or --tools was given."""
+def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None, beside: list[str]) -> None:
+    """Refuse, before anything is loaded, what cannot be asked or written; `beside` are the options given that belong to one prompt."""
     from ..errors import IntermodalError
 
     if (prompt is None) == (jsonl is None):
@@ -107,7 +108,9 @@ def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None, *, b
     elif out.is_dir():
         raise IntermodalError(f"--out {out} is a folder; with --jsonl it is the file of replies")
     elif beside:
-        raise IntermodalError('--system and --tools are for one prompt; in --jsonl each line has its own "messages" and "tools"')
+        raise IntermodalError(
+            f'{" and ".join(beside)} go with one prompt; in --jsonl each line has its own "messages" and "tools", and names its pictures'
+        )
 
 
 def _read_tools(file: Path | None) -> list[dict[str, Any]] | None:
@@ -355,6 +358,7 @@ def _sorted(media: list[str]) -> tuple[list[str], list[str]]:
 
 def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):
     """Print a reply as it comes; returns it."""
+    from ..generate.draw import cannot_draw
     from ..generate.engine import Partial, Reply
 
     reply, drew = None, False
@@ -369,6 +373,8 @@ def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):
             drew = False
     typer.echo("")
     assert reply is not None
+    if reply.note and not cannot_draw(model):  # of that it is told before
+        typer.echo(f"note: {reply.note}", err=True)
     return reply
 
 
@@ -376,8 +382,9 @@ def _write(reply, folder: Path) -> list[Path]:
     """`reply.md` with the pictures beside it, in place of an earlier one and of the pictures that it shows."""
     folder.mkdir(parents=True, exist_ok=True)
     page, lines, files = folder / "reply.md", [], []
-    for name in re.findall(r"!\[picture \d+\]\((image-\d+\.png)\)", page.read_text("utf-8", "replace") if page.exists() else ""):
-        (folder / name).unlink(missing_ok=True)
+    shown = re.findall(r"^!\[picture (\d+)\]\(image-\1\.png\)$", page.read_text("utf-8", "replace") if page.exists() else "", re.M)
+    for number in takewhile(lambda number: str(number) in shown, count(1)):  # what else looks like one is the reply's own words
+        (folder / f"image-{number}.png").unlink(missing_ok=True)
     for kind, value in reply.segments:
         if kind == "image":
             files.append(folder / f"image-{len(files) + 1}.png")

@@ -115,9 +115,14 @@ def _reading(processor: ChatProcessor | None) -> str:
     return "".join(f"\n{setting}" for setting in changed)
 
 
+def _pictures_of(out: Path) -> Path:
+    """Where the pictures of a file of replies go: another folder for each file."""
+    return out.with_name(f"{out.stem}-pictures" if out.suffix == ".jsonl" else f"{out.name}.pictures")
+
+
 def _with_files(reply: Reply, out: Path, number: int) -> list[list[str]]:
     """The reply's segments, pictures written as files and named by their path from `out`'s folder."""
-    folder = out.with_name(f"{out.stem}-pictures")
+    folder = _pictures_of(out)
     folder.mkdir(exist_ok=True)
     segments = []
     for kind, value in reply.segments:
@@ -130,7 +135,8 @@ def _with_files(reply: Reply, out: Path, number: int) -> list[list[str]]:
 
 
 def _earlier(out: Path, names: dict[int, str]) -> set[int]:
-    """Lines that an earlier run replied to. A last row cut short by a kill, and rows of errors, are taken out of the file.
+    """Lines that an earlier run replied to. A last row cut short by a kill, rows of errors, and those of which a picture is gone, are taken
+    out of the file.
 
     Raises:
         IntermodalError: the file holds something else, or replies to other conversations or by other settings.
@@ -155,6 +161,9 @@ def _earlier(out: Path, names: dict[int, str]) -> set[int]:
             raise IntermodalError(
                 f"{out}, line {number}: made from another conversation or by other settings than are asked for now; give another --out"
             )
+        drawn = [value for kind, value in row.get("segments", []) if kind == "image"]
+        if not all((out.parent / name).exists() for name in drawn):
+            continue
         kept.append(raw)
         done.add(number)
     if last or len(kept) != len(whole):

@@ -100,6 +100,11 @@ class Canvas:
             return 1
         return 2 if self.sampling.image_guidance is None else 3
 
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt should leave for a picture beside the words of the reply."""
+        return self.length if self.draws and self.sampling.max_images else 0
+
     def text_scores(self, row_V: Tensor, may_draw: bool) -> Tensor:
         """Scores with what cannot come in a text ruled out."""
         row_V = row_V.masked_fill(~self.words, -torch.inf)
@@ -107,9 +112,18 @@ class Canvas:
             row_V[self.tokens.begin] = -torch.inf
         return row_V
 
-    def misses(self, row_V: Tensor) -> bool:
-        """Whether these scores of a text would begin a picture, which this model has no decoder for."""
-        return not self.draws and int(row_V.masked_fill(~self.words, -torch.inf).argmax()) == self.tokens.begin
+    def missed(self, row_V: Tensor, room: int) -> str:
+        """Why a picture does not come that these scores of a text would begin; "" where none is missed.
+
+        Args:
+            room: tokens that the context has left.
+        """
+        if (self.draws and room >= self.length) or int(row_V.masked_fill(~self.words, -torch.inf).argmax()) != self.tokens.begin:
+            return ""
+        if not self.draws:
+            return CANNOT_DRAW
+        wanted = self.tokens.begin not in self.ends and self.sampling.max_images > 0
+        return f"a picture was left out: it takes {self.length} tokens, and the context had {room} left" if wanted else ""
 
     def start(self, prompt: list[int], said: list[int]) -> Drawing:
         """A picture begins: `said` ends with its begin token."""

@@ -25,7 +25,7 @@ from ..inputs.vision_cache import MemoryCache
 from ..models.generative import Generative
 from ..nn.attention import Segments
 from ..nn.cache import Cache
-from .draw import CANNOT_DRAW, Canvas, Drawing
+from .draw import Canvas, Drawing
 from .sample import Sampling, choose
 
 LAY_OUT_AFTER = 4
@@ -47,7 +47,7 @@ class Reply:
     usage: dict[str, int]
     segments: list[tuple[str, Any]] = field(default_factory=list)
     note: str = ""
-    """What the caller should know of the reply: that the model would have drawn and has no decoder to draw with."""
+    """What the caller should know of the reply: that the model would have drawn, and had no decoder to draw with or no room."""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -183,7 +183,7 @@ def _events(
         while waiting and free:
             index = waiting.pop()
             try:
-                run = _begun(index, conversations[index], model, processor, sampling)
+                run = _begun(index, conversations[index], model, processor, sampling, canvas.room if canvas else 0)
             except IntermodalError as error:
                 yield index, error
             else:
@@ -218,10 +218,10 @@ def _events(
                 yield run.index, run.reply()
 
 
-def _begun(index: int, messages: Any, model: Generative, processor: ChatProcessor, sampling: Sampling) -> _Run:
+def _begun(index: int, messages: Any, model: Generative, processor: ChatProcessor, sampling: Sampling, picture: int) -> _Run:
     """A conversation ready to be read. Raises IntermodalError: it cannot be, or leaves no room for a reply."""
     context = model.config_text.context
-    conversation, dropped = fitting(processor, messages, context, sampling)
+    conversation, dropped = fitting(processor, messages, context, sampling, picture)
     prompt = processor.batch(conversation, cache=model.vision_cache).to(model.device)
     generator = torch.Generator().manual_seed(int(sampling.seed))
     # the last token's place, not the largest: by transformers' rule a long clip reaches past the words after it (PITFALLS D1)
@@ -269,8 +269,9 @@ def _advance(
         return
     row = scores[0]
     if canvas is not None:
-        run.note = run.note or (CANNOT_DRAW if canvas.misses(row) else "")
-        row = canvas.text_scores(row, may_draw=run.room - len(run.said) >= canvas.length and _pictures(run) < sampling.max_images)
+        room = run.room - len(run.said)
+        run.note = run.note or canvas.missed(row, room)
+        row = canvas.text_scores(row, may_draw=room >= canvas.length and _pictures(run) < sampling.max_images)
     seen: Tensor | tuple[int, ...] = ()
     if sampling.repetition_penalty != 1:
         seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])
@@ -343,16 +344,19 @@ def _decoded(run: _Run, said: Sequence[int], processor: ChatProcessor, *, last: 
 
 
 def fitting(
-    processor: ChatProcessor, messages: Sequence[dict[str, Any]], context: int, sampling: Sampling
+    processor: ChatProcessor, messages: Sequence[dict[str, Any]], context: int, sampling: Sampling, picture: int = 0
 ) -> tuple[Conversation, int]:
     """The conversation as tokens, and how many of its messages were left out by `Sampling.too_long`.
+
+    Args:
+        picture: tokens that a picture of the reply would take: old messages make room for it too, up to half of the context in all.
 
     Raises:
         TooLong: it leaves no room for a reply; with the count of each item.
     """
     conversation, dropped = processor.conversation(messages, reply=True), 0
     if sampling.too_long == "drop_oldest":
-        room = context - min(sampling.max_new_tokens, context // 2)
+        room = context - min(sampling.max_new_tokens + picture, context // 2)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = [at for at, message in enumerate(messages) if message["role"] == "user"]
         for start in turns[1:]:
