@@ -186,16 +186,19 @@ def _document(record: dict[str, Any]) -> list[dict[str, Any]]:
     list of texts, and for each picture the text that it stands before."""
     if "text_list" in record:
         texts, info = record["text_list"], record.get("image_info") or []
-        if not isinstance(texts, list) or not all(isinstance(one, dict) and "image_name" in one for one in info):
+        named = isinstance(info, list) and all(isinstance(one, dict) and "image_name" in one for one in info)
+        if not isinstance(texts, list) or not named:
             raise SampleError("a document's `text_list` is a list of texts, and each of its `image_info` has an `image_name`")
         before: list[tuple[float, Any, Any]] = [(at, None, text) for at, text in enumerate(texts)]
-        before += [(one.get("matched_text_index", 0) - 0.5, one["image_name"], None) for one in info]
+        before += [(_stands_before(one) - 0.5, one["image_name"], None) for one in info]
         places = [(picture, text) for _, picture, text in sorted(before, key=lambda entry: entry[0])]
     else:
         pictures, texts = record.get("images"), record["texts"]
         if not isinstance(pictures, list) or not isinstance(texts, list) or len(pictures) != len(texts):
             raise SampleError("a document's `images` and `texts` are two lists of one length")
         places = list(zip(pictures, texts, strict=True))
+    if not places:
+        raise SampleError("the document is empty: it has neither texts nor pictures")
     parts: list[dict[str, Any]] = []
     for at, (picture, text) in enumerate((_payload(picture), text) for picture, text in places):
         if (picture is None) == (text is None):
@@ -207,6 +210,15 @@ def _document(record: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             parts.append({"type": "text", "text": str(text)})
     return parts
+
+
+def _stands_before(picture: dict[str, Any]) -> float:
+    """The number of the text that a picture of MMC4's stands before; the first where the record does not say."""
+    number = picture.get("matched_text_index", 0)
+    # tables of numbers with gaps have 1 as 1.0, and NaN in the gaps
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != number:
+        raise SampleError(f"the `matched_text_index` of {picture['image_name']!r:.80} is the number of a text, got {number!r:.80}")
+    return number
 
 
 def _parts(text: str, left: dict[str, list[Any]], named: Collection[str]) -> str | list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, wi
 from .placeholders import in_rendered_order, rewrite
 from .template import ChatTemplate, TemplateError, settings_in, template_in
 from .text import content
+from .transparency import over_white
 from .turns import Span, Turn
 from .video import Sampling
 from .vision_cache import VisionCache, content_key
@@ -209,7 +210,8 @@ class ChatProcessor:
         if self.marks:
             refuse_marks(self.tokenizer, messages, self.marks)
         variables = {**self.variables, **variables, "tools": tools_of(with_tools(messages, tools))}
-        items = [item for part in parts_of(messages) if (item := load_part(part, self.video)) is not None]
+        blend = getattr(self.planner, "blend", over_white)
+        items = [item for part in parts_of(messages) if (item := load_part(part, self.video, blend)) is not None]
         if items and self.planner is None:
             raise TemplateError("this is a text-only model: it takes no pictures or videos")
         kinds = ["video" if isinstance(item, Clip) else "image" for item in items]

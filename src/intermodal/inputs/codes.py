@@ -5,6 +5,7 @@ Sources: chameleon `inference/image_tokenizer.py` (pixels), `inference/vocab.py`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from .boxes import BoxFrame, cells
 from .image import ImageProcessor
 from .media import Clip, MediaError, Piece, Plan, Run, refuse_bounds
 from .tiles import Whole
+from .transparency import Blend
 
 if TYPE_CHECKING:
     from ..models.vqvae import VQVAE
@@ -43,8 +45,11 @@ class ImageTokens:
         """Chameleon's names: `IMGIMG`, the code's digits as letters A to J, and a last letter that says nothing.
 
         Raises:
-            CheckpointError: a code has no token, or two, or the begin or end token is not there.
+            CheckpointError: a code has no token, or two, or shares one; the begin or end token is not there; a token is no number.
         """
+        wrong = next((name for name, token in vocabulary.items() if isinstance(token, bool) or not isinstance(token, int)), None)
+        if wrong is not None:
+            raise CheckpointError(f"the vocabulary's {wrong!r} is {vocabulary[wrong]!r}; a token's number is wanted")
         found: dict[int, int] = {}
         for name, token in vocabulary.items():
             if name.startswith("IMGIMG"):
@@ -58,6 +63,10 @@ class ImageTokens:
         for name in (BEGIN, END):
             if name not in vocabulary:
                 raise CheckpointError(f"the vocabulary has no {name!r}, which frames a picture")
+        shared = [token for token, count in Counter([*found.values(), vocabulary[BEGIN], vocabulary[END]]).items() if count > 1]
+        if shared:
+            names = [name for name, token in vocabulary.items() if token == shared[0]][:3]
+            raise CheckpointError(f"{len(shared)} tokens stand for several things: {shared[0]} is {' and '.join(names)}")
         return cls(tuple(found[code] for code in range(codes)), vocabulary[BEGIN], vocabulary[END])
 
     def tokens(self, codes: Tensor) -> Tensor:
@@ -102,6 +111,10 @@ class CodePlanner:
     vq: VQVAE | None = None
     """Set by the model: its own encoder."""
 
+    @property
+    def blend(self) -> Blend:
+        return self.processor.blend
+
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
         refuse_bounds(item, "this model")
         if isinstance(item, Clip):
@@ -118,7 +131,7 @@ class CodePlanner:
         if self.vq is None:
             raise IntermodalError("pictures become tokens by the model's VQ-VAE, and this processor has none; load the whole model")
         weight = self.vq.quantize.embedding.weight
-        pixels = self.pixels(items, plans).to(weight.device, weight.dtype)
+        pixels = self.pixels(items, plans).to(weight.device)  # in float32, as they are encoded whatever the weights are
         parts = [self.vq.encode(part).cpu() for part in pixels.split(max(1, PIXELS_AT_ONCE // self.side**2))]
         return self.image_tokens.tokens(torch.cat(parts)).flatten()
 

@@ -22,18 +22,22 @@ from ..files import read_json
 from .arrays import array_of
 from .boxes import Affine
 from .image_settings import crop_of, length_of, levels_of, size_of
+from .transparency import Blend, over_white, over_white_truncated
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
-def open_image(source: Any) -> Image.Image:
+def open_image(source: Any, blend: Blend = over_white) -> Image.Image:
     """A PIL image, a path, bytes, an open file, or an array or tensor of uint8 (`array_of`) -> an upright RGB image.
 
     EXIF rotation is applied as Hugging Face's `load_image` does, and transparency is laid on white as its processors do. (`load_image`
     itself drops the alpha channel of a file, so that transformers treats one picture in two ways; here it is always white.) A PIL image
     that is upright RGB already is returned as it is: whoever draws on it copies it first.
+
+    Args:
+        blend: lays a picture with transparency on white.
 
     Raises:
         SampleError: the bytes are not a picture, are cut short, or the path does not exist; a side has no pixels. Bytes and files with a
@@ -56,9 +60,7 @@ def open_image(source: Any) -> Image.Image:
         if source.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies what it leaves as it is, too
             source = ImageOps.exif_transpose(source)
         if "A" in source.getbands() or source.info.get("transparency") is not None:
-            source = source.convert("RGBA")
-            white = Image.new("RGBA", source.size, (255, 255, 255, 255))
-            source = Image.alpha_composite(white, source)
+            source = blend(source)
         source.load()
         return source if source.mode == "RGB" else source.convert("RGB")
     except FileNotFoundError as error:
@@ -135,6 +137,8 @@ class ImageProcessor:
     """Resize the longer side to fit `size`, a square, and centre the picture on `fill`: open_clip's `resize_mode: longest`."""
     fill: int = 0
     """Grey level around a letterboxed picture."""
+    truncated_blend: bool = False
+    """Transparency is laid on white by `over_white_truncated` (Chameleon's authors). A picture that was opened already has none left."""
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -170,9 +174,13 @@ class ImageProcessor:
         """`levels`, on any device -> Images in float32 there, equal to the last bit to what calling the processor makes."""
         return replace(levels, pixels=LookUp(self.rescale_factor, self.mean, self.std).tensor(levels.pixels, 1))
 
+    @property
+    def blend(self) -> Blend:
+        return over_white_truncated if self.truncated_blend else over_white
+
     def resized(self, image: Any) -> np.ndarray:
         """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
-        picture = open_image(image)
+        picture = open_image(image, self.blend)
         if self.size:
             picture = picture.resize(self._before_crop(picture.size), Image.Resampling(self.resample))
         pixels = np.asarray(picture)

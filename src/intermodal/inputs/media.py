@@ -24,6 +24,7 @@ from ..errors import IntermodalError
 from .boxes import BoxFrame
 from .image import open_image
 from .messages import KEYS
+from .transparency import Blend, over_white
 
 
 class MediaError(IntermodalError):
@@ -138,7 +139,7 @@ class Planner(Protocol):
         ...
 
 
-def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | None:
+def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white) -> Image.Image | Clip | None:
     """The picture or clip of a message part, or None for text.
 
     Parts: `{"type": "image", "image": PIL, path, bytes, file, uint8 array or tensor, or data-URI}`, transformers' `"url"`, `"path"` and
@@ -151,6 +152,7 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
 
     Args:
         video: how a path is decoded and sampled where the part does not say it, a `video.Sampling`.
+        blend: lays a picture with transparency on white.
 
     Raises:
         MediaError: an unknown part, an unreadable file, an address on the network, or a rate or size that is none.
@@ -160,7 +162,7 @@ def load_part(part: dict[str, Any], video: Any = None) -> Image.Image | Clip | N
         return None
     bounds = _bounds(part)
     if kind in ("image", "image_url"):
-        picture = _picture(_source(part, KEYS["image"]))
+        picture = _picture(_source(part, KEYS["image"]), blend)
         if bounds is not None:
             picture = picture.copy()  # the caller's own picture is left as it is
             picture.info[_BOUNDS] = bounds
@@ -237,7 +239,7 @@ def local_path(address: str | Path, kind: str) -> Path:
     return as_written if as_written.exists() else Path(unquote(text[found.end() :])).expanduser()
 
 
-def _picture(value: Any) -> Image.Image:
+def _picture(value: Any, blend: Blend = over_white) -> Image.Image:
     if value is None:
         raise MediaError('an image part holds no picture; write {"type": "image", "image": path or PIL image}')
     if isinstance(value, str) and value[:5].lower() == "data:":
@@ -251,7 +253,7 @@ def _picture(value: Any) -> Image.Image:
     if isinstance(value, str):
         value = local_path(value, "pictures")
     try:
-        return open_image(value)
+        return open_image(value, blend)
     except TypeError as error:
         raise MediaError(f"an image part cannot be read: {error}") from error
 

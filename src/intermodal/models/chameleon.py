@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import IntermodalError
 from ..inputs.codes import CodePlanner, ImageTokens
 from .decoder import DecoderConfig
 from .generative import Generative
@@ -32,10 +33,30 @@ class ChameleonConfig:
         """Codes along a side of a picture."""
         return self.side // self.vq.shrink
 
+    def check(self) -> None:
+        """Raises IntermodalError for a model that cannot be built, or could not read a picture once it is."""
+        if self.side % self.vq.shrink:
+            raise IntermodalError(
+                f"pictures of {self.side} x {self.side} pixels do not divide into codes of {self.vq.shrink} x {self.vq.shrink}: "
+                f"their side (the VQ-VAE's resolution, where nothing else is said) should be a multiple of {self.vq.shrink}"
+            )
+        if self.text.qk_norm and self.text.qk_layernorm:
+            raise IntermodalError(
+                "qk_norm and qk_layernorm are both true, and queries and keys have one norm: set one of them to false"
+            )
+        tokens = self.image_tokens
+        beyond = sorted(token for token in {*tokens.ids, tokens.begin, tokens.end} if not 0 <= token < self.text.vocab_size)
+        if beyond:
+            raise IntermodalError(
+                f"the vocabulary has {self.text.vocab_size} tokens, 0 to {self.text.vocab_size - 1}, and of a picture's codes and frame "
+                f"{len(beyond)} are beyond it ({', '.join(map(str, beyond[:5]))}): vocab_size and vocabulary_map are of two models"
+            )
+
 
 class Chameleon(Generative):
     def __init__(self, config: ChameleonConfig):
         super().__init__()
+        config.check()
         self.config, self.family = config, "chameleon"
         self.vqmodel = VQVAE(config.vq)
         self._init_decoder(config.text)

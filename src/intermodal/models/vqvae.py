@@ -50,6 +50,8 @@ class VQConfig:
     """Weight of the term that the rule below puts it on."""
     beta_on: Literal["codebook", "commitment"] = "codebook"
     """The authors' `legacy` rule weighs the codebook's term (PITFALLS 8.12); "commitment" is the paper's and LlamaGen's."""
+    tanh_out: bool = False
+    """The decoder's pictures go through tanh (`ddconfig.tanh_out` of the authors' yaml). The released checkpoints' do not."""
     decoder: bool = True
     """False: Hugging Face's Chameleon files, which carry no decoder."""
 
@@ -79,7 +81,7 @@ class VQConfig:
     def differences(self, other: VQConfig) -> list[str]:
         """Where the two shapes differ, as "codes 8192 against 512": weights of one fit the other only where nothing does."""
         mine, theirs = asdict(self), asdict(other)
-        weights = [name for name in mine if name not in ("beta", "beta_on", "decoder")]
+        weights = [name for name in mine if name not in ("beta", "beta_on", "tanh_out", "decoder")]
         return [f"{name} {mine[name]} against {theirs[name]}" for name in weights if mine[name] != theirs[name]]
 
 
@@ -191,7 +193,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        self.stem, self.checkpoint_activations = config.stem, False
+        self.stem, self.checkpoint_activations, self.tanh_out = config.stem, False, config.tanh_out
         widths = [config.width * multiplier for multiplier in config.multipliers]
         before, levels = widths[-1], []
         self.conv_in, self.mid = nn.Conv2d(config.latent_channels, before, 3, padding=1), _Middle(config, before)
@@ -208,7 +210,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z_NCHW))
         for level in reversed(self.up):
             x = _run(level, x, self.checkpoint_activations)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem)
+        pixels_NCHW = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem)
+        return pixels_NCHW.tanh() if self.tanh_out else pixels_NCHW
 
 
 def _run(level: nn.Module, x: Tensor, recompute: bool) -> Tensor:

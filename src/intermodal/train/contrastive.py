@@ -201,17 +201,17 @@ class PairTrainer(Trainer):
         tokenizer = self.model.processor.texts  # pyright: ignore[reportOptionalMemberAccess]
         unknown = tokenizer.unknown(captions)
         if unknown > CUT_SHARE and self.world.main:
-            self.console.print(
-                f"[yellow]{unknown:.0%} of the captions hold words that the tokenizer cannot spell"
-                f"{'' if self.recipe.model.tokenizer else '; raise model.tokenizer_samples, or name a model.tokenizer'}[/yellow]"
+            self._warn(
+                f"{unknown:.0%} of the captions hold words that the tokenizer cannot spell"
+                f"{'' if self.recipe.model.tokenizer else '; raise model.tokenizer_samples, or name a model.tokenizer'}"
             )
         cut = sum(length > tokenizer.context for length in tokenizer.lengths(captions)) / max(1, len(captions))
         if cut > CUT_SHARE and self.world.main:
             model = self.recipe.model
             advice = "raise model.text.context" if model.tokenizer else "raise model.text.context or model.vocabulary"
-            self.console.print(
-                f"[yellow]{cut:.0%} of the captions are longer than the text tower's context of {tokenizer.context} tokens and are cut"
-                f"{'' if model.start else f'; {advice}'}[/yellow]"
+            self._warn(
+                f"{cut:.0%} of the captions are longer than the text tower's context of {tokenizer.context} tokens and are cut"
+                f"{'' if model.start else f'; {advice}'}"
             )
 
     def _train_step(self, fetched: Fetched, logging: bool) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,13 @@ from ..data.stream import StreamSource
 from ..errors import IntermodalError
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
+from .divergence import ALARM, RECENT, usual
 from .metrics import Display, Metrics
-from .optim import learning_rate, multiplies_bf16, update_average
+from .optim import autocast_for, learning_rate, update_average
 from .resume import changes, refuse_changes
 from .sources import refuse_cut, within
 
 ROLLBACKS = 5
-ALARM = 3.0
-"""A loss this many times the usual is told of, once, where a run does not roll back."""
-STEADY, RECENT = 4, 20
-"""How many logged losses tell what is usual: at least, and at most."""
 
 
 class Stopped(IntermodalError):
@@ -54,6 +50,8 @@ class Trainer(ABC):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Loader
+    judged = "loss"
+    """Which logged value tells a divergence."""
 
     def __init__(self, recipe: Any, folder: Path, world: World, resume: bool, console: Console, quiet: bool):
         self.recipe, self.folder, self.world, self.console, self.quiet = recipe, folder, world, console, quiet
@@ -72,13 +70,16 @@ class Trainer(ABC):
         if recipe.optim.ema is not None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.recent: list[float] = []
-        """Losses of the last logged steps."""
-        self.rollbacks, self.went_back_to, self.alarmed = 0, -1, False
+        """What was judged, of the last logged steps."""
+        self.rollbacks, self.went_back_to, self.told_of_divergence = 0, -1, False
         self.step = 0
         if self.resumed_from is not None:
             meta = checkpoint.restore(self.resumed_from, world, self.model, self.optimizer, self.average)
             self.step = meta["step"]
-            self.recent, self.rollbacks, self.went_back_to = meta["recent"], meta["rollbacks"], meta["went_back_to"]
+            self.rollbacks, self.went_back_to = meta["rollbacks"], meta["went_back_to"]
+            if meta.get("judged", "loss") == self.judged:  # else they are of another scale: of a run of an older version
+                self.recent = meta["recent"]
+            self._count_on(meta.get("counted", {}))
             self.loader.restore(meta["data"])
             self._tell_of_changes(meta["recipe"])
         if world.main:  # only now: what could not be gone on with is not what the run is made of
@@ -108,6 +109,15 @@ class Trainer(ABC):
     @abstractmethod
     def _finish(self) -> Any:
         """The trained model, whole, in eval mode, saved by the first rank."""
+
+    def _counted(self) -> dict[str, Any]:
+        """What has been counted since the last logged step, on all ranks together: a checkpoint keeps it, so that the log goes on as if
+        the run had not stopped."""
+        return {}
+
+    def _count_on(self, counted: dict[str, Any]) -> None:
+        """Go on from what `_counted` gave; from nothing where a checkpoint kept none."""
+        return
 
     def run(self) -> Any:
         recipe, steps = self.recipe, self.recipe.train.steps
@@ -144,9 +154,9 @@ class Trainer(ABC):
                         if why and self._rolled_back(why):
                             clock, since = time.perf_counter(), self.step
                             continue
-                        if why and self.world.main and not self.alarmed:
-                            self.alarmed = True
-                            self.console.print(f"[yellow]{why}; {self._why_not_back()}[/yellow]")
+                        if why and self.world.main and not self.told_of_divergence:
+                            self.told_of_divergence = True
+                            self._warn(f"{why}; {self._why_not_back()}")
                     if saving:
                         self._save()
             finally:
@@ -204,12 +214,17 @@ class Trainer(ABC):
         return found
 
     def _diverged(self, values: dict[str, Any]) -> str | None:
-        """What is wrong with a logged step: a loss far from the usual."""
-        limit, loss = self.recipe.train.rollback or ALARM, values["loss"]
-        if len(self.recent) >= STEADY and loss > limit * statistics.median(self.recent):
-            return f"the loss is {loss:.3f} at step {self.step}, and was about {statistics.median(self.recent):.3f}"
-        self.recent = [*self.recent[1 - RECENT :], loss]
+        """What is wrong with a logged step: a value far from the usual."""
+        value = values[self.judged]
+        before = usual(value, self.recent, self.recipe.train.rollback or ALARM)
+        if before is not None:
+            return f"the {self.judged.replace('_', ' ')} is {value:.3f} at step {self.step}, and was about {before:.3f}"
+        self.recent = [*self.recent[1 - RECENT :], value]
         return None
+
+    def _warn(self, what: str) -> None:
+        """Tell of something in yellow. Names of files and samples are in it, so that brackets are not markup."""
+        self.console.print(what, style="yellow", markup=False)
 
     def _why_not_back(self) -> str:
         if self.recipe.train.rollback is None:
@@ -229,12 +244,13 @@ class Trainer(ABC):
         self.rollbacks += 1
         self.optimizer.zero_grad(set_to_none=True)
         came_to = self.step
-        self.step = checkpoint.restore(found[-1], self.world, self.model, self.optimizer, self.average)["step"]
-        self.went_back_to = self.step
+        meta = checkpoint.restore(found[-1], self.world, self.model, self.optimizer, self.average)
+        self.step = self.went_back_to = meta["step"]
+        self._count_on(meta.get("counted", {}))
         if self.world.main:
             assert self.metrics is not None
             self.metrics.back_to(self.step)
-            self.console.print(f"[yellow]{why}: back from step {came_to} to {self.step}, past the data between[/yellow]")
+            self._warn(f"{why}: back from step {came_to} to {self.step}, past the data between")
             with (self.folder / "rollbacks.jsonl").open("a") as file:
                 file.write(json.dumps({"from": came_to, "to": self.step, "why": why}) + "\n")
         return True
@@ -255,16 +271,14 @@ class Trainer(ABC):
             for number, (key, reason) in enumerate(problems if world.main else []):
                 rejects.note(key, reason)
                 if number < TOLD:
-                    self.console.print(f"{key}: {reason}", style="yellow", markup=False)
+                    self._warn(f"{key}: {reason}")
             if world.main and len(problems) > TOLD:
-                self.console.print(
-                    f"... and {len(problems) - TOLD} more of {source.name}, in {rejects.path}", style="yellow", markup=False
-                )
+                self._warn(f"... and {len(problems) - TOLD} more of {source.name}, in {rejects.path}")
             refuse_cut(source, problems, data.max_reject_share)
             if world.main and HELD_OUT_STYLE in getattr(getattr(within(source), "config", None), "styles", ()):
-                self.console.print(
-                    f"[yellow]{source.name} shows {HELD_OUT_STYLE} drawings, the style that the evaluation holds out: its numbers for an "
-                    f"unseen style will say nothing[/yellow]"
+                self._warn(
+                    f"{source.name} shows {HELD_OUT_STYLE} drawings, the style that the evaluation holds out: its numbers for an "
+                    f"unseen style will say nothing"
                 )
         return Loader(
             Mixture(sources, data.weights, data.seed),
@@ -302,16 +316,23 @@ class Trainer(ABC):
         return rate, norm
 
     def _check_finite(self, value: Tensor, keys: Sequence[str]) -> None:
-        if self.world.any(not bool(torch.isfinite(value))):
-            raise self._not_finite(f"the loss is {value.item()}", keys)
+        """Raises NotFinite, on every rank, where the value of some rank is not finite; it names the value and the samples of the first."""
+        finite = bool(torch.isfinite(value))
+        if self.world.any(not finite):
+            found = self._of_all_ranks(None if finite else (value.item(), list(keys)))
+            rank, (number, samples) = next((rank, one) for rank, one in enumerate(found) if one is not None)
+            raise self._not_finite(f"the loss is {number}", samples, rank)
 
-    def _not_finite(self, what: str, keys: Sequence[str]) -> NotFinite:
-        """An error that names this rank's samples, all of them in a file."""
-        file = self.folder / f"not-finite-{self.world.rank}.json"
-        file.write_text(json.dumps({"step": self.step + 1, "what": what, "samples": list(keys)}) + "\n")
+    def _not_finite(self, what: str, keys: Sequence[str], rank: int | None = None) -> NotFinite:
+        """An error that names the samples of a rank, this one where none is given; all of them are in a file."""
+        rank = self.world.rank if rank is None else rank
+        file = self.folder / f"not-finite-{rank}.json"
+        if rank == self.world.rank:
+            file.write_text(json.dumps({"step": self.step + 1, "what": what, "samples": list(keys)}) + "\n")
+        whose = "this rank" if rank == self.world.rank else f"rank {rank}"
         more = f" and {len(keys) - 8} more, all in {file}" if len(keys) > 8 else ""
         return NotFinite(
-            f"{what} at step {self.step + 1}; this rank's samples: {', '.join(keys[:8]) or 'none'}{more}. {self._before_it()} "
+            f"{what} at step {self.step + 1}; {whose}'s samples: {', '.join(keys[:8]) or 'none'}{more}. {self._before_it()} "
             f"Look at the samples, lower optim.lr, or set train.precision=fp32"
         )
 
@@ -346,11 +367,11 @@ class Trainer(ABC):
         """A resumed run may have other settings than it began with, and is then not what it would have been: they are named."""
         changed = changes(before, self.recipe).values()
         if changed and self.world.main and not self.quiet:
-            self.console.print(f"[yellow]resumed with other settings: {'; '.join(changed)}[/yellow]")
+            self._warn(f"resumed with other settings: {'; '.join(changed)}")
 
     def _save(self) -> None:
-        rolls = {"recent": self.recent, "rollbacks": self.rollbacks, "went_back_to": self.went_back_to}
-        meta, keep = {"recipe": to_dict(self.recipe), **rolls}, self.recipe.train.keep
+        judged = {"judged": self.judged, "recent": self.recent, "rollbacks": self.rollbacks, "went_back_to": self.went_back_to}
+        meta, keep = {"recipe": to_dict(self.recipe), **judged, "counted": self._counted()}, self.recipe.train.keep
         checkpoint.save(self.folder, self.step, self.world, self.model, self.optimizer, self.average, meta, self.place, keep)
         self.saved = self.step, self.place
 
@@ -373,12 +394,3 @@ class Trainer(ABC):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """bf16 autocast or nothing. "auto" asks the processor: without bf16 instructions, bf16 products are several times slower."""
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(device) else "fp32"
-    if precision in ("fp32", "fp64"):
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -65,10 +65,10 @@ class Display:
         self.spoke = 0.0
         if self.live:
             columns = (
-                TextColumn(f"[bold]{name}[/bold]"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
             )
             self.progress = Progress(*columns, console=console)
@@ -81,7 +81,7 @@ class Display:
         elif not self.quiet and (time.monotonic() - self.spoke > 5 or step == self.steps):
             self.spoke = time.monotonic()
             left = (self.steps - step) * self.batch / max(samples_per_second, 1e-9)
-            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} s left")
+            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} s left", markup=False)
 
     def close(self) -> None:
         if self.live:

@@ -116,8 +116,8 @@ class LoopConfig:
     save_every: Positive | None = None
     """Steps between checkpoints; the last step is always saved."""
     rollback: Annotated[float, Gt(0)] | None = None
-    """When a logged loss is this many times the median of those before it, or not finite, go back to the newest checkpoint and pass over
-    the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
+    """When a logged loss (a VQ-VAE's reconstruction error) is this many times the median of those before it, or not finite, go back to the
+    newest checkpoint, past the data that led there (PaLM, section 5.1); a run gives up after five times. Needs `save_every`."""
     keep: Positive = 2
     """How many checkpoints stay on disk."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -267,7 +267,8 @@ class CodebookConfig:
     """How a VQ-VAE's codes move, beside the loss."""
 
     ema: Decay | None = 0.99
-    """Codes are exponential averages of their latents (VQ-VAE, appendix A.1); None learns them by gradient."""
+    """Codes are exponential averages of their latents (VQ-VAE, appendix A.1), and the loss has the commitment alone, times `model.beta`,
+    whatever `model.beta_on` says; None learns them by gradient."""
     revive: Positive | None = 100
     """A code unused for this many steps takes a latent of the step; None lets it die."""
     entropy: Amount = 0.0

@@ -34,6 +34,10 @@ UNDECISIVE = {
 decide roundings, but a run may go on where there are other processors."""
 
 
+AVERAGES = ("optim.ema", "codebook.ema")
+"""Decays of averages, of weights and of a VQ-VAE's latents."""
+
+
 def changes(before: dict[str, Any], recipe: Any) -> dict[str, str]:
     """Settings that are others than before, those that came or went among them, by dotted path, each as "path then -> now". One that the
     run knew nothing of, being older, had its default.
@@ -70,18 +74,18 @@ def refuse_changes(before: dict[str, Any], recipe: Any, fixed: Callable[[str], b
 
     Args:
         before: as in `changes`.
-        fixed: whether a setting, by its dotted path, is one of them. Whether averages are kept (`optim.ema`) always is; their decay is not.
+        fixed: whether a setting, by its dotted path, is one of them. Whether averages are kept (`AVERAGES`) always is; their decay is not.
 
     Raises:
         IntermodalError: names those that are others now.
     """
-    then = flat(before)
-    averaged = then.get("optim.ema") is not None, recipe.optim.ema is not None
+    then, now = flat(before), flat(to_dict(recipe))
+    came_or_went = {name for name in AVERAGES if (then.get(name) is None) != (now.get(name) is None)}
     refused = [
         change
         for name, change in changes(before, recipe).items()
         if (name in then or any(known.startswith(f"{name}.") for known in then))  # else it is newer than the run
-        and (fixed(name) or (name == "optim.ema" and averaged[0] != averaged[1]))
+        and (fixed(name) or name in came_or_went)
     ]
     if refused:
         raise IntermodalError(

@@ -72,7 +72,8 @@ def train_stages(
         if folder not in done:
             going_on = resume and checkpoint.latest(folder) is not None
             if world.main and not quiet:
-                console.print(f"stage {stage.name}: {', '.join(f'{pattern} x{factor:g}' for pattern, factor in stage.learn)}")
+                learned = ", ".join(f"{pattern} x{factor:g}" for pattern, factor in stage.learn)
+                console.print(f"stage {stage.name}: {learned}", markup=False)
             trainer = StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main)
             if world.main:  # only now: what could not be gone on with is not what the run is made of
                 write_record(record, out)
@@ -330,7 +331,7 @@ class StageTrainer(Trainer):
             )
             told = self.unreached.report(self.recipe.name, when)
             if told and self.world.main:
-                self.console.print(f"[yellow]{told}[/yellow]", soft_wrap=True)
+                self.console.print(told, style="yellow", markup=False, soft_wrap=True)
 
     def _modality_losses(self, shares: Tensor, codes: Tensor | None) -> dict[str, float]:
         """Loss a token of words and of picture codes, over all packs of all ranks; nothing where the vocabulary has no codes."""

@@ -12,17 +12,23 @@ from ..errors import IntermodalError
 from ..models.clip import DualEncoder
 from ..models.vit import ClipVisionTower, SiglipVisionTower
 from ..models.vqvae import VQVAE
+from ..parallel.setup import World
 from ..weights.load import load
 from .recipe import AdversarialConfig
 
 
-def entropy_term(latents_NDHW: Tensor, vq: VQVAE, temperature: float = 0.01) -> Tensor:
-    """How unsure each latent is of its code, minus how evenly codes are used on the whole: to be made small (MAGVIT-2, section 3)."""
+def entropy_term(latents_NDHW: Tensor, vq: VQVAE, temperature: float = 0.01, world: World | None = None) -> Tensor:
+    """How unsure each latent is of its code, minus how evenly codes are used on the whole: to be made small (MAGVIT-2, section 3).
+
+    Over several ranks, with equal shares of the latents, the mean of its values and gradients is that of one rank that has them all.
+    """
     z = latents_NDHW.permute(0, 2, 3, 1).flatten(0, 2)
     z = F.normalize(z, dim=-1) if vq.config.unit_codes else z
     chances = (-(torch.cdist(z, vq.quantize.table()) ** 2) / temperature).softmax(-1)
     each = -(chances * chances.clamp(min=1e-8).log()).sum(-1).mean()
     mean = chances.mean(0)
+    if world is not None and world.size > 1:  # the value of all ranks', with the gradient of this one's part in it
+        mean = mean + (world.sum(mean) / world.size - mean).detach()
     return each + (mean * mean.clamp(min=1e-8).log()).sum()
 
 
@@ -91,7 +97,10 @@ class PatchCritic(nn.Module):
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
 
 
-def balance(likeness: Tensor, fooled: Tensor, last: Tensor, most: float = 1e4) -> Tensor:
-    """What to multiply the painter's loss with, so that it pulls at the decoder's last layer as hard as the likeness (VQGAN, eq. 7)."""
+def balance(likeness: Tensor, fooled: Tensor, last: Tensor, most: float = 1e4, world: World | None = None) -> Tensor:
+    """What to multiply the painter's loss with, so that it pulls at the decoder's last layer as hard as the likeness (VQGAN, eq. 7). It is
+    measured by the gradients of all ranks' pictures, and the same on every rank."""
     (wanted,), (given,) = (torch.autograd.grad(loss, last, retain_graph=True) for loss in (likeness, fooled))
+    if world is not None:
+        wanted, given = (world.sum(gradient) / world.size for gradient in (wanted, given))
     return (wanted.norm() / (given.norm() + 1e-4)).clamp(0, most).detach()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
@@ -26,12 +25,13 @@ from ..errors import IntermodalError
 from ..inputs.image import BICUBIC, HALF, ImageProcessor
 from ..models.vqvae import VQVAE, VQConfig, initialise
 from ..nn.layers import at_least_float32
-from ..parallel.setup import World, start
+from ..parallel.setup import start
 from ..weights.load import load, save
+from .codebook import CodebookState, codebook_use
 from .loop import Trainer
 from .optim import optimizer_for
 from .ranks import sum_gradients
-from .recipe import AdversarialConfig, CodebookConfig, VQRecipe
+from .recipe import VQRecipe
 from .vq_terms import PatchCritic, Perceptual, balance, entropy_term
 
 HELD_OUT_BATCHES = 16
@@ -132,78 +132,32 @@ class PixelFetcher(PictureFetcher):
         return Pictures(self.pictures([image for _, image in found]).pixels, [sample.key for sample, _ in found], rejects)
 
 
-class CodebookState(nn.Module):
-    """What the codebook remembers from step to step: exponential averages, and how long each code has been idle."""
-
-    counts: Tensor
-    sums: Tensor
-    idle: Tensor
-
-    def __init__(self, codes: int, width: int, config: CodebookConfig, loaded: bool = False):
-        """`loaded`: the codes are those of a trained model, which goes on with them."""
-        super().__init__()
-        self.config, self.loaded = config, loaded
-        self.register_buffer("counts", torch.zeros(codes))
-        self.register_buffer("sums", torch.zeros(codes, width))
-        # at first every code of a new table counts as idle: the first step fills it with latents of its pictures
-        self.register_buffer("idle", torch.full((codes,), 0 if loaded else config.revive or 0, dtype=torch.long))
-
-    @torch.no_grad()
-    def update(self, vq: VQVAE, z_TD: Tensor, ids_T: Tensor, world: World) -> tuple[Tensor, int]:
-        """Count the step's codes, move the averages, and give idle codes a latent of this step. Returns (counts, revived)."""
-        table = vq.quantize.embedding.weight
-        counts = torch.bincount(ids_T, minlength=len(table)).float()
-        sums = torch.zeros_like(self.sums).index_add_(0, ids_T, z_TD)
-        if world.size > 1:
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        if self.config.ema is not None:
-            decay = self.config.ema
-            if self.loaded and not self.counts.any():
-                # as if the codes had always been used as often as in this step, and stood where they are
-                self.counts.copy_(counts.clamp(min=1))
-                self.sums.copy_(vq.quantize.table() * self.counts[:, None])
-            self.counts.mul_(decay).add_(counts, alpha=1 - decay)
-            self.sums.mul_(decay).add_(sums, alpha=1 - decay)
-            known = self.counts > 1e-5
-            moved = self.sums / self.counts.clamp(min=1e-5)[:, None]
-            table.copy_(torch.where(known[:, None], F.normalize(moved, dim=-1) if vq.config.unit_codes else moved, table))
-        self.idle.add_(1).mul_(counts == 0)
-        if self.config.revive is None:
-            return counts, 0
-        dead = (self.idle >= self.config.revive).nonzero().squeeze(1)
-        if len(dead):
-            fresh = z_TD[torch.randint(len(z_TD), (len(dead),), device="cpu").to(z_TD.device)]
-            if world.size > 1:
-                dist.broadcast(fresh, 0)
-            table[dead], self.sums[dead], self.counts[dead], self.idle[dead] = fresh, fresh, 1.0, 0
-        return counts, len(dead)
-
-
 class VQTraining(nn.Module):
     """The model, its codebook's memory and its critic, saved together in checkpoints."""
 
-    def __init__(self, vq: VQVAE, config: CodebookConfig, adversarial: AdversarialConfig, loaded: bool = False):
+    def __init__(self, vq: VQVAE, recipe: VQRecipe):
         super().__init__()
-        self.vq, self.codebook = vq, CodebookState(vq.config.codes, vq.config.code_width, config, loaded)
-        with torch.random.fork_rng(devices=()):  # until the critic begins, a run is the same as without one
-            self.critic = PatchCritic(adversarial) if adversarial.weight else None
+        codes, width, loaded = vq.config.codes, vq.config.code_width, recipe.start is not None
+        self.vq, self.codebook, self.critic = vq, CodebookState(codes, width, recipe.codebook, loaded), None
+        if recipe.adversarial.weight:
+            with torch.random.fork_rng(devices=()):  # until the critic begins, a run is the same as without one
+                torch.default_generator.manual_seed(recipe.train.seed)  # each rank's own state would make it a critic of its own
+                self.critic = PatchCritic(recipe.adversarial)
 
 
 class VQTrainer(Trainer):
     model: VQTraining
     recipe: VQRecipe
+    judged = "reconstruction_error"  # the loss jumps where the critic begins, and is below zero with an entropy term
 
     def _set_up(self) -> None:
         recipe, data = self.recipe, self.recipe.data
         if recipe.train.parallel != "ddp":
             raise IntermodalError("a VQ-VAE is small and stays whole on every rank: train.parallel=ddp")
         vq = _begun(recipe)
-        self.model = (
-            VQTraining(vq, recipe.codebook, recipe.adversarial, loaded=recipe.start is not None)
-            .to(self.world.device, self.dtype)
-            .train()
-        )
+        side = recipe.model.resolution
+        vq.config = vq.quantize.config = at_side(vq.config, side)
+        self.model = VQTraining(vq, recipe).to(self.world.device, self.dtype).train()
         self.perceptual = Perceptual(recipe.train.perceptual, self.world.device, self.dtype) if recipe.train.perceptual else None
         if recipe.codebook.ema is not None:
             vq.quantize.embedding.weight.requires_grad_(False)
@@ -213,7 +167,6 @@ class VQTrainer(Trainer):
         if vq.decoder is not None:
             vq.decoder.checkpoint_activations = recipe.train.checkpoint_activations
         self.optimizer = optimizer_for(self.model, recipe.optim, recipe.train.precision)
-        side = recipe.model.resolution
         sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         self.pictures = ImageProcessor(side, (side, side), resample=BICUBIC, mean=HALF, std=HALF)
         self.loader = self._loader(sources, PixelFetcher(sources, self.pictures, data.seed, data.crop_scale))
@@ -222,7 +175,18 @@ class VQTrainer(Trainer):
         self.used = torch.zeros(vq.config.codes, device=self.world.device)
         """Counts since the last logged step."""
         self.revived = 0
-        self.alarmed = False
+        self.told_of_collapse = False
+
+    def _fixed(self, name: str) -> bool:
+        """The model is the run's own from its first step on."""
+        return super()._fixed(name) or name == "start" or name.startswith("model.")
+
+    def _counted(self) -> dict[str, Any]:
+        return {"used": self.used.long().tolist(), "revived": self.revived}
+
+    def _count_on(self, counted: dict[str, Any]) -> None:
+        self.used.copy_(torch.tensor(counted.get("used", [0]), dtype=self.used.dtype))
+        self.revived = counted.get("revived", 0)
 
     def _train_step(self, fetched: Pictures, logging: bool) -> dict[str, Any]:
         recipe, vq = self.recipe, self.model.vq
@@ -236,9 +200,13 @@ class VQTrainer(Trainer):
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(drawn, pixels)
             error = error + recipe.train.perceptual_weight * terms["perceptual"]
+        if recipe.codebook.ema is not None:
+            # the averages move the codes, so the codebook's term has no gradient: it is no part of what is learned by. Its value is the
+            # commitment's without beta
+            quantisation = quantisation - quantisation.detach() / (1 + vq.config.beta)
         loss = error + recipe.train.quantisation * quantisation
         if recipe.codebook.entropy:
-            loss = loss + recipe.codebook.entropy * entropy_term(latents, vq)
+            loss = loss + recipe.codebook.entropy * entropy_term(latents, vq, world=self.world)
         if self.model.critic is not None and self.step >= recipe.adversarial.start:
             loss = loss + self._adversarial(self.model.critic, drawn, pixels, error, terms)
         self._check_finite(loss.detach(), fetched.keys)
@@ -252,28 +220,24 @@ class VQTrainer(Trainer):
         self.revived += revived
         if not logging:
             return {}
-        mse = self.world.sum(F.mse_loss(drawn.detach().clamp(-1, 1), pixels)) / self.world.size
+        terms |= {"loss": loss, "quantisation": quantisation, "reconstruction_error": error}
+        terms["mse"] = F.mse_loss(drawn.detach().clamp(-1, 1), pixels)
+        means = {name: (self.world.sum(value) / self.world.size).item() for name, value in terms.items()}
+        return {**self._codes_used(), "psnr": psnr(means.pop("mse")), "lr": rate, "gradient_norm": norm.item(), **means}
+
+    def _codes_used(self) -> dict[str, Any]:
+        """How the codes were used since the last logged step, and whether it is time to tell of a collapse; counting begins anew."""
+        codes, settings = len(self.used), self.recipe.codebook
         use, perplexity = codebook_use(self.used)
-        values = {
-            "loss": (self.world.sum(loss.detach()) / self.world.size).item(),
-            "psnr": psnr(mse.item()),
-            "quantisation": quantisation.item(),
-            "codebook_use": use,
-            "perplexity": perplexity,
-            "revived": self.revived,
-            "lr": rate,
-            "gradient_norm": norm.item(),
-            **{name: value.item() for name, value in terms.items()},  # of this rank
-        }
-        if perplexity < recipe.codebook.alarm * vq.config.codes and self.step > recipe.optim.warmup and not self.alarmed:
-            self.alarmed = True
+        values = {"codebook_use": use, "perplexity": perplexity, "revived": self.revived}
+        if perplexity < settings.alarm * codes and self.step > self.recipe.optim.warmup and not self.told_of_collapse:
+            self.told_of_collapse = True
             if self.world.main:
-                self.console.print(
-                    f"[yellow]the codebook collapses: perplexity {perplexity:.1f} of {vq.config.codes} codes; try codebook.ema, "
-                    f"codebook.revive, model.unit_codes or codebook.entropy[/yellow]"
+                self._warn(
+                    f"the codebook collapses: perplexity {perplexity:.1f} of {codes} codes; try codebook.ema, codebook.revive, "
+                    f"model.unit_codes or codebook.entropy"
                 )
-        self.used.zero_()
-        self.revived = 0
+        self._count_on({})
         return values
 
     def _adversarial(self, critic: PatchCritic, drawn: Tensor, pixels: Tensor, error: Tensor, terms: dict[str, Tensor]) -> Tensor:
@@ -282,7 +246,8 @@ class VQTrainer(Trainer):
         assert decoder is not None
         fooled, apart = critic.fooled(drawn), critic.told_apart(drawn, pixels)
         terms |= {"fooled": fooled.detach(), "told_apart": apart.detach()}
-        return self.recipe.adversarial.weight * balance(error, fooled, decoder.conv_out.weight) * fooled + apart
+        pull = balance(error, fooled, decoder.conv_out.weight, world=self.world)
+        return self.recipe.adversarial.weight * pull * fooled + apart
 
     def _note(self, values: dict[str, Any]) -> str:
         return (
@@ -300,7 +265,7 @@ class VQTrainer(Trainer):
             try:
                 self._measure(vq)
             except IntermodalError as error:  # the model is trained and kept, whatever the pictures are
-                self.console.print(f"the held-out pictures cannot be measured: {error}", style="yellow", markup=False)
+                self._warn(f"the held-out pictures cannot be measured: {error}")
         return vq
 
     def _measure(self, vq: VQVAE) -> None:
@@ -383,10 +348,11 @@ def _begun(recipe: VQRecipe) -> VQVAE:
     return vq
 
 
-def codebook_use(counts: Tensor) -> tuple[float, float]:
-    """How often each code came -> the share of codes that did, and their perplexity."""
-    shares = counts / counts.sum()
-    return (counts > 0).float().mean().item(), torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
+def at_side(config: VQConfig, side: int) -> VQConfig:
+    """The same model for pictures of another side: its levels with attention have other sides then."""
+    other = replace(config, resolution=side)
+    moved = dict(zip(config.sides, other.sides, strict=True))
+    return replace(other, attention=tuple(moved[level] for level in config.attention if level in moved))
 
 
 def psnr(mse: float) -> float:

@@ -7,27 +7,37 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, nearest
 from ..inputs.chat import CHAT_FILES, ChatProcessor
 from ..inputs.codes import BEGIN, DIGITS, END, CodePlanner, ImageTokens
-from ..inputs.image import HALF, ImageProcessor, read_processor
+from ..inputs.image import HALF, ImageProcessor, LookUp, read_processor
 from ..models.chameleon import Chameleon, ChameleonConfig
 from ..models.decoder import DecoderConfig
 from ..models.vqvae import VQVAE, VQConfig
 from . import vqgan
 from .decoder import rope_from_hf, rope_to_hf
-from .qwen2_vl import OURS
+from .qwen2_vl import OURS, rules_said
 from .rules import Ignore, Rename, Rule
 
 _DEFAULTS: dict[str, Any] = dict(
     vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, hidden_act="silu",
     max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=False, mlp_bias=False, swin_norm=False,
+    num_key_value_heads=32,
 )  # fmt: skip
 LANCZOS = 1
 SAME_CODES = 0.01
 """How far, of its own norm, a codebook may be from the one it was saved from: bf16 rounds by less than half of it."""
-OWN_KEYS = ("vq", "vq_decoder", "side", "rules", "qk_layernorm")
-"""What `to_hf` writes beside transformers' keys, where it differs from what they say."""
+OWN = {
+    "vq": dict, "vq_decoder": bool, "beta_on": str, "tanh_out": bool, "side": int, "rules": str,
+    "head_width": int, "qk_layernorm": bool, "qk_norm": bool, "qkv_bias": bool,
+}  # fmt: skip
+"""What `to_hf` writes beside transformers' keys, where it differs from what they say, and its kind."""
+SAME_LEVELS = 2 / 127.5
+"""How far a file's pixels may be from the authors' [-1, 1] and mean the same: two grey levels; 0.0078 for 1 / 127.5 is off by 1.4."""
+_PICTURES: dict[str, Any] = dict(
+    do_center_crop=True, resample=LANCZOS, rescale_factor=0.0078, image_mean=[1.0] * 3, image_std=[1.0] * 3
+)
+"""What Hugging Face's image processor defaults to where a file leaves a setting out, beside the size."""
 PLACEHOLDER, TURN = "<image>", "<reserved08706>"
 TEMPLATE = (
     "{{- bos_token -}}{%- for message in messages -%}{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
@@ -38,39 +48,72 @@ TEMPLATE = (
 
 
 def from_hf(config: dict[str, Any]) -> ChameleonConfig:
+    """config.json -> ours.
+
+    Raises:
+        CheckpointError: a setting that is not built, or none that there is.
+    """
+    own = _own(config)
     get = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
-    heads = get["num_attention_heads"]
+    heads, bias = get["num_attention_heads"], bool(get["attention_bias"])
     text = DecoderConfig(
         width=get["hidden_size"],
         depth=get["num_hidden_layers"],
         heads=heads,
-        kv_heads=get.get("num_key_value_heads") or heads,
-        head_width=get["hidden_size"] // heads,
+        kv_heads=config.get("num_key_value_heads", _DEFAULTS["num_key_value_heads"]) or heads,
+        head_width=own.get("head_width", get["hidden_size"] // heads),
         mlp_width=get["intermediate_size"],
         vocab_size=get["vocab_size"],
         context=get["max_position_embeddings"],
         activation=get["hidden_act"],
         norm_eps=get["rms_norm_eps"],
         rope=rope_from_hf(get),
-        qkv_bias=bool(get["attention_bias"]),
-        out_bias=bool(get["attention_bias"]),
+        qkv_bias=own.get("qkv_bias", bias),
+        out_bias=bias,
         mlp_bias=bool(get["mlp_bias"]),
-        qk_layernorm=True,
+        qk_norm=own.get("qk_norm", False),
+        qk_layernorm=own.get("qk_layernorm", True),
         swin_norm=bool(get["swin_norm"]),
         tied=bool(get["tie_word_embeddings"]),
     )
-    own = config.get(OURS, {})
-    if not own.get("qk_layernorm", True):
-        text = replace(text, qk_layernorm=False)
     vq = vqgan.from_hf({"model_type": "vqgan", "vq": own["vq"]}) if "vq" in own else vqgan.from_hf(get.get("vq_config") or {})
-    vq = replace(vq, decoder=bool(own.get("vq_decoder", False)))
+    more = {name: own[name] for name in ("beta_on", "tanh_out") if name in own}
+    vq = replace(vq, decoder=own.get("vq_decoder", False), **more)
     names = get.get("vocabulary_map")
     if not names:
         raise CheckpointError("config.json has no vocabulary_map, which says which tokens are picture codes")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"vocabulary_map is a {type(names).__name__}; it should be an object of tokens and their numbers")
     if PLACEHOLDER not in names:
         raise CheckpointError(f"vocabulary_map has no {PLACEHOLDER!r}")
     tokens = ImageTokens.from_vocabulary(names, vq.codes)
-    return ChameleonConfig(text, vq, tokens, names[PLACEHOLDER], own.get("side", vq.resolution), own.get("rules", "authors"))
+    return ChameleonConfig(text, vq, tokens, names[PLACEHOLDER], own.get("side", vq.resolution), rules_said(config))
+
+
+def _own(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of our own settings.
+
+    Raises:
+        CheckpointError: it is no object, or has a setting that there is not or of another kind.
+    """
+    own = config.get(OURS)
+    if own is None:
+        return {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f'{OURS} is {own!r}; it should be an object of settings, as {{"rules": "transformers"}}')
+    for name, value in own.items():
+        if name not in OWN:
+            raise CheckpointError(f"{OURS} has no setting {name!r}{nearest(name, OWN)}; there are {', '.join(OWN)}")
+        if type(value) is not OWN[name] and name != "rules":
+            raise CheckpointError(f"{OURS}.{name} is {value!r}; {_KINDS[OWN[name]]} is wanted")
+        if OWN[name] is int and value < 1:
+            raise CheckpointError(f"{OURS}.{name} is {value}; a number above 0 is wanted")
+    if own.get("beta_on", "codebook") not in ("codebook", "commitment"):
+        raise CheckpointError(f"{OURS}.beta_on is {own['beta_on']!r}; codebook or commitment is wanted")
+    return own
+
+
+_KINDS = {dict: "an object", bool: "true or false", str: "a name", int: "a whole number"}
 
 
 def rules(family: str, config: ChameleonConfig) -> list[Rule]:
@@ -86,16 +129,15 @@ def processor(folder: Path, family: str, config: ChameleonConfig, raw: dict[str,
     files = {name: (folder / name).read_bytes() for name in CHAT_FILES if (folder / name).exists()}
     if "tokenizer.json" not in files:
         return None
-    return chat_processor(files, config, read_processor(folder))
+    try:
+        return chat_processor(files, config, read_processor(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def chat_processor(files: dict[str, bytes], config: ChameleonConfig, settings: dict[str, Any] | None = None) -> ChatProcessor:
-    """From a tokenizer's files; `settings` are an image processor's, of which only the transformers rule reads the pixel scale."""
-    side = config.side
-    pictures = ImageProcessor(side, (side, side), resample=LANCZOS, mean=HALF, std=HALF, rounded=True)
-    if config.rules == "transformers":
-        factor = (settings or {}).get("rescale_factor", 0.0078)
-        pictures = replace(pictures, rescale_factor=factor, mean=(1.0,) * 3, std=(1.0,) * 3, rounded=False)
+    """From a tokenizer's files and an image processor's settings."""
+    side, pictures = config.side, pictures_of(config, settings or {})
     planner = CodePlanner({"image": config.image_id}, config.image_tokens, side, config.grid, pictures)
     made = ChatProcessor.from_files(files, {}, lambda tokenizer: planner)
     if made.template is None:
@@ -106,6 +148,38 @@ def chat_processor(files: dict[str, bytes], config: ChameleonConfig, settings: d
     return made
 
 
+def pictures_of(config: ChameleonConfig, settings: dict[str, Any]) -> ImageProcessor:
+    """What turns pictures to pixels: by the authors' rules their own, whatever the directory's `preprocessor_config.json` (`settings`)
+    says, as long as it means the same; by transformers' rules what that file says.
+
+    Raises:
+        CheckpointError: the file says something else than the authors' rules, or makes pictures of another size than the model's.
+    """
+    side = config.side
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    said = ImageProcessor.from_hf(settings, {**_PICTURES, **size})
+    made = (side, side) if not settings else said.output_size
+    if made != (side, side):
+        raise CheckpointError(
+            f"the image processor's settings (preprocessor_config.json) make pictures of {made[0]} x {made[1]} pixels, and config.json "
+            f"says {side} x {side}; where the file is right and pictures are square, write their side into config.json, as "
+            f'"{OURS}": {{"side": {made[0]}}}'
+        )
+    if config.rules == "transformers":
+        return said
+    authors = ImageProcessor(side, (side, side), resample=LANCZOS, mean=HALF, std=HALF, rounded=True, truncated_blend=True)
+    levels = [LookUp(each.rescale_factor, each.mean, each.std).table for each in (said, authors)]
+    other = [name for name in ("size", "crop", "resample") if getattr(said, name) != getattr(authors, name)]
+    other += ["rescale_factor, image_mean or image_std"] if abs(levels[0] - levels[1]).max() > SAME_LEVELS else []
+    if other:
+        raise CheckpointError(
+            f"the image processor's settings (preprocessor_config.json) are not what the authors' rules say: {', '.join(other)}. To follow "
+            f'the file as transformers does, write "{OURS}": {{"rules": "transformers"}} into config.json; to follow the authors (the '
+            f"shortest edge resized to {side} by Lanczos, its middle taken, values from -1 to 1), take the setting out of the file"
+        )
+    return authors
+
+
 def family_of(model: Chameleon) -> str:
     return model.family
 
@@ -114,20 +188,10 @@ def to_hf(model: Chameleon) -> dict[str, Any]:
     config, text = model.config, model.config.text
     original = model.source.get("config", {})
     out = copy.deepcopy(original) if original.get("model_type") == "chameleon" else {}
-    own = {key: value for key, value in out.pop(OURS, {}).items() if key not in OWN_KEYS}
-    plain = config.vq.stem == 1 and config.vq.groups == 32 and not config.vq.unit_codes
-    if plain:
+    out.pop(OURS, None)
+    if vqgan.in_hf_class(config.vq):
         out["vq_config"] = vqgan.to_vq_config(config.vq, out.get("vq_config"))
-    else:  # a tokenizer of our own shape: transformers cannot build it
-        own["vq"] = asdict(config.vq)
-    if config.vq.decoder:
-        own["vq_decoder"] = True
-    if config.side != config.vq.resolution:
-        own["side"] = config.side
-    if config.rules != "authors":
-        own["rules"] = config.rules
-    if not text.qk_layernorm:
-        own["qk_layernorm"] = False
+    own = _own_of(config)
     out.update(
         model_type="chameleon",
         architectures=["ChameleonForConditionalGeneration"],
@@ -152,6 +216,28 @@ def to_hf(model: Chameleon) -> dict[str, Any]:
     if own:
         out[OURS] = own
     return out
+
+
+def _own_of(config: ChameleonConfig) -> dict[str, Any]:
+    """The section of our own settings: all that transformers' keys do not say. Of what changes the parameters' shapes (`vq`, `head_width`,
+    norms and biases) its class cannot build the model."""
+    text, vq, own = config.text, config.vq, {}
+    if not vqgan.in_hf_class(vq):
+        own["vq"] = asdict(vq)
+    said: dict[str, tuple[Any, Any]] = {  # what it is, and what goes without saying
+        "vq_decoder": (vq.decoder, False),
+        "beta_on": (vq.beta_on, "codebook"),
+        "tanh_out": (vq.tanh_out, False),
+        "side": (config.side, vq.resolution),
+        "rules": (config.rules, "authors"),
+        "qk_layernorm": (text.qk_layernorm, True),
+        "qk_norm": (text.qk_norm, False),
+        "qkv_bias": (text.qkv_bias, text.out_bias),
+    }
+    own |= {name: value for name, (value, plain) in said.items() if value != plain}
+    if text.heads * text.head_width != text.width:
+        own["head_width"] = text.head_width
+    return own
 
 
 def vocabulary_map(config: ChameleonConfig) -> dict[str, int]:
@@ -179,7 +265,8 @@ def attach_decoder(model: Chameleon, source: VQVAE) -> Chameleon:
     table, other = mine.quantize.embedding.weight.float().cpu(), theirs.quantize.embedding.weight.float().cpu()
     if (table - other).norm() > SAME_CODES * other.norm():
         raise CheckpointError("the decoder belongs to another codebook than this model's: it would draw noise")
-    vq: VQConfig = replace(model.config.vq, decoder=True)
+    was = theirs.config
+    vq: VQConfig = replace(model.config.vq, decoder=True, tanh_out=was.tanh_out, beta=was.beta, beta_on=was.beta_on)
     mine.config, model.config = vq, replace(model.config, vq=vq)
     mine.decoder = source.decoder.to(mine.quantize.embedding.weight)
     mine.post_quant_conv.load_state_dict(source.post_quant_conv.state_dict())

@@ -46,6 +46,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(_DEFAULTS)
+_SWITCHES = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "qk_layernorm", "swin_norm")
+"""Of `DecoderConfig`: what decides which parameters a layer has, and where its norms stand."""
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -103,6 +105,37 @@ def from_hf(config: dict[str, Any], defaults: dict[str, Any] | None = None) -> D
         qk_norm=family == "qwen3",
         tied=bool(get["tie_word_embeddings"]),
     )
+
+
+def _unheld(config: DecoderConfig, family: str) -> list[str]:
+    """The switches of a decoder that this family's class has no place for, as "qk_norm=true (here false)"."""
+    held: dict[str, bool] = dict.fromkeys(_SWITCHES, False)
+    if family == "qwen2":
+        held["qkv_bias"] = True
+    if family in ("llama", "qwen3"):  # their `attention_bias` is one for all four products
+        held["qkv_bias"] = held["out_bias"] = config.out_bias
+    if family == "llama":
+        held["mlp_bias"] = config.mlp_bias
+    held["qk_norm"] = family == "qwen3"
+    return [
+        f"{name}={str(getattr(config, name)).lower()} (here {str(value).lower()})"
+        for name, value in held.items()
+        if getattr(config, name) != value
+    ]
+
+
+def family_that_holds(config: DecoderConfig) -> str:
+    """The family that a new decoder of this shape is saved as: Llama's where its class can hold it, else Qwen2's or Qwen3's.
+
+    Raises:
+        CheckpointError: none can. It could be trained, and never be loaded again.
+    """
+    families = ("llama", "qwen2", "qwen3")
+    found = next((family for family in families if not _unheld(config, family)), None)
+    if found is None:
+        wants = "; ".join(f"{family} cannot hold {', '.join(_unheld(config, family))}" for family in families)
+        raise CheckpointError(f"no decoder of transformers has these switches together, so it could not be saved: {wants}")
+    return found
 
 
 _WINDOW_FROM = {"qwen2": 28, "qwen3": 28, "qwen2_vl_text": 80, "qwen2_5_vl_text": 80}
@@ -186,7 +219,13 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
 
 
 def text_to_hf(config: DecoderConfig, family: str, original: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Ours -> the fields of a decoder config, over what the loaded file said."""
+    """Ours -> the fields of a decoder config, over what the loaded file said.
+
+    Raises:
+        CheckpointError: switches that this family's class cannot hold; without a word it would be another model when it is read again.
+    """
+    if lost := _unheld(config, family):
+        raise CheckpointError(f"a decoder saved as {family} cannot hold {', '.join(lost)}")
     out = copy.deepcopy(original or {})
     out.update(
         hidden_size=config.width,

@@ -63,7 +63,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         reason = f" and was cut short: {lost}" if lost else f": {kind}"
         raise CheckpointError(f"{path} is not a readable torch checkpoint{reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise CheckpointError(f"{path} holds no state dict: it should be tensors by name, alone or as its `state_dict`")
     return {key.removeprefix("module."): value for key, value in state.items()}
 

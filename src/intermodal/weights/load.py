@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, IntermodalError, nearest
 from ..files import read_json
 from ..inputs.text import in_transformers
+from ..models.chameleon import ChameleonConfig
 from ..models.clip import CLIP, DualEncoder
 from ..models.decoder import DecoderConfig
 from . import open_clip, vqgan
@@ -263,7 +264,7 @@ def _read(source: str | Path) -> _Found:
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a setting that is missing or of another kind
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
     state = read_weights(folder)
-    config = _tied_as_in_file(config, raw, state)
+    config = _drawing_as_in_file(_tied_as_in_file(config, raw, state), folder, state)
     return _Found(folder, folder, family, config, raw, codec(family).rules(family, config), state)
 
 
@@ -275,3 +276,17 @@ def _tied_as_in_file(config: Any, raw: dict[str, Any], state: Mapping[str, Tenso
         return config
     tied = (raw.get("text_config") or {}).get("tie_word_embeddings")
     return replace(config, text=replace(text, tied=True)) if tied else config
+
+
+def _drawing_as_in_file(config: Any, folder: Path, state: Mapping[str, Tensor]) -> Any:
+    """The config, without a VQ decoder where the file has nothing of one, which is told: transformers saves only the keys that it knows."""
+    lost = isinstance(config, ChameleonConfig) and config.vq.decoder and not any("vqmodel.decoder." in key for key in state)
+    if not lost:
+        return config
+    warnings.warn(
+        f"{folder}: config.json says that this model draws, and the weights hold no VQ decoder: it was lost, as when transformers saves "
+        "such a directory anew. Pictures are read and not drawn; `intermodal convert DIR NEW --vq-decoder VQ` restores the decoder from "
+        "the VQ-VAE (or the authors' tokenizer folder) that the model was made with",
+        stacklevel=4,
+    )
+    return replace(config, vq=replace(config.vq, decoder=False))

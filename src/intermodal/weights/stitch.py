@@ -22,7 +22,7 @@ from ..models.decoder import DecoderConfig
 from ..models.generative import Generative, LanguageModel
 from ..models.llava import Llava, LlavaConfig
 from ..models.vit import ClipVisionTower, SiglipVisionTower
-from .decoder import text_to_hf
+from .decoder import family_that_holds, text_to_hf
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 ONEVISION_SIDE, ONEVISION_TILES = 6, 9
@@ -137,18 +137,23 @@ def _config(
 
 
 def fresh_decoder(config: DecoderConfig, texts: list[str], vocabulary: int, seed: int = 0) -> LanguageModel:
-    """A decoder from scratch (Llama's shape) with a tokenizer counted from `texts` and a ChatML template.
+    """A decoder from scratch with a tokenizer counted from `texts` and a ChatML template; of Llama's kind, or of Qwen2's (`qkv_bias`) or
+    Qwen3's (`qk_norm`) where its switches are theirs.
 
     Args:
         config: its `vocab_size` is replaced by the tokenizer's.
         vocabulary: size of the tokenizer once it has all letters of the texts.
+
+    Raises:
+        CheckpointError: switches that no family of transformers holds together.
     """
+    family = family_that_holds(config)
     tokenizer = train_tokenizer([*texts, "user assistant system"], vocabulary)
     tokenizer.add_special_tokens([IMAGE_TOKEN, "<|im_start|>", "<|im_end|>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair="$A $B"
     )  # the template ends turns, not the tokenizer
-    model = LanguageModel(replace(config, vocab_size=tokenizer.get_vocab_size()), "llama")
+    model = LanguageModel(replace(config, vocab_size=tokenizer.get_vocab_size()), family)
     initialise_decoder(model, seed)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
