@@ -9,7 +9,7 @@ from PIL import Image
 from intermodal.lab import report, words
 from intermodal.lab.sides import Settings
 
-NUMBERS = ("tokens_per_image", "seconds", "seconds_with_measuring", "steps", "peak_megabytes", "loss_spikes")
+NUMBERS = ("tokens_per_image", "seconds", "seconds_with_measuring", "steps", "peak_megabytes", "loss_spikes", "threads")
 SCENES = {"side": 64, "most": 3, "styles": ["noto"]}
 
 
@@ -17,9 +17,15 @@ def run(questions=None, *, majority=0.25, **changed):
     """One run's results, of a stitched model unless `changed` says otherwise."""
     questions = questions or {"count": 0.5, "all": 0.5}
     curve = [{"step": 1, "loss": 2.0, "score_norm": 7.0}, {"step": 2, "loss": 1.0, "score_norm": 9.0}]
-    row = {"questions": questions, "questions_majority": dict.fromkeys(questions, majority), "signs_guess": 0.125}
+    row = {"questions": questions, "questions_majority": dict.fromkeys(questions, majority), "signs_guess": {"8": 0.125}}
+    row |= {"signs_left_out": [], "rollbacks": 0, "highest_norm": 9.0, "vocabulary": 36}
     row |= {"captions": {"exact": 0.1, "things": 0.2}, "signs": {"8": 0.5}, "kept": {"linear": 10.0, "decoder": None}}
-    row |= {"asked_about": {"scenes": SCENES, "signs": {"words": 8}}, "native": False, "learns_to_draw": False, "began_with": []}
+    row |= {
+        "asked_about": {"scenes": SCENES, "signs": {"words": 8, "side": 64}},
+        "native": False,
+        "learns_to_draw": False,
+        "began_with": [],
+    }
     row |= {"eyes_steps": 2, "out_of_steps": False, "decoder_parameters": 1.3e6, "tokens_per_second": 5.0, "seed": 0}
     return row | dict.fromkeys(NUMBERS, 3.0) | {"highest_score": 4.0, "curve": curve, "drawn": None} | changed
 
@@ -39,7 +45,7 @@ def measured(value, make=run):
 def test_findings_need_every_seed():
     said = words.findings({"a": [measured(0.5), measured(0.6)], "b": [measured(0.2, draws), measured(0.4, draws)]})
     assert "a is ahead with every seed: questions, all; signs of all heights; linear read-out of pixels." in said
-    assert "The spreads of the seeds overlap: captions, exactly right; training tokens/s." in said
+    assert "The spreads of the seeds overlap: captions, exactly right." in said
     assert "a cannot draw." in said
     assert any("b draws: the judge finds 30 % of the named things, and 10 %" in line for line in said)
     overlapping = words.findings({"a": [measured(0.5), measured(0.3)], "b": [measured(0.2), measured(0.4)]})
@@ -49,7 +55,7 @@ def test_findings_need_every_seed():
 def test_one_seed_is_not_called_every_seed():
     said = words.findings({"a": [measured(0.5)], "b": [measured(0.2)]})
     assert said[0].startswith("a is ahead with the one seed there is, which may be chance: questions, all;")
-    assert "Neither is ahead: captions, exactly right; training tokens/s." in said
+    assert "Neither is ahead: captions, exactly right." in said
 
 
 def test_questions_of_other_kinds_are_not_compared_together():
@@ -60,7 +66,7 @@ def test_questions_of_other_kinds_are_not_compared_together():
     assert rows["questions, sign (most common answer 25 %)"] == ["40 %", "none"]
     assert rows["questions, where (most common answer 25 %)"] == ["none", "75 %"]
     assert rows["questions, all that a side is asked (most common answer 25 %)"] == ["90 %", "10 %"]
-    assert rows["highest norm of a token's scores"] == ["9", "9"]
+    assert rows["highest size of a token's scores (root mean square, mean of a step)"] == ["1.50", "1.50"]
     said = words.findings(results)
     assert said[0].endswith("not compared: first count, sign; second count, where.")
     assert said[1].endswith(": questions, count.")
@@ -69,7 +75,7 @@ def test_questions_of_other_kinds_are_not_compared_together():
 
 
 def test_scenes_that_differ_are_named():
-    other = {"scenes": {**SCENES, "most": 1, "styles": ["noto", "mono"]}, "signs": {"words": 8}}
+    other = {"scenes": {**SCENES, "most": 1, "styles": ["noto", "mono"]}, "signs": {"words": 8, "side": 64}}
     said = words.findings({"a": [run()], "b": [run(asked_about=other)]})
     assert said[0] == (
         "Each side is asked about scenes and signs as its own recipe draws them, and those of a and b differ: scenes.most 3 and 1; "
@@ -79,7 +85,7 @@ def test_scenes_that_differ_are_named():
 
 
 def test_what_a_guess_reaches_is_each_sides_own():
-    results = {"a": [run()], "b": [run(majority=0.5, signs_guess=0.25)]}
+    results = {"a": [run()], "b": [run(majority=0.5, signs_guess={"8": 0.25})]}
     rows = dict(report.table(results))
     assert "questions, count (most common answer: a 25 %, b 50 %)" in rows
     assert "signs of 8 px read exactly (a guess: a 12 %, b 25 %)" in rows
@@ -145,6 +151,57 @@ def test_the_first_line_says_how_much_was_trained():
     assert stepped == "One seed; 1 training step of every stage and of eyes that are trained first. b with model.vq=eyes."
     without = {name: [run(eyes_steps=0)] for name in ("a", "b")}
     assert words.head(without, Settings(steps=2), none) == "One seed; 2 training steps of every stage."
+
+
+def test_letters_that_do_not_fit_are_told_of():
+    wide = run(signs={"8": 0.5, "17": 0.6}, signs_guess={"8": 0.125, "17": 0.25})
+    results = {"a": [wide], "b": [run(signs_left_out=[17, 20])]}
+    assert dict(report.table(results))["signs of 17 px read exactly (a guess 25 %)"] == ["60 %", "none"]
+    said = words.findings(results)
+    assert "b is shown no signs of 17 and 20 px: too few of the recipe's words fit into 64 pixels in letters of that size." in said
+    both = words.findings({name: [run(signs_left_out=[20])] for name in ("a", "b")})
+    assert any(line.startswith("a and b are shown no signs of 20 px: ") for line in both)
+    assert "Neither is ahead: questions, count; questions, all; captions, exactly right; signs of all heights; linear" in " ".join(
+        said
+    )
+    none = {"a": [run(signs={}, signs_guess={})], "b": [run()]}
+    assert not any("signs of all heights" in line for line in words.findings(none))
+    assert report._figure(none, report.PLOTS["signs"]).startswith(b"\x89PNG")
+
+
+def test_a_side_without_a_measure_is_not_compared_by_it():
+    results = {"a": [run(kept={"linear": None, "decoder": None})], "b": [run()]}
+    assert not any("linear read-out" in line for line in words.findings(results))
+    assert dict(report.table(results))["kept by the eyes: linear read-out, dB"] == ["none", "10.0"]
+
+
+def test_more_tokens_a_second_are_no_lead():
+    said = words.findings({"a": [run()], "b": [run(tokens_per_second=9.0, tokens_per_image=38)]})
+    assert "b trains on more tokens a second, which is no lead: a picture takes 3 and 38 tokens of a and b." in said
+    assert not any("ahead" in line and "tokens" in line for line in said)
+
+
+def test_times_that_training_went_back_have_a_row_where_it_did():
+    label = "times that training went back to a checkpoint"
+    assert label not in dict(report.table({"a": [run()], "b": [run()]}))
+    assert dict(report.table({"a": [run(rollbacks=2)], "b": [run()]}))[label] == ["2.0", "0.0"]
+
+
+def test_what_a_spike_is_and_who_had_more_threads_is_said():
+    told = words.limits({"a": [run(threads=1)], "b": [run(threads=2)]}, Settings())
+    assert "The sides had different shares of the machine: a with 1 thread and b with 2 threads (train.threads)." in told
+    assert "same cores" not in told
+    assert "A loss spike is a logged loss, or several in a row, more than 6 spreads" in told
+    assert "on the same cores" in words.limits({"a": [run()], "b": [run()]}, Settings())
+
+
+def test_a_judge_that_does_not_know_real_scenes_is_told_of():
+    blind = draws()
+    blind["drawn"] = blind["drawn"] | {"real": blind["drawn"]["real"] | {"things": 0.6}}
+    assert any(
+        "does not know real scenes well enough (it finds 60 %" in line for line in words.findings({"a": [run()], "b": [blind]})
+    )
+    assert not any("well enough" in line for line in words.findings({"a": [run()], "b": [draws()]}))
 
 
 def test_a_title_keeps_the_names_as_they_are():

@@ -147,7 +147,7 @@ def test_what_the_codes_keep_is_read_from_the_models_own_decoder(monkeypatch):
     class Native(Chameleon):
         def __init__(self):
             nn.Module.__init__(self)
-            self.vqmodel = None
+            self.vqmodel = SimpleNamespace(decoder=nn.Identity())
 
     config = SceneConfig(side=32)
     held_out = [Scenes(replace(config, seed=measure.DRAW_SEED)).scene(index).image for index in range(6, 9)]
@@ -182,7 +182,7 @@ def runs(monkeypatch):
             entry, seed, folder, _ = arguments
             made.append((entry.name, seed, entry))
             folder.mkdir(parents=True)
-            result = {"seed": seed, "steps": 1, "questions": {"all": 0.5}, "captions": {"exact": 0.0}}
+            result = {"measures": sides.MEASURES, "seed": seed, "steps": 1, "questions": {"all": 0.5}, "captions": {"exact": 0.0}}
             (folder / "result.json").write_text(json.dumps(result))
 
     written = []
@@ -264,8 +264,12 @@ def test_what_is_wrong_with_the_second_side_is_found_before_the_first_runs(runs,
     refused("is a VQRecipe; the eyes of a stitched side want", stitched, stitched_eyes=RECIPES / "vqvae.py")
     refused("no recipe at", stitched, stitched_eyes=tmp_path / "gone.py")
     refused("--stitched-eyes is given, and neither side asks for it", native, stitched_eyes=RECIPES / "siglip.py")
+    weighed = edited(tmp_path / "eyes.py", "compare_vqvae.py", "replace(made, data=replace(made.data, weights=(1.0,) * 9))")
+    refused("native: 9 weights for", stitched, native_eyes=weighed)
     few = 'stages.learn.data.train=["questions:scenes:core?pair_share=0"]'
-    refused("too few answer the question 'where'", set_to(few))
+    refused("4 weights for 1 sources", set_to(few))
+    refused("too few answer the question 'where'", set_to(few, "stages.learn.data.weights=null"))
+    refused("conversations of .* cannot be trained on", set_to("stages.learn.data.tokens=4"))
     assert runs.made == []
     lab.compare(native, stitched, tmp_path, QUICK, tiny=True)  # nothing that was refused has taken the folder
     assert [name for name, *_ in runs.made] == ["native", "stitched"]
@@ -293,13 +297,16 @@ def test_eyes_are_found_in_either_layout_and_none_of_other_comparisons(monkeypat
 
 def test_a_clip_ranks_drawings_and_leaves_the_classifier_a_tower_of_its_own(monkeypatch):
     given = []
-    monkeypatch.setattr(measure, "train_judge", lambda config, tower, **_: given.append(tower))
+    lengths = []
+    monkeypatch.setattr(measure, "train_judge", lambda config, tower, steps, **_: given.append(tower) or lengths.append(steps))
     clip, small, siglip = dual(CLIP), dual(SigLIP, side=16), dual(SigLIP)
     assert measure._judges(SceneConfig(side=32), [small, clip], 1)[1] is clip
-    assert type(given[-1]) is type(siglip.vision)
+    assert given[-1] is None
     assert measure._judges(SceneConfig(side=32), [small, siglip], 1)[1] is siglip
     assert given[-1] is siglip.vision
     assert measure._judges(SceneConfig(side=32), [small], 1)[1] is None
+    assert given[-1] is None
+    assert lengths == [3, 1, 3]  # random weights want three times the steps
 
 
 def test_a_run_whose_process_is_killed_is_told_of():

@@ -14,6 +14,10 @@ import typer
 from .options import Json, Out, say
 
 _STOPPED = "the demo was stopped and is kept in {out}; go on with: intermodal {verb} --out {out} --resume"
+_COMPARE_STOPPED = (
+    "the comparison was stopped; the runs that are done are kept in {out}, and the same command goes on with those that are missing "
+    "(the run that was stopped begins anew)"
+)
 
 
 def train(
@@ -84,6 +88,14 @@ def _run(recipe: Any, out: Path, **settings: Any) -> Path:
     return out
 
 
+def _refuse_file(out: Path) -> None:
+    """Raises IntermodalError: what is to be a folder is a file."""
+    if out.exists() and not out.is_dir():
+        from ..errors import IntermodalError
+
+        raise IntermodalError(f"--out {out} is a file, and a folder is wanted: give another --out")
+
+
 def demo(
     out: Out = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long SigLIP trains; the steps are set to fit.")] = 175.0,
@@ -103,6 +115,7 @@ def demo(
     from ..evaluate.demo import run_demo
     from ..train.loop import Stopped
 
+    _refuse_file(out)
     console = Console(stderr=as_json)
     try:
         report = run_demo(out, seconds, steps, console, resume=resume)
@@ -134,6 +147,7 @@ def demo_native(
     from ..evaluate.demo_native import run_native_demo
     from ..train.loop import Stopped
 
+    _refuse_file(out)
     console = Console(stderr=as_json)
     try:
         page = run_native_demo(out, seconds, steps, count=count, guidance=guidance, console=console, resume=resume)
@@ -182,7 +196,9 @@ def compare(
     from ..errors import IntermodalError
     from ..lab.compare import compare as measure
     from ..lab.sides import RECIPES, Settings, Side
+    from ..train.loop import Stopped
 
+    _refuse_file(out)
     if (first is None) != (second is None):
         raise IntermodalError("give two recipes, or none for the project's own")
     pair = (
@@ -192,7 +208,10 @@ def compare(
     small = Settings(questions=4, signs=2, read_out=(60, 20), drawn=4, judge_steps=4)
     settings = dataclasses.replace(small if tiny else Settings(), seconds=seconds, seeds=seeds, steps=steps)
     console = Console(stderr=as_json)
-    page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny, console=console)
+    try:
+        page = measure(*pair, out, settings, stitched_eyes=stitched_eyes, native_eyes=native_eyes, tiny=tiny, console=console)
+    except (Stopped, KeyboardInterrupt):  # a run's own advice, --resume, is not for a comparison
+        raise Stopped(_COMPARE_STOPPED.format(out=out)) from None
     say({"report": str(page), **json.loads((out / "report.json").read_text())}, as_json, (out / "report.md").read_text())
     if not as_json:
         typer.echo(f"report: {page}")

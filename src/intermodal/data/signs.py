@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors import IntermodalError
 from .compose import font, fonts_of, ground
 from .facts import BACKGROUNDS
 from .scenes import WORDS
@@ -72,14 +75,28 @@ class Signs:
         drawn = round(config.least * (config.most / config.least) ** rng.random())
         return drawn, rng.choice(WORDS[: config.words]), rng
 
+    def fitting(self, height: int) -> Mapping[str, tuple[str, ...]]:
+        """The words that a picture has room for in letters of `height`, with the fonts in which it has."""
+        return _fitting(self.config.words, self.config.fonts, self.config.side, height)
+
     def sign(self, index: int, height: int | None = None) -> Sign:
-        """Sign number `index`, in letters of `height` where given."""
-        config, (drawn, word, rng) = self.config, self._told(index)
-        size = height or drawn
+        """Sign number `index`; with `height` one in letters of that size, and then its word is one of `fitting`.
+
+        Raises:
+            IntermodalError: no word fits in letters of `height`.
+        """
+        config, (size, word, rng) = self.config, self._told(index)
         pixels = ground(rng.choice(tuple(BACKGROUNDS)), config.side, rng)
-        name = rng.choice(fonts_of(config.fonts))
-        while size > config.least and font(name, size).getlength(word) > config.side - 2:
-            size -= 1
+        if height is not None:
+            fitting = self.fitting(height)
+            if not fitting:
+                raise IntermodalError(f"no word fits into {config.side} pixels in letters of {height}: ask for smaller ones")
+            size, word = height, tuple(fitting)[index % len(fitting)]  # each as often as another: no guess does better
+            name = rng.choice(fitting[word])
+        else:
+            name = rng.choice(fonts_of(config.fonts))
+            while size > config.least and not _fits(word, name, size, config.side):
+                size -= 1
         left, top, right, bottom = font(name, size).getbbox(word)
         at = [rng.uniform(1, max(1.0, config.side - 1 - length)) for length in (right - left, bottom - top)]
         light = int(pixels.mean()) > READABLE
@@ -87,3 +104,15 @@ class Signs:
         colour = tuple(rng.randint(0, 70) if light else rng.randint(200, 255) for _ in range(3))
         ImageDraw.Draw(picture).text((round(at[0] - left), round(at[1] - top)), word, font=font(name, size), fill=colour)
         return Sign(word, size, np.asarray(picture))
+
+
+def _fits(word: str, name: str, size: int, side: int) -> bool:
+    """Whether a picture has room for a word in a font, with a pixel left on both sides."""
+    return font(name, size).getlength(word) <= side - 2
+
+
+@lru_cache(maxsize=64)
+def _fitting(words: int, fonts: str, side: int, height: int) -> Mapping[str, tuple[str, ...]]:
+    names = fonts_of(fonts)
+    found = {word: tuple(name for name in names if _fits(word, name, height, side)) for word in WORDS[:words]}
+    return {word: fits for word, fits in found.items() if fits}

@@ -19,7 +19,7 @@ from ..data.facts import Facts
 from ..data.preview import sheet
 from ..data.questions import KINDS
 from ..data.readers import open_source
-from ..data.scenes import Scenes
+from ..data.scenes import SceneConfig, Scenes
 from ..data.talks import asked_for_steps, user
 from ..errors import IntermodalError
 from ..generate.engine import Reply
@@ -38,7 +38,7 @@ from .demo import RECIPE as SIGLIP_RECIPE
 from .judge import Judge, Verdict, pixels_of, ranked, shares, train_judge, verdicts
 from .plan import Plan, told_of_bf16
 from .report import STYLE, inline
-from .vqa import accuracy, ask, captions, held_out_questions, majority
+from .vqa import accuracy, ask, captions, held_out_questions, majority, source_of
 
 RECIPES = SIGLIP_RECIPE.parent
 VQ_SHARE, SIGLIP_SHARE = 0.15, 0.08
@@ -232,6 +232,9 @@ def asked_kinds(recipe: StagedRecipe) -> tuple[str, ...]:
     counts where there is one of everything."""
     specs = [spec.removeprefix("questions:") for spec in recipe.stages[-1].data.train if spec.startswith("questions:scenes")]
     configs = [source.config for spec in specs if isinstance(source := open_source(spec), Scenes)]
+    if not configs:  # it is not taught to answer, and is asked about what it is shown
+        shown = source_of(recipe, Scenes, SceneConfig().side)
+        configs = [shown.config if shown else SceneConfig()]
     pointless = {"sign"} if not any(config.word_share for config in configs) else set()
     pointless |= {"count"} if all(config.most == 1 for config in configs) else set()
     return tuple(kind for kind in KINDS if kind not in pointless)

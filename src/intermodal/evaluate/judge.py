@@ -38,9 +38,10 @@ class Judge(nn.Module):
     A cell is a patch of the tower, so that every thing is learned together with its place.
     """
 
-    def __init__(self, tower: SiglipVisionTower):
+    def __init__(self, tower: SiglipVisionTower, concepts: Sequence[int] | None = None):
+        """`concepts` are those that it tells apart, by default the core ones."""
         super().__init__()
-        self.concepts = [concept.index for concept in sprites.core()]
+        self.concepts = list(concepts) if concepts is not None else [concept.index for concept in sprites.core()]
         self.tower = tower
         self.head = nn.Linear(tower.config.width, len(self.concepts) + 1)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -104,7 +105,8 @@ def train_judge(
         tower: a trained one to begin with, which is copied; None begins with random weights and wants some three times the steps.
     """
     torch.manual_seed(seed)
-    judge, source = Judge(fresh_tower(config.side) if tower is None else copy.deepcopy(tower)), Scenes(config)
+    source = Scenes(config)
+    judge = Judge(fresh_tower(config.side) if tower is None else copy.deepcopy(tower), source.pool)
     alone = Scenes(replace(config, pair_share=0.0, most=1))
     rate = 1.5e-3 if tower is None else 1e-3
     optimizer = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.95))

@@ -20,6 +20,9 @@ from ..models.generative import Generative
 from ..train.recipe import StagedRecipe
 
 T = TypeVar("T", SceneTalks, SignTalks)
+S = TypeVar("S", Scenes, Signs)
+TALKS = ("questions", "draws", "steps", "captions")
+"""Kinds of conversations whose pictures are drawn by the project, in the order in which an exam takes its scenes from them."""
 LOOKS = 1000
 """Scenes that are looked at for each question that is wanted of a kind."""
 
@@ -37,6 +40,22 @@ def asked_of(recipe: StagedRecipe, kind: type[T], side: int) -> T | None:
     """The first conversations of a kind among the questions of the recipe's last stage."""
     talks = (open_talks(spec, side=side) for spec in recipe.stages[-1].data.train if spec.startswith("questions:"))
     return next((found for found in talks if isinstance(found, kind)), None)
+
+
+def source_of(recipe: StagedRecipe, kind: type[S], side: int, first: str = TALKS[0]) -> S | None:
+    """What the last stage's conversations show, scenes or signs: of those of the kind `first` of `TALKS`, else of the next that has any.
+
+    A model is to be asked about what it has seen, also where its last stage only draws, or only captions.
+    """
+    for talk in (first, *(other for other in TALKS if other != first)):
+        for spec in recipe.stages[-1].data.train:
+            head, _, rest = spec.partition(":")
+            if head == talk and rest.startswith(("scenes", "signs")):
+                talks = open_talks(spec, side=side)
+                found = next((getattr(talks, name) for name in ("scenes", "signs", "source") if hasattr(talks, name)), None)
+                if isinstance(found, kind):
+                    return found
+    return None
 
 
 def held_out_questions(

@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import IntermodalError
-from ..files import write_whole
+from ..files import read_json, write_whole
 from ..train.recipe import StagedRecipe, StitchConfig, VQRecipe
 from .logs import logged
-from .sides import Entry, Settings, Side, check, claim, entries, eyes_setting, with_eyes_at
+from .sides import MEASURES, Entry, Settings, Side, check, claim, entries, eyes_setting, with_eyes_at
 
 EYES_SHARE = 0.35
 """Of a run's time, for eyes that are trained first."""
@@ -71,8 +71,11 @@ def compare(
         _alone(_run, entry, seed, folder, settings)
         console.print(f"  {time.perf_counter() - began:.0f} s: {_line(json.loads((folder / 'result.json').read_text()))}")
     results: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in both}
-    for entry, _, folder in runs:
-        results[entry.name].append(json.loads((folder / "result.json").read_text()))
+    for entry, seed, folder in runs:
+        if read_json(folder / "result.json").get("measures") != MEASURES:
+            console.print(f"{entry.name}, seed {seed}: measured by another version; measuring it again ...")
+            _alone(_measure_again, folder, settings)
+        results[entry.name].append(read_json(folder / "result.json"))
     _judge_drawings(results, out, settings, console)
     from .report import write
 
@@ -142,6 +145,7 @@ def _run(entry: Entry, seed: int, folder: Path, settings: Settings) -> None:
     took, peak = time.perf_counter() - began, _peak_megabytes()
     steps = sum(stage.train.steps for stage in recipe.stages)
     result = {
+        "measures": MEASURES,
         "family": model.family,
         "seed": seed,
         "seconds": took,
@@ -158,6 +162,32 @@ def _run(entry: Entry, seed: int, folder: Path, settings: Settings) -> None:
         **measure.reading(model, recipe, settings, folder),
     }
     result["seconds_with_measuring"] = time.perf_counter() - began
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _measure_again(folder: Path, settings: Settings) -> None:
+    """Measure a trained run with this version, by the recipe that it was trained with; what was timed while it trained stays.
+
+    Raises:
+        IntermodalError: the run's recipe or its model is no longer there.
+    """
+    import torch
+
+    from ..config import from_dict
+    from ..models.generative import Generative
+    from ..weights.load import load
+    from . import measure
+
+    trained, before = folder / "model", read_json(folder / "result.json")
+    if not (trained / "recipe.json").exists() or not (trained / "model").exists():
+        raise IntermodalError(
+            f"{folder / 'result.json'} was measured by another version of the project, and {trained} is gone, so that it cannot be "
+            f"measured again: remove {folder} to train it anew, or give another --out"
+        )
+    recipe, model = from_dict(StagedRecipe, read_json(trained / "recipe.json")), load(trained / "model")
+    assert isinstance(model, Generative)
+    torch.set_num_threads(before["threads"])
+    result = {**before, "measures": MEASURES, **logged(recipe, trained), **measure.reading(model, recipe, settings, folder)}
     write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
 
 

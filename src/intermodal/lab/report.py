@@ -65,8 +65,9 @@ def spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:
     return mean if low == high else f"{mean} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
 
 
-def _highest_norm(row: dict[str, Any]) -> float | None:
-    return max((point["score_norm"] for point in row["curve"] if point.get("score_norm") is not None), default=None)
+def _score_size(norm: float | None, row: dict[str, Any]) -> float | None:
+    """Root mean square of a token's scores from their norm, which grows with the number of words that are scored."""
+    return norm / row["vocabulary"] ** 0.5 if norm is not None else None
 
 
 def _encoder(results: Rows) -> str:
@@ -77,7 +78,6 @@ def _encoder(results: Rows) -> str:
 
 def table(results: Rows) -> list[tuple[str, list[str]]]:
     """(label, a value for each side) of every measure that one of them has, with its spread over seeds."""
-    first = next(iter(results.values()))[0]
     out: list[tuple[str, list[str]]] = []
 
     def add(label: str, read: Callable[[dict[str, Any]], float | None], form: Callable[[float], str]) -> None:
@@ -92,8 +92,8 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
         add(f"questions, {label}{most}", lambda row, kind=kind: row["questions"].get(kind), percent)
     add("captions, exactly right", lambda row: row["captions"]["exact"], percent)
     add("captions, named things that are named", lambda row: row["captions"]["things"], percent)
-    guess = beside("a guess", results, lambda row: row["signs_guess"])
-    for height in first["signs"]:
+    for height in sorted({height for rows in results.values() for row in rows for height in row["signs"]}, key=int):
+        guess = beside("a guess", results, lambda row, height=height: row["signs_guess"].get(height))
         add(f"signs of {height} px read exactly{guess}", lambda row, height=height: row["signs"].get(height), percent)
     add("kept by the eyes: linear read-out, dB", lambda row: row["kept"]["linear"], lambda value: f"{value:.1f}")
     add("kept by the eyes: own decoder, dB", lambda row: row["kept"]["decoder"], lambda value: f"{value:.1f}")
@@ -104,9 +104,15 @@ def table(results: Rows) -> list[tuple[str, list[str]]]:
     add("decoder steps", lambda row: row["steps"], lambda value: f"{value:.0f}")
     add("training tokens/s (decoder)", lambda row: row["tokens_per_second"], lambda value: f"{value:,.0f}")
     add("peak memory, MB", lambda row: row["peak_megabytes"], lambda value: f"{value:.0f}")
-    add("loss spikes", lambda row: row["loss_spikes"], lambda value: f"{value:.1f}")
+    add("loss spikes (as defined below)", lambda row: row["loss_spikes"], lambda value: f"{value:.1f}")
+    if any(row["rollbacks"] for rows in results.values() for row in rows):
+        add("times that training went back to a checkpoint", lambda row: row["rollbacks"], lambda value: f"{value:.1f}")
     add("highest score (logit)", lambda row: row["highest_score"], lambda value: f"{value:.1f}")
-    add("highest norm of a token's scores", _highest_norm, lambda value: f"{value:.0f}")
+    add(
+        "highest size of a token's scores (root mean square, mean of a step)",
+        lambda row: _score_size(row["highest_norm"], row),
+        lambda value: f"{value:.2f}",
+    )
     for column, label in (
         ("drawn", "drawn for its caption"),
         ("drawn for another caption", "for another caption"),
@@ -142,6 +148,8 @@ def _answers(axis: Any, results: Rows) -> None:
 def _signs(axis: Any, results: Rows) -> None:
     for number, (name, rows) in enumerate(results.items()):
         heights = list(rows[0]["signs"])
+        if not heights:
+            continue
         values = [[row["signs"][height] for row in rows] for height in heights]
         places = [int(height) for height in heights]
         axis.plot(places, [statistics.mean(found) for found in values], color=COLOURS[number % 2], marker="o", label=name)
@@ -157,11 +165,13 @@ def _of_one(axis: Any) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: percent(value))
 
 
-def _curve(key: str, heading: str) -> Callable[[Any, Rows], None]:
+def _curve(
+    key: str, heading: str, value: Callable[[float, dict[str, Any]], float | None] = lambda logged, row: logged
+) -> Callable[[Any, Rows], None]:
     def draw(axis: Any, results: Rows) -> None:
         for number, (name, rows) in enumerate(results.items()):
             for at, row in enumerate(rows):
-                points = [(point["step"], point[key]) for point in row["curve"] if point.get(key) is not None]
+                points = [(point["step"], value(point[key], row)) for point in row["curve"] if point.get(key) is not None]
                 label, mark = name if not at else None, "o" if len(points) == 1 else None  # a single point has no line
                 axis.plot(*zip(*points, strict=True), color=COLOURS[number % 2], alpha=0.7, label=label, linewidth=1, marker=mark)
         axis.set_xlabel("step", fontsize=9)
@@ -175,7 +185,7 @@ PLOTS: dict[str, Callable[[Any, Rows], None]] = {
     "answers": _answers,
     "signs": _signs,
     "losses": _curve("loss", "loss a supervised token"),
-    "score_norms": _curve("score_norm", "norm of a token's scores"),
+    "score_norms": _curve("score_norm", "size of a token's scores (root mean square)", _score_size),
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import override, to_dict
+from ..config import from_dict, override, to_dict
 from ..errors import IntermodalError
 from ..files import read_json, write_whole
 from ..train.recipe import NativeConfig, Recipe, StagedRecipe, StitchConfig, VQRecipe, load_recipe
@@ -19,6 +19,8 @@ EYES = "eyes"
 """As `model.vision` or `model.vq`: trained first, from the comparison's recipe for it, within the run's time."""
 RECIPES = Path(__file__).parents[3] / "recipes"
 EYES_RECIPES = {"stitched": RECIPES / "compare_siglip.py", "native": RECIPES / "compare_vqvae.py"}
+MEASURES = 2
+"""Of what a run's result.json holds: raised when that changes, and runs of an older one are measured again, not trained again."""
 SHOWN_CHANGES = 5
 """How many settings are named when a folder holds another comparison."""
 NOT_THERE = "not there"
@@ -98,7 +100,7 @@ def entries(sides: Sequence[Side], eyes: Mapping[str, Path | None], tiny: bool) 
         SettingError: an override that does not fit its recipe.
     """
     recipes = [side.load(tiny) for side in sides]
-    names = [recipe.name for recipe in recipes]
+    names = [recipe.name.replace("/", "-") for recipe in recipes]  # of folders: a slash would put a run into another one
     if names[0] == names[1]:
         names = [f"{names[0]}-{number}" for number in (1, 2)]
     kinds = [_eyes_kind(recipe.model) for recipe in recipes]
@@ -128,7 +130,8 @@ def _eyes_recipe(kind: str, file: Path, tiny: bool) -> Recipe | VQRecipe:
 
 
 def check(entry: Entry, settings: Settings) -> None:
-    """Build what a run would build, with eyes that have learned nothing where they are trained first, and ask for what it is asked.
+    """Build what a run would build, with eyes that have learned nothing where they are trained first, look at its data as it would, and ask
+    for what can fail of what it is asked.
 
     Meant for a process of its own: what it loads would count as memory of the runs.
 
@@ -150,6 +153,7 @@ def check(entry: Entry, settings: Settings) -> None:
 
 
 def _save_untrained(eyes: Recipe | VQRecipe, folder: Path) -> None:
+    from ..data.loader import Mixture
     from ..data.readers import open_source
     from ..models.vqvae import VQVAE, initialise
     from ..train import contrastive
@@ -158,6 +162,7 @@ def _save_untrained(eyes: Recipe | VQRecipe, folder: Path) -> None:
     data = eyes.data
     side = eyes.model.resolution if isinstance(eyes, VQRecipe) else eyes.model.vision.image_size
     sources = [open_source(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
+    Mixture(sources, data.weights, data.seed)  # raises for weights that do not fit the sources
     if isinstance(eyes, VQRecipe):
         save(initialise(VQVAE(eyes.model)) if eyes.start is None else load(eyes.start), folder)
         return
@@ -171,6 +176,8 @@ def _save_untrained(eyes: Recipe | VQRecipe, folder: Path) -> None:
 
 
 def _check_stages(recipe: StagedRecipe, settings: Settings) -> None:
+    from ..data.loader import Mixture
+    from ..data.packing import TalkFetcher
     from ..data.talks import open_talks
     from ..train.optim import choose_learning
     from ..train.stages import build_model
@@ -184,7 +191,13 @@ def _check_stages(recipe: StagedRecipe, settings: Settings) -> None:
     for stage in recipe.stages:
         if stage.lora is None:  # else what learns is there only once the adapters are
             choose_learning(model, stage.learn)
-    measure.asked_about(recipe, settings, model.picture_side)
+        data = stage.data
+        side = data.side or model.picture_side
+        sources = [open_talks(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
+        # raises for weights that do not fit the sources
+        Mixture(sources, data.weights, data.seed)  # pyright: ignore[reportArgumentType]
+        TalkFetcher(sources, model.processor, data.seed, data.tokens, model.config_text.context).audit(data.max_reject_share)
+    measure.tried(model.float().eval(), recipe, settings)
 
 
 def claim(out: Path, both: Sequence[Entry], settings: Settings) -> None:
@@ -201,7 +214,7 @@ def claim(out: Path, both: Sequence[Entry], settings: Settings) -> None:
     asked = json.loads(json.dumps({**asked, "eyes": eyes, **rest}))
     file = out / "settings.json"
     if file.exists() and any(out.glob("*-seed*/result.json")):
-        then, now = _leaves(read_json(file)), _leaves(asked)
+        then, now = _leaves(_filled_in(read_json(file), both)), _leaves(asked)
         changed = [
             f"{name} was {_shown(then.get(name, NOT_THERE))}, and is {_shown(now.get(name, NOT_THERE))}"
             for name in dict.fromkeys([*now, *then])
@@ -214,6 +227,24 @@ def claim(out: Path, both: Sequence[Entry], settings: Settings) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(asked, indent=2) + "\n")
+
+
+def _filled_in(kept: dict[str, Any], both: Sequence[Entry]) -> dict[str, Any]:
+    """What `claim` wrote, with the settings that recipes have got since at their defaults: what they were then, without a name."""
+
+    def filled(values: Any, now: Any) -> Any:
+        try:
+            return json.loads(json.dumps(to_dict(from_dict(type(now), values))))
+        except IntermodalError:  # a recipe of another kind, or with settings that are no longer there: they are named as they are
+            return values
+
+    out = {**kept, "eyes": dict(kept.get("eyes", {}))}
+    for key, entry in zip(("first", "second"), both, strict=True):
+        if key in kept:
+            out[key] = filled(kept[key], entry.recipe)
+        if key in out["eyes"] and entry.eyes is not None:
+            out["eyes"][key] = filled(out["eyes"][key], entry.eyes)
+    return out
 
 
 def _leaves(values: dict[str, Any], path: str = "") -> dict[str, Any]:

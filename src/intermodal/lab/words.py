@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .logs import SPIKES_ARE
 from .sides import Settings
 
 Rows = dict[str, list[dict[str, Any]]]
 """Results of every seed by the side's name: the first side, then the second."""
 ALL = "all"
 """Among the kinds of questions: all that a side was asked, whatever their kinds."""
+KNOWS = 0.9
+"""A judge that finds a smaller share of the named things in real scenes does not know them."""
 
 
 def percent(value: float) -> str:
@@ -69,7 +72,14 @@ def beside(what: str, results: Rows, read: Callable[[dict[str, Any]], float | No
 
 def findings(results: Rows) -> list[str]:
     """What the sides were not asked alike, where one is ahead with every seed, where they overlap, and what only one can do."""
-    return [*_asked_otherwise(results), *_who_is_ahead(results), *_out_of_steps(results), *_who_draws(results)]
+    return [
+        *_asked_otherwise(results),
+        *_left_out(results),
+        *_who_is_ahead(results),
+        *_faster(results),
+        *_out_of_steps(results),
+        *_who_draws(results),
+    ]
 
 
 def _asked_otherwise(results: Rows) -> list[str]:
@@ -96,23 +106,54 @@ def _asked_otherwise(results: Rows) -> list[str]:
     return out
 
 
+def _left_out(results: Rows) -> list[str]:
+    """Heights of letters that no sign of a side was shown in."""
+    without: dict[tuple[str, int], list[str]] = {}
+    for name, rows in results.items():
+        heights, side = rows[0]["signs_left_out"], rows[0]["asked_about"]["signs"]["side"]
+        if heights:
+            without.setdefault((" and ".join(str(height) for height in heights), side), []).append(name)
+    return [
+        f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} shown no signs of {px} px: too few of the recipe's words fit into "
+        f"{side} pixels in letters of that size."
+        for (px, side), names in without.items()
+    ]
+
+
 def _who_is_ahead(results: Rows) -> list[str]:
     (first, ours), (second, theirs) = results.items()
-    measures: dict[str, Callable[[dict[str, Any]], float]] = {
+    heights = [height for height in ours[0]["signs"] if all(height in row["signs"] for row in (*ours, *theirs))]
+    measures: dict[str, Callable[[dict[str, Any]], float | None]] = {
         **{f"questions, {kind}": (lambda row, kind=kind: row["questions"][kind]) for kind in kinds(results, everywhere=True)},
         "captions, exactly right": lambda row: row["captions"]["exact"],
-        "signs of all heights": lambda row: statistics.mean(row["signs"].values()),
+        "signs of all heights": lambda row: statistics.mean(row["signs"][height] for height in heights) if heights else None,
         "linear read-out of pixels": lambda row: row["kept"]["linear"],
-        "training tokens/s": lambda row: row["tokens_per_second"],
     }
     ahead: dict[str, list[str]] = {first: [], second: [], "neither": []}
     for label, read in measures.items():
-        a, b = [read(row) for row in ours], [read(row) for row in theirs]
+        a, b = ([value for row in rows if (value := read(row)) is not None] for rows in (ours, theirs))
+        if len(a) < len(ours) or len(b) < len(theirs):
+            continue  # a side has no such measure
         ahead[first if min(a) > max(b) else second if min(b) > max(a) else "neither"].append(label)
     with_seeds = "with every seed" if len(ours) > 1 else "with the one seed there is, which may be chance"
     together = "The spreads of the seeds overlap" if len(ours) > 1 else "Neither is ahead"
     out = [f"{name} is ahead {with_seeds}: {'; '.join(ahead[name])}." for name in (first, second) if ahead[name]]
     return out + ([f"{together}: {'; '.join(ahead['neither'])}."] if ahead["neither"] else [])
+
+
+def _faster(results: Rows) -> list[str]:
+    """Tokens a second say how fast the decoder learns, and nothing of which side takes in more: a picture is more tokens on one side."""
+    (first, ours), (second, theirs) = results.items()
+    a, b = ([row["tokens_per_second"] for row in rows] for rows in (ours, theirs))
+    if min(a) <= max(b) and min(b) <= max(a):
+        return []
+    more = first if min(a) > max(b) else second
+    sizes = " and ".join(str(round(rows[0]["tokens_per_image"])) for rows in results.values())
+    return [
+        f"{more} trains on more tokens a second, which is no lead: a picture takes {sizes} tokens of {first} and {second}."
+        if ours[0]["tokens_per_image"] != theirs[0]["tokens_per_image"]
+        else f"{more} trains on more tokens a second."
+    ]
 
 
 def _out_of_steps(results: Rows) -> list[str]:
@@ -138,8 +179,14 @@ def _who_draws(results: Rows) -> list[str]:
                 f"{name} draws: the judge finds {percent(own)} of the named things, and {percent(other)} when the drawing was made for "
                 f"another caption; in real scenes {percent(statistics.mean(row['drawn']['real']['things'] for row in drew))}."
             )
+            knows = min(row["drawn"]["real"]["things"] for row in drew)
+            if knows < KNOWS:
+                out.append(
+                    f"The judge of {name} does not know real scenes well enough (it finds {percent(knows)} of their things): what it does "
+                    "not find in drawings may be there."
+                )
         else:
-            out.append(f"{name} cannot draw.")
+            out.append(f"{name} cannot draw.")  # a tower has no way back to pixels; a VQ-VAE may come without its decoder
     return out
 
 
@@ -153,10 +200,15 @@ def limits(results: Rows, settings: Settings) -> str:
         f"What this does not show. The decoders have {' and '.join(sizes)} million parameters{small} and are asked only about drawn scenes "
         "of emoji and about signs of one word: which side is ahead here says nothing about which is ahead at scale."
     ]
+    threads = [row["threads"] for row in (first, second)]
     if settings.steps is None:
+        cores = "on the same cores" if threads[0] == threads[1] else "of the clock"
         out.append(
-            "Equal compute means equal seconds on the same cores, data workers included, not equal numbers of floating-point operations."
+            f"Equal compute means equal seconds {cores}, data workers included, not equal numbers of floating-point operations."
         )
+        if threads[0] != threads[1]:
+            told = " and ".join(f"{name} with {counted(count, 'thread')}" for name, count in zip(results, threads, strict=True))
+            out.append(f"The sides had different shares of the machine: {told} (train.threads).")
     else:
         out.append(
             "Both sides took the same number of steps, not the same time: a step of one may cost more than one of the other."
@@ -175,4 +227,5 @@ def limits(results: Rows, settings: Settings) -> str:
             "they can hold."
         )
     out.append("The linear read-out asks what a single token says of its own patch; what several tokens say together may be more.")
+    out.append(f"{SPIKES_ARE}.")
     return " ".join(out)
