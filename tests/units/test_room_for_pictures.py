@@ -95,7 +95,7 @@ def test_what_belongs_to_one_prompt_is_refused_beside_a_file_of_them(tmp_path, o
     arguments = ["generate", "no-model", "--jsonl", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), option, "x"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert f"{option} go with one prompt" in str(done.exception or done.output)
+    assert f"{option} cannot be given with --jsonl" in str(done.exception or done.output)
 
 
 def test_a_note_is_printed(drawing, monkeypatch):
