@@ -109,7 +109,7 @@ def _check_places(prompt: str | None, jsonl: Path | None, out: Path | None, besi
         raise IntermodalError(f"--out {out} is a folder; with --jsonl it is the file of replies")
     elif beside:
         raise IntermodalError(
-            f'{" and ".join(beside)} cannot be given with --jsonl: there each line has its own "messages" and "tools", and names its pictures'
+            f'{" and ".join(beside)} cannot be given with --jsonl: each line has its own "messages" and "tools", and names its pictures'
         )
 
 
