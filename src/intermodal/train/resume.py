@@ -34,8 +34,9 @@ UNDECISIVE = {
 decide roundings, but a run may go on where there are other processors."""
 
 
-AVERAGES = ("optim.ema", "codebook.ema")
-"""Decays of averages, of weights and of a VQ-VAE's latents."""
+COMING_OR_GOING = ("optim.ema", "codebook.ema", "start")
+"""Settings of which it matters whether there is one: kept averages (their decay may be another), and the model that a VQ-VAE begins with
+(its folder may have been moved)."""
 
 
 def changes(before: dict[str, Any], recipe: Any) -> dict[str, str]:
@@ -74,13 +75,13 @@ def refuse_changes(before: dict[str, Any], recipe: Any, fixed: Callable[[str], b
 
     Args:
         before: as in `changes`.
-        fixed: whether a setting, by its dotted path, is one of them. Whether averages are kept (`AVERAGES`) always is; their decay is not.
+        fixed: whether a setting, by its dotted path, is one of them. Of `COMING_OR_GOING` whether there is one always is.
 
     Raises:
         IntermodalError: names those that are others now.
     """
     then, now = flat(before), flat(to_dict(recipe))
-    came_or_went = {name for name in AVERAGES if (then.get(name) is None) != (now.get(name) is None)}
+    came_or_went = {name for name in COMING_OR_GOING if (then.get(name) is None) != (now.get(name) is None)}
     refused = [
         change
         for name, change in changes(before, recipe).items()

@@ -179,7 +179,7 @@ class VQTrainer(Trainer):
 
     def _fixed(self, name: str) -> bool:
         """The model is the run's own from its first step on."""
-        return super()._fixed(name) or name == "start" or name.startswith("model.")
+        return super()._fixed(name) or name.startswith("model.")
 
     def _counted(self) -> dict[str, Any]:
         return {"used": self.used.long().tolist(), "revived": self.revived}
