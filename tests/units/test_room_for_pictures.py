@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 from test_draw import CODES, TALKS, ask, folder, model  # noqa: F401
 from typer.testing import CliRunner
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from intermodal.cli.app import app
 from intermodal.cli.chat import _write
 from intermodal.generate.batch import reply_to_file
+from intermodal.generate.draw import Canvas
 from intermodal.generate.engine import Reply
+from intermodal.generate.sample import Sampling
 
 assert CODES  # the fixtures' model draws
 
@@ -43,6 +46,10 @@ def test_a_picture_without_room_is_told_of(drawing):
     assert short.images == []
     assert re.search(rf"left out: it takes {length(drawing)} tokens, and the context had {length(drawing) - 1} left", short.note)
     assert drawing.generate(asked, max_new_tokens=4, max_images=0).note == "", "who wants none misses none"
+    canvas = Canvas.of(drawing, Sampling(max_images=1), ())
+    begins = torch.zeros(len(drawing.head_weight)).index_fill(0, torch.tensor([canvas.tokens.begin]), 1.0)
+    assert "left out" in canvas.missed(begins, room=3, pictures=0)
+    assert canvas.missed(begins, room=3, pictures=1) == "", "nor who has all that were wanted"
 
 
 def test_old_turns_make_room_for_a_picture(drawing):
@@ -54,6 +61,7 @@ def test_old_turns_make_room_for_a_picture(drawing):
     assert reply.usage["dropped_messages"] == 2
     assert len(reply.images) == 1
     assert "dropped_messages" not in drawing.generate(talk, max_images=0, **settings).usage
+    assert "dropped_messages" not in drawing.generate(talk, stop="<racm3:break>", **settings).usage, "none will come"
     resized(drawing, prompt + length(drawing) + 4)
     assert "dropped_messages" not in drawing.generate(talk, **settings).usage
 

@@ -103,7 +103,7 @@ class Canvas:
     @property
     def room(self) -> int:
         """Tokens that a prompt should leave for a picture beside the words of the reply."""
-        return self.length if self.draws and self.sampling.max_images else 0
+        return self.length if self.draws and self.sampling.max_images and self.tokens.begin not in self.ends else 0
 
     def text_scores(self, row_V: Tensor, may_draw: bool) -> Tensor:
         """Scores with what cannot come in a text ruled out."""
@@ -112,17 +112,18 @@ class Canvas:
             row_V[self.tokens.begin] = -torch.inf
         return row_V
 
-    def missed(self, row_V: Tensor, room: int) -> str:
+    def missed(self, row_V: Tensor, room: int, pictures: int) -> str:
         """Why a picture does not come that these scores of a text would begin; "" where none is missed.
 
         Args:
             room: tokens that the context has left.
+            pictures: how many the reply has.
         """
         if (self.draws and room >= self.length) or int(row_V.masked_fill(~self.words, -torch.inf).argmax()) != self.tokens.begin:
             return ""
         if not self.draws:
             return CANNOT_DRAW
-        wanted = self.tokens.begin not in self.ends and self.sampling.max_images > 0
+        wanted = self.tokens.begin not in self.ends and pictures < self.sampling.max_images
         return f"a picture was left out: it takes {self.length} tokens, and the context had {room} left" if wanted else ""
 
     def start(self, prompt: list[int], said: list[int]) -> Drawing:

@@ -269,9 +269,9 @@ def _advance(
         return
     row = scores[0]
     if canvas is not None:
-        room = run.room - len(run.said)
-        run.note = run.note or canvas.missed(row, room)
-        row = canvas.text_scores(row, may_draw=room >= canvas.length and _pictures(run) < sampling.max_images)
+        room, pictures = run.room - len(run.said), _pictures(run)
+        run.note = run.note or canvas.missed(row, room, pictures)
+        row = canvas.text_scores(row, may_draw=room >= canvas.length and pictures < sampling.max_images)
     seen: Tensor | tuple[int, ...] = ()
     if sampling.repetition_penalty != 1:
         seen = torch.cat([run.prompt.ids, torch.tensor(run.said, dtype=torch.long, device=run.prompt.ids.device)])

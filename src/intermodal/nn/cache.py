@@ -43,6 +43,7 @@ class Cache:
             store = self._room(capacity)
             store[..., : self.capacity, :] = self.store
             self.store, self.capacity = store, capacity
+            self.as_rows = self.seen = ()  # views of the old one, which can go
         self.single = segments.longest == 1
         if self.single:
             self._begin_single()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
     """The section of our own settings.
 
     Raises:
-        CheckpointError: it is no object, or has a setting that there is not or of another kind.
+        CheckpointError: it is no object, or has a setting that is misspelt or of another kind.
     """
     own = config.get(OURS)
     if own is None:
@@ -103,7 +104,12 @@ def _own(config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f'{OURS} is {own!r}; it should be an object of settings, as {{"rules": "transformers"}}')
     for name, value in own.items():
         if name not in OWN:
-            raise CheckpointError(f"{OURS} has no setting {name!r}{nearest(name, OWN)}; there are {', '.join(OWN)}")
+            if meant := nearest(name, OWN):
+                raise CheckpointError(f"{OURS} has no setting {name!r}{meant}; there are {', '.join(OWN)}")
+            warnings.warn(
+                f"config.json: {OURS}.{name} is no setting that this version knows; it is kept and not read", stacklevel=2
+            )
+            continue
         if type(value) is not OWN[name] and name != "rules":
             raise CheckpointError(f"{OURS}.{name} is {value!r}; {_KINDS[OWN[name]]} is wanted")
         if OWN[name] is int and value < 1:
@@ -149,35 +155,46 @@ def chat_processor(files: dict[str, bytes], config: ChameleonConfig, settings: d
 
 
 def pictures_of(config: ChameleonConfig, settings: dict[str, Any]) -> ImageProcessor:
-    """What turns pictures to pixels: by the authors' rules their own, whatever the directory's `preprocessor_config.json` (`settings`)
-    says, as long as it means the same; by transformers' rules what that file says.
+    """What turns pictures to pixels: by the authors' rules their own, and where the directory's `preprocessor_config.json` (`settings`)
+    says something else, that is told of; by transformers' rules what that file says.
 
     Raises:
-        CheckpointError: the file says something else than the authors' rules, or makes pictures of another size than the model's.
+        CheckpointError: by transformers' rules, the file cannot be read, or makes pictures of another size than the model's.
     """
     side = config.side
-    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    said = ImageProcessor.from_hf(settings, {**_PICTURES, **size})
-    made = (side, side) if not settings else said.output_size
-    if made != (side, side):
-        raise CheckpointError(
-            f"the image processor's settings (preprocessor_config.json) make pictures of {made[0]} x {made[1]} pixels, and config.json "
-            f"says {side} x {side}; where the file is right and pictures are square, write their side into config.json, as "
-            f'"{OURS}": {{"side": {made[0]}}}'
-        )
+    defaults = {**_PICTURES, "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if config.rules == "transformers":
+        said = ImageProcessor.from_hf(settings, defaults)
+        made = said.output_size if settings else (side, side)
+        if made != (side, side):
+            raise CheckpointError(
+                f"the image processor's settings (preprocessor_config.json) make pictures of {made[0]} x {made[1]} pixels, and "
+                f"config.json says {side} x {side}; where the file is right and pictures are square, write their side into config.json, "
+                f'as "{OURS}": {{"side": {made[0]}}}'
+            )
         return said
     authors = ImageProcessor(side, (side, side), resample=LANCZOS, mean=HALF, std=HALF, rounded=True, truncated_blend=True)
-    levels = [LookUp(each.rescale_factor, each.mean, each.std).table for each in (said, authors)]
-    other = [name for name in ("size", "crop", "resample") if getattr(said, name) != getattr(authors, name)]
-    other += ["rescale_factor, image_mean or image_std"] if abs(levels[0] - levels[1]).max() > SAME_LEVELS else []
-    if other:
-        raise CheckpointError(
-            f"the image processor's settings (preprocessor_config.json) are not what the authors' rules say: {', '.join(other)}. To follow "
-            f'the file as transformers does, write "{OURS}": {{"rules": "transformers"}} into config.json; to follow the authors (the '
-            f"shortest edge resized to {side} by Lanczos, its middle taken, values from -1 to 1), take the setting out of the file"
+    if other := _said_otherwise(settings, defaults, authors, sized=side == config.vq.resolution):
+        warnings.warn(
+            f"the image processor's settings (preprocessor_config.json) are not what the authors' rules say, and these are followed (the "
+            f"shortest edge resized to {side} by Lanczos, its middle taken, values from -1 to 1): {other}. To follow the file as "
+            f'transformers does, write "{OURS}": {{"rules": "transformers"}} into config.json',
+            stacklevel=2,
         )
     return authors
+
+
+def _said_otherwise(settings: dict[str, Any], defaults: dict[str, Any], authors: ImageProcessor, sized: bool) -> str:
+    """Which of a file's settings mean other pixels than the authors', by name; of sizes only where config.json has none (`sized`)."""
+    try:
+        said = ImageProcessor.from_hf(settings, defaults)
+    except CheckpointError as error:
+        return str(error)
+    levels = [LookUp(each.rescale_factor, each.mean, each.std).table for each in (said, authors)]
+    compared = ("size", "crop", "resample") if sized else ("resample",)
+    other = [name for name in compared if getattr(said, name) != getattr(authors, name)]
+    other += ["rescale_factor, image_mean or image_std"] if abs(levels[0] - levels[1]).max() > SAME_LEVELS else []
+    return ", ".join(other)
 
 
 def family_of(model: Chameleon) -> str:
@@ -188,10 +205,10 @@ def to_hf(model: Chameleon) -> dict[str, Any]:
     config, text = model.config, model.config.text
     original = model.source.get("config", {})
     out = copy.deepcopy(original) if original.get("model_type") == "chameleon" else {}
-    out.pop(OURS, None)
+    before = out.pop(OURS, None) or {}
     if vqgan.in_hf_class(config.vq):
         out["vq_config"] = vqgan.to_vq_config(config.vq, out.get("vq_config"))
-    own = _own_of(config)
+    own = {name: value for name, value in before.items() if name not in OWN} | _own_of(config)
     out.update(
         model_type="chameleon",
         architectures=["ChameleonForConditionalGeneration"],
