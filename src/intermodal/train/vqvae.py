@@ -349,7 +349,9 @@ def _begun(recipe: VQRecipe) -> VQVAE:
 
 
 def at_side(config: VQConfig, side: int) -> VQConfig:
-    """The same model for pictures of another side: its levels with attention have other sides then."""
+    """The same model for pictures of another side: its levels with attention have other sides then. As it is for those of its own."""
+    if side == config.resolution:
+        return config
     other = replace(config, resolution=side)
     moved = dict(zip(config.sides, other.sides, strict=True))
     return replace(other, attention=tuple(moved[level] for level in config.attention if level in moved))
