@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import intermodal
-from intermodal.train.loop import autocast_for
+from intermodal.nn.machine import autocast_for
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -31,7 +31,7 @@ def step(who: str, stage: str, folder: str, precision: str) -> tuple[float, floa
     from intermodal.batch import TokenBatch
     from intermodal.data.packing import bins
     from intermodal.losses_tokens import next_token_loss
-    from intermodal.train.loop import autocast_for
+    from intermodal.nn.machine import autocast_for
 
     torch.set_num_threads(2)
     autocast = autocast_for(precision, torch.device("cpu"))

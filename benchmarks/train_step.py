@@ -25,7 +25,7 @@ from intermodal.data.scenes import SceneConfig, Scenes
 from intermodal.inputs.image import ImageProcessor
 from intermodal.inputs.text import fresh, train_tokenizer
 from intermodal.losses import softmax_loss
-from intermodal.train.loop import autocast_for
+from intermodal.nn.machine import autocast_for
 
 
 def models(size: int, end: int, folder: Path):

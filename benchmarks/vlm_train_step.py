@@ -37,7 +37,7 @@ from intermodal.models.qwen2_vl import QwenVL, QwenVLConfig
 from intermodal.models.text import TextConfig
 from intermodal.models.vit import VisionConfig
 from intermodal.models.vit_native import NativeVisionConfig
-from intermodal.train.loop import autocast_for
+from intermodal.nn.machine import autocast_for
 from intermodal.train.stages import spoken
 from intermodal.weights.stitch import fresh_decoder, stitch
 from intermodal.weights.stitch_native import stitch_native

@@ -115,7 +115,7 @@ def tried(model: Generative, recipe: StagedRecipe, settings: Settings) -> None:
 
 def _decodes(model: Chameleon) -> bool:
     """Whether its codes can be made into pictures: a VQ-VAE may have come without a decoder."""
-    return getattr(model.vqmodel, "decoder", None) is not None
+    return model.vqmodel.decoder is not None
 
 
 def looked_at(model: Generative, exam: Exam) -> SceneConfig:

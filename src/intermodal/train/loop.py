@@ -21,11 +21,12 @@ from ..data.source import TOLD
 from ..data.sprites import HELD_OUT_STYLE
 from ..data.stream import StreamSource
 from ..errors import IntermodalError
+from ..nn.machine import autocast_for
 from ..parallel import checkpoint
 from ..parallel.setup import World, gradient_norm
 from .divergence import ALARM, RECENT, usual
 from .metrics import Display, Metrics
-from .optim import autocast_for, learning_rate, update_average
+from .optim import learning_rate, update_average
 from .resume import changes, refuse_changes
 from .sources import refuse_cut, within
 

@@ -1,11 +1,10 @@
-"""Optimizer groups, the learning rate's curve, and the precision of products."""
+"""Optimizer groups and the learning rate's curve."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -190,12 +189,3 @@ def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: fl
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             average[name].lerp_(parameter.detach(), 1 - decay)
-
-
-def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """bf16 autocast or nothing. "auto" asks the processor: without bf16 instructions, bf16 products are several times slower."""
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(device) else "fp32"
-    if precision in ("fp32", "fp64"):
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
