@@ -223,7 +223,7 @@ def chat(
     if missing := [path for path in media or [] if _is_missing(path)]:
         raise IntermodalError(f"{', '.join(missing)}: no such file to show")
     settings["tools"], variables = _read_tools(tools), variables_of(variable)
-    console, loaded = Console(), load_talker(model, dtype, fps, frames, variables).freeze()
+    console, loaded = Console(), load_talker(model, dtype, fps, frames, variables)
     _tell_of_drawing(loaded)
     talk = _Talk(loaded, console, out, *_sorted(media or []), system)
     while True:

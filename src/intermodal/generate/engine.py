@@ -22,14 +22,12 @@ from ..inputs.chat import ChatProcessor, Conversation
 from ..inputs.codes import CodePlanner
 from ..inputs.marks import all_marks, marks_of
 from ..inputs.vision_cache import MemoryCache
+from ..kernels.decode import DecodeStep
 from ..models.generative import Generative
 from ..nn.attention import Segments
 from ..nn.cache import Cache
 from .draw import Canvas, Drawing
 from .sample import Sampling, choose
-
-LAY_OUT_AFTER = 4
-"""Steps after which the weights are laid out anew for those to come: it takes about as long as it saves in five."""
 
 
 class TooLong(IntermodalError):
@@ -177,7 +175,7 @@ def _events(
     streams = canvas.streams if canvas else 1
     cache = model.model.cache(slots * streams)
     free, running, waiting = list(range(slots))[::-1], {}, list(range(len(conversations)))[::-1]
-    fed, layout = 0, model.kept_layout()
+    compiled = DecodeStep.of(model)
     while waiting or running:
         arrivals: list[tuple[int, _Run]] = []
         while waiting and free:
@@ -190,21 +188,17 @@ def _events(
                 arrivals.append((free.pop(), run))
         if not arrivals and not running:
             break
-        fed += not arrivals
-        if fed == LAY_OUT_AFTER and not arrivals and not model.frozen:
-            layout = model.lay_out()
-        cache.layout = None if torch.is_autocast_enabled("cpu") else layout
         if arrivals:
             batch = TokenBatch.pack([run.prompt for _, run in arrivals])
             cache.begin([slot for slot, _ in arrivals], batch.segments)
-            hidden = model.hidden(batch, cache)[batch.segments.offsets[1:] - 1]
+            scores_NV = model.unembed(model.hidden(batch, cache)[batch.segments.offsets[1:] - 1])
             running.update(arrivals)
             step = arrivals
         else:
             step = sorted(running.items())
-            hidden = _feed(model, cache, step, slots)
+            scores_NV = _feed(model, cache, step, slots, None if torch.is_autocast_enabled("cpu") else compiled)
         cache.commit()
-        rows = iter(cache.layout.head(hidden) if cache.layout else model.unembed(hidden))
+        rows = iter(scores_NV)
         for slot, run in step:
             scores = [next(rows) for _ in range(run.drawing.streams if run.drawing else 1)]
             yield from ((run.index, event) for event in _advance(run, scores, processor, sampling, ends, canvas, partial))
@@ -228,9 +222,9 @@ def _begun(index: int, messages: Any, model: Generative, processor: ChatProcesso
     return _Run(index, prompt, generator, int(prompt.positions[..., -1].max()) + 1, context - len(prompt.ids), dropped)
 
 
-def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slots: int) -> Tensor:
-    """Read the newest token of every conversation, and of every guide of a picture under way: (rows, D) hidden states, a conversation's
-    own first. A guide's first step is its whole prompt."""
+def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slots: int, compiled: DecodeStep | None) -> Tensor:
+    """Read the newest token of every conversation, and of every guide of a picture under way: (rows, V) scores, a conversation's own
+    first. A guide's first step is its whole prompt."""
     ids: list[int] = []
     places: list[int] = []
     lengths: list[int] = []
@@ -251,7 +245,9 @@ def _feed(model: Generative, cache: Cache, step: Sequence[tuple[int, _Run]], slo
     cache.begin(fed, segments)
     positions = torch.tensor(places, device=model.device)
     embedded = model.model.embed_tokens(torch.tensor(ids, device=model.device))
-    return model.model(embedded, segments, positions, cache=cache)[segments.offsets[1:] - 1]
+    if compiled is not None and cache.single:
+        return compiled(embedded, positions, cache)
+    return model.unembed(model.model(embedded, segments, positions, cache=cache)[segments.offsets[1:] - 1])
 
 
 def _advance(
@@ -367,14 +363,16 @@ def fitting(
     return conversation, dropped
 
 
-def _stop_tokens(processor: ChatProcessor, stops: Sequence[str]) -> Iterator[int]:
+def _stop_tokens(processor: ChatProcessor, stops: Sequence[str]) -> list[int]:
     """Stops that are tokens which texts leave out or spell as they are named. Any other token's name is not its text (of a byte-level
     vocabulary "é" is the byte 0xE9, which begins other letters too): those stops are found in the text."""
+    if not stops:  # looking through the vocabulary takes longer than some steps
+        return []
     tokenizer = processor.tokenizer
     named = marks_of(tokenizer) | set(tokenizer.get_added_tokens_decoder())
     if isinstance(processor.planner, CodePlanner):
         named |= all_marks(tokenizer, processor.planner)
-    return (token for text in stops if (token := tokenizer.token_to_id(text)) in named)
+    return [token for text in stops if (token := tokenizer.token_to_id(text)) in named]
 
 
 def check_length(conversation: Conversation, context: int, new: int, dropping: bool) -> None:

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import IntermodalError, nearest
 from ..nn.attention import Segments, attention
 from ..nn.cache import Cache
-from ..nn.laid_out import LaidOutLayer, LaidOutLinear
 from ..nn.layers import ACTIVATIONS, Linear, RMSNorm
 from ..nn.rope import Rope, RopeConfig, rotate
 
@@ -86,35 +85,19 @@ class DecoderAttention(nn.Module):
         self.normed = config.qk_norm or config.qk_layernorm
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        laid = _laid_out(cache, self.index)
-        q, k, v = self.heads(x_TD, tables, laid)
+        q, k, v = self.heads(x_TD, tables)
         if cache is None:
             out_THK = attention(q, k, v, segments, causal=True)
         else:
             out_THK = cache.attend(self.index, q, k, v)
-        return laid.out(out_THK.flatten(1)) if laid else self.o_proj(out_THK.flatten(1))
+        return self.o_proj(out_THK.flatten(1))
 
-    def heads(self, x_TD: Tensor, tables: tuple[Tensor, Tensor], laid: LaidOutLayer | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_TD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, K) queries and (T, G, K) keys, normed and turned to their places, and values."""
-        if laid is None:
-            q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            queries, keys = self.q_proj.out_features // self.head_width, self.k_proj.out_features // self.head_width
-            whole_THK = laid.qkv(x_TD).view(len(x_TD), -1, self.head_width)
-            if not self.normed:  # queries and keys turned in one go
-                turned, v = rotate(whole_THK[:, : queries + keys], *tables), whole_THK[:, queries + keys :]
-                return turned[:, :queries], turned[:, queries:], v
-            q, k, v = whole_THK.split([queries, keys, keys], dim=1)
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *tables), rotate(k, *tables), v
-
-    def lay_out(self) -> tuple[LaidOutLinear, LaidOutLinear]:
-        return LaidOutLinear.of(self.q_proj, self.k_proj, self.v_proj), LaidOutLinear.of(self.o_proj)
-
-
-def _laid_out(cache: Cache | None, index: int) -> LaidOutLayer | None:
-    return cache.layout.layers[index] if cache is not None and cache.layout is not None else None
 
 
 class GatedMLP(nn.Module):
@@ -127,14 +110,8 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(mlp_width, out_width or width, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x_TD: Tensor, laid: LaidOutLayer | None = None) -> Tensor:
-        if laid is None:
-            return self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
-        gate, up = laid.gate_up(x_TD).chunk(2, dim=-1)
-        return laid.down(self.activation(gate) * up)
-
-    def lay_out(self) -> tuple[LaidOutLinear, LaidOutLinear]:
-        return LaidOutLinear.of(self.gate_proj, self.up_proj), LaidOutLinear.of(self.down_proj)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class DecoderLayer(nn.Module):
@@ -149,15 +126,11 @@ class DecoderLayer(nn.Module):
         """Probability of dropping a value of each residual branch while training: a run's setting (`Stage.dropout`), no checkpoint's."""
 
     def forward(self, x_TD: Tensor, segments: Segments, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        laid = _laid_out(cache, self.self_attn.index)
         if self.swin_norm:
             x_TD = x_TD + self._dropped(self.input_layernorm(self.self_attn(x_TD, segments, tables, cache)))
-            return x_TD + self._dropped(self.post_attention_layernorm(self.mlp(x_TD, laid)))
+            return x_TD + self._dropped(self.post_attention_layernorm(self.mlp(x_TD)))
         x_TD = x_TD + self._dropped(self.self_attn(self.input_layernorm(x_TD), segments, tables, cache))
-        return x_TD + self._dropped(self.mlp(self.post_attention_layernorm(x_TD), laid))
-
-    def lay_out(self) -> LaidOutLayer:
-        return LaidOutLayer(*self.self_attn.lay_out(), *self.mlp.lay_out())
+        return x_TD + self._dropped(self.mlp(self.post_attention_layernorm(x_TD)))
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
         return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from ..batch import States, TokenBatch, Visual
 from ..inputs.messages import with_tools
 from ..inputs.vision_cache import Tower
 from ..nn.cache import Cache
-from ..nn.laid_out import KeptLayout, LaidOutLinear, Layout, can_lay_out
-from ..nn.layers import Linear, linear
-from .decoder import Decoder, DecoderConfig, DecoderLayer, DeepStack
+from ..nn.layers import linear
+from .decoder import Decoder, DecoderConfig, DeepStack
 
 if TYPE_CHECKING:
     from ..generate.engine import Event, Reply
@@ -51,7 +50,6 @@ class Generative(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         self.source, self.processor = {}, None
-        self._frozen: KeptLayout | None = None
 
     @property
     def config_text(self) -> DecoderConfig:
@@ -144,48 +142,6 @@ class Generative(nn.Module):
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> scores (T, V)."""
         return linear(hidden_TD, self.head_weight)
-
-    def lay_out(self) -> Layout | None:
-        """The decoder's weights as they are now, laid out for products with few rows; None where that cannot be done, or memory is
-        short. An adapter, or a hook, does its work in a forward of its own: then the plain layers stay."""
-        inside = [module for layer in self.model.layers for module in layer.modules() if isinstance(module, nn.Linear)]
-        if not can_lay_out(inside, self.head_weight, Linear):
-            return None
-        layers = [layer.lay_out() for layer in self.model.layers if isinstance(layer, DecoderLayer)]
-        return Layout(layers, LaidOutLinear(self.head_weight))
-
-    def freeze(self) -> Self:
-        """Promise that the weights stay as they are, as in a chat or a server: evaluation mode, no gradients, and the decoder's weights,
-        which every generation on the CPU else lays out anew for itself (`nn.laid_out`), stay laid out beside the plain ones. Weights that
-        `load_state_dict`, `to` or `train()` may change end it; whoever writes into them directly must say `train()` first."""
-        self.eval().requires_grad_(False)
-        self._frozen = KeptLayout()
-        return self
-
-    @property
-    def frozen(self) -> bool:
-        return self._frozen is not None
-
-    def kept_layout(self) -> Layout | None:
-        """Of frozen weights, laid out at the first call; None of others, or where `lay_out` gives none."""
-        if self._frozen is None:
-            return None
-        if not self._frozen.made:
-            self._frozen.layout, self._frozen.made = self.lay_out(), True
-        return self._frozen.layout
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self._frozen = None
-        return super().train(mode)
-
-    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        self._frozen = None
-        return super().load_state_dict(*arguments, **options)
-
-    def _apply(self, *arguments: Any, **options: Any) -> Self:  # what `to`, `float`, `cuda` and their kind go through
-        self._frozen = None
-        return super()._apply(*arguments, **options)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """A pack -> scores (T, V)."""

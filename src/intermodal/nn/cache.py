@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Segments
-from .laid_out import Layout
 
 GROW = 256
 """Tokens by which the buffers grow; they at least double, so that growing costs a constant a token."""
@@ -26,8 +25,6 @@ class Cache:
         self.lengths = [0] * slots
         self.slots: list[int] = []
         self.segments = Segments([])
-        self.layout: Layout | None = None
-        """The decoder's products for the steps to come, where they are not the plain ones."""
 
     def _room(self, capacity: int) -> Tensor:
         layers, slots, heads, head = self.shape
@@ -45,8 +42,7 @@ class Cache:
             self.store, self.capacity = store, capacity
             self.as_rows = self.seen = ()  # views of the old one, which can go
         self.single = segments.longest == 1
-        if self.single:
-            self._begin_single()
+        """Whether every conversation has one new token: all but its prompt."""
 
     def _begin_single(self) -> None:
         """One new token of each: what is the same for all layers is made once, for small products the calls themselves take the time."""
@@ -78,6 +74,8 @@ class Cache:
         if not q_THK.dtype == k_TGK.dtype == v_TGK.dtype == self.dtype:  # under autocast
             q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))
         if self.single:
+            if not layer:
+                self._begin_single()
             self.as_rows[layer].index_copy_(0, self.rows, torch.cat([k_TGK, v_TGK], 1).flatten(0, 1))
             k, v = (half[layer] if self.chosen is None else half[layer][self.chosen] for half in self.seen)
             # the heads of a group stand where several queries would: the kernel reads their keys once instead of once a head
