@@ -19,6 +19,7 @@ from torch import Tensor
 from ..batch import Images
 from ..errors import CheckpointError, SampleError
 from ..files import read_json
+from ..kernels.resize import resized
 from .arrays import array_of
 from .boxes import Affine
 from .image_settings import crop_of, length_of, levels_of, size_of
@@ -80,6 +81,11 @@ def _is_empty(given: Any) -> bool:
         return not (given.tell() or given.read(1)) if hasattr(given, "read") else not len(given)
     except (OSError, ValueError, AttributeError):  # a stream that cannot say where it is
         return False
+
+
+def _are_levels(image: Any) -> bool:
+    """Whether this is an RGB picture as an array already, such as a tile or a frame."""
+    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
 
 
 class LookUp:
@@ -180,10 +186,9 @@ class ImageProcessor:
 
     def resized(self, image: Any) -> np.ndarray:
         """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
-        picture = open_image(image, self.blend)
-        if self.size:
-            picture = picture.resize(self._before_crop(picture.size), Image.Resampling(self.resample))
-        pixels = np.asarray(picture)
+        picture = image if _are_levels(image) else open_image(image, self.blend)
+        size = picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
+        pixels = resized(picture, self._before_crop(size), self.resample)
         if self.letterbox:
             return centred(pixels, self.output_size, self.fill)
         return centre_crop(pixels, self.crop) if self.crop else pixels
@@ -279,7 +284,7 @@ class NaflexProcessor:
         """One picture -> (H, W, 3) uint8, whole patches, not yet normalised."""
         picture, patch = open_image(image), self.patch_size
         rows, columns = self.grid(*picture.size)
-        return np.asarray(picture.resize((columns * patch, rows * patch), Image.Resampling(self.resample)))
+        return resized(picture, (columns * patch, rows * patch), self.resample)
 
     def levels(self, resized: Sequence[np.ndarray]) -> Images:
         """What `resized` gave -> Images with (P, patch * patch * 3) uint8 patches, a quarter of the bytes; `normalised` takes them."""

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..batch import Visual
+from ..kernels.resize import resized
 from .boxes import Affine, BoxFrame, Style, cells
 from .image import CLIP_MEAN, CLIP_STD, HALF, LookUp, each, open_image
 from .image_settings import levels_of
@@ -221,13 +222,13 @@ class QwenPlanner:
         """One item's patches. Bytes are laid out in patches first: they are a quarter of the numbers that they become."""
         table = self._table = self._table or LookUp(self.rescale_factor, self.mean, self.std)
         count, rows, columns = plan.detail
-        pictures = [Image.fromarray(frame) for frame in item.frames] if isinstance(item, Clip) else [open_image(item)]
+        pictures = item.frames if isinstance(item, Clip) else [open_image(item)]
         size, each_frame = (columns * self.patch, rows * self.patch), out_PCTK.reshape(count, rows * columns, *out_PCTK.shape[1:])
         for index in range(count * self.temporal):
             frame, place = divmod(index, self.temporal)
             target = each_frame[frame, :, :, place]
             if index < len(pictures):
-                pixels = np.asarray(pictures[index].resize(size, Image.Resampling(self.resample)))
+                pixels = resized(pictures[index], size, self.resample)
                 table.patches(block_patches(pixels, self.patch, self.merge), target)
             else:  # a still is shown twice, an odd clip's last frame again
                 target[:] = each_frame[(index - 1) // self.temporal, :, :, (index - 1) % self.temporal]

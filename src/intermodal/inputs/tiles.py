@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..batch import Visual
+from ..kernels.resize import resized
 from .boxes import Affine, BoxFrame, cells
 from .image import ImageProcessor, each, open_image
 from .media import Clip, MediaError, Piece, Plan, Run, refuse_bounds
@@ -176,10 +177,10 @@ class LlavaPlanner:
     def visual(self, plans: Sequence[Plan], pixels: Tensor) -> Visual:
         return Visual(pixels, layout=tuple(plan.detail for plan in plans))
 
-    def views(self, item: Image.Image | Clip, plan: Plan) -> list[Image.Image]:
+    def views(self, item: Image.Image | Clip, plan: Plan) -> Sequence[Image.Image | np.ndarray]:
         """The pictures that go through the image processor, in the tower's order."""
         if isinstance(item, Clip):
-            return [Image.fromarray(frame) for frame in item.frames]
+            return list(item.frames)
         picture = open_image(item)
         if isinstance(plan.detail, Tiled):
             return self._tiles(picture, plan.detail)
@@ -188,19 +189,16 @@ class LlavaPlanner:
         mean = self.processor.mean or (0.0, 0.0, 0.0)
         return [squared(picture, tuple(int(value * 255) for value in mean))]
 
-    def _tiles(self, picture: Image.Image, detail: Tiled) -> list[Image.Image]:
+    def _tiles(self, picture: Image.Image, detail: Tiled) -> list[np.ndarray]:
         """The base view by a plain resize, then the letterboxed picture cut into tiles, row by row."""
-        resample = Image.Resampling(self.processor.resample)
-        target = (detail.grid[0] * self.side, detail.grid[1] * self.side)
+        side, resample = self.side, self.processor.resample
+        target = (detail.grid[0] * side, detail.grid[1] * side)
         tall, wide = letterbox_size((picture.height, picture.width), target)
-        canvas = Image.new("RGB", (target[1], target[0]))
-        canvas.paste(picture.resize((wide, tall), resample), ((target[1] - wide) // 2, (target[0] - tall) // 2))
-        boxes = [
-            (left, top, left + self.side, top + self.side)
-            for top in range(0, target[0], self.side)
-            for left in range(0, target[1], self.side)
-        ]
-        return [picture.resize((self.side, self.side), resample), *(canvas.crop(box) for box in boxes)]
+        canvas = np.zeros((*target, 3), np.uint8)
+        top, left = (target[0] - tall) // 2, (target[1] - wide) // 2
+        canvas[top : top + tall, left : left + wide] = resized(picture, (wide, tall), resample)
+        tiles = (canvas[y : y + side, x : x + side] for y in range(0, target[0], side) for x in range(0, target[1], side))
+        return [resized(picture, (side, side), resample), *tiles]
 
     def frame(self, size: tuple[int, int], plan: Plan) -> BoxFrame:
         detail, side, grid = plan.detail, self.side, self.grid

@@ -22,23 +22,26 @@ KNOWN = (Decoder, DecoderLayer, DecoderAttention, GatedMLP, HeadLayerNorm, Linea
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 
 
-def _structure(name: str, fields: dict[str, Any]) -> type[Structure]:
-    return type(name, (Structure,), {"_fields_": list(fields.items())})
+def _structure(name: str, *groups: tuple[str, Any]) -> type[Structure]:
+    """A struct of `decode.cpp`, its fields in their order: names and the type of each group."""
+    return type(name, (Structure,), {"_fields_": [(field, kind) for names, kind in groups for field in names.split()]})
 
 
-_Linear = _structure("_Linear", {"weight": c_void_p, "bias": c_void_p, "inputs": c_int64, "outputs": c_int64})
+_Linear = _structure("_Linear", ("weight bias", c_void_p), ("inputs outputs", c_int64))
 _Layer = _structure(
     "_Layer",
-    dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), _Linear)
-    | dict.fromkeys(("input_norm", "mlp_norm", "q_norm", "q_norm_bias", "k_norm", "k_norm_bias"), c_void_p),
+    ("q k v o gate up down", _Linear),
+    ("input_norm mlp_norm q_norm q_norm_bias k_norm k_norm_bias", c_void_p),
 )
-_SIZES = "rows width heads kv_heads head mlp_width depth swin slots capacity most threads"
 _Step = _structure(
     "_Step",
-    dict.fromkeys(_SIZES.split(), c_int64)
-    | {"eps": c_double}
-    | dict.fromkeys(("slot", "total", "x", "cos", "sin", "store"), c_void_p)
-    | {"layers": POINTER(_Layer), "norm": c_void_p, "output": _Linear, "scores": c_void_p},
+    ("rows width heads kv_heads head mlp_width depth swin slots capacity most threads", c_int64),
+    ("eps", c_double),
+    ("slot total x cos sin store", c_void_p),
+    ("layers", POINTER(_Layer)),
+    ("norm", c_void_p),
+    ("output", _Linear),
+    ("scores", c_void_p),
 )
 
 
@@ -88,8 +91,10 @@ def _layer(layer: nn.Module) -> Structure:
         q=attention.q_proj, k=attention.k_proj, v=attention.v_proj, o=attention.o_proj,
         gate=mlp.gate_proj, up=mlp.up_proj, down=mlp.down_proj,
     )  # fmt: skip
-    made = {
-        name: _Linear(each.weight.data_ptr(), None if each.bias is None else each.bias.data_ptr(), each.in_features, each.out_features)
+    made: dict[str, Any] = {
+        name: _Linear(
+            each.weight.data_ptr(), None if each.bias is None else each.bias.data_ptr(), each.in_features, each.out_features
+        )
         for name, each in linears.items()
     }
     norms = dict(input_norm=layer.input_layernorm, mlp_norm=layer.post_attention_layernorm)
