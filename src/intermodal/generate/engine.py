@@ -2,7 +2,7 @@
 
 A waiting conversation takes a slot as soon as one is free; prompts of new arrivals are read together, packed, and every step then
 adds one token to all that are under way. In float32 nothing about a reply depends on who shares the batch, nor in bf16 do the kernel's
-steps (`kernels.decode`); PyTorch's products may round otherwise in bf16 with other rows, so that scores which nearly tie fall the other way.
+steps (`kernels.decode`); PyTorch's products may round otherwise in bf16 with other rows, so that near ties fall the other way.
 """
 
 from __future__ import annotations

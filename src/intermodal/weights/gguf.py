@@ -66,8 +66,8 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], list[Rule], di
     """(family, config, the same as a Hugging Face config, key table, weights by the file's keys, chat processor).
 
     Raises:
-        CheckpointError: the package is missing, the file is damaged, the architecture is another one, or its rope is scaled in a way
-            that is not built.
+        CheckpointError: the package is missing, the file is damaged, the architecture or the kind of tokenizer is another one, or its
+            rope is scaled in a way that is not built.
     """
     try:
         from gguf import GGUFReader
@@ -85,6 +85,8 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], list[Rule], di
     heads, width = int(get["attention.head_count"]), int(get["embedding_length"])
     head_width = int(get.get("attention.key_length", get.get("rope.dimension_count", width // heads)))
     state = _tensors(reader, path)
+    table = state.get("token_embd.weight", ())  # where it is missing, loading says so
+    rows = len(table) or int(get.get("vocab_size", len(fields.get("tokenizer.ggml.tokens", ()))))
     config = DecoderConfig(
         width=width,
         depth=int(get["block_count"]),
@@ -92,7 +94,7 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], list[Rule], di
         kv_heads=int(get.get("attention.head_count_kv", heads)),
         head_width=head_width,
         mlp_width=int(get["feed_forward_length"]),
-        vocab_size=int(get.get("vocab_size", len(fields["tokenizer.ggml.tokens"]))),
+        vocab_size=rows,
         context=int(get["context_length"]),
         norm_eps=float(str(np.float32(get["attention.layer_norm_rms_epsilon"]))),
         rope=_rope(get, state.pop(DIVISORS, None), head_width, path),
@@ -107,7 +109,7 @@ def read(path: Path) -> tuple[str, DecoderConfig, dict[str, Any], list[Rule], di
         token = fields.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
             raw[f"{name}_token_id"] = int(token)
-    return "llama", config, raw, rules(config), state, ChatProcessor.from_files(files_from_gguf(fields, path), raw)
+    return "llama", config, raw, rules(config), state, ChatProcessor.from_files(files_from_gguf(fields, path, rows), raw)
 
 
 def _tensors(reader: Any, path: Path) -> dict[str, Tensor]:
