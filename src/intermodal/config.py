@@ -17,6 +17,8 @@ from .errors import IntermodalError, nearest
 T = TypeVar("T")
 Positive = typing.Annotated[int, Ge(1)]
 NotNegative = typing.Annotated[int, Ge(0)]
+PYTHONS = {"True": "true", "False": "false", "None": "null"}
+"""How Python spells JSON's words: where a value may be any, as a text it would say something else."""
 
 
 def smallest_first(values: Sequence[float]) -> bool:
@@ -80,14 +82,26 @@ def _replaced(config: Any, steps: list[str], value: Any, path: str) -> Any:
         hint = nearest(path, every) or nearest(name, names)
         raise SettingError(f"there is no setting {path!r}{hint}; `{done or '.'}` has: {', '.join(names)}")
     current = getattr(config, name)
+    hint = typing.get_type_hints(type(config), include_extras=True)[name]
     if len(steps) > 1:
         if _named(current):
             return dataclasses.replace(config, **{name: _one_replaced(current, steps[1:], value, path)})
+        if _is_object(hint):
+            value = json.loads(PYTHONS[value]) if isinstance(value, str) and value in PYTHONS else value
+            whole = {**(current or {}), ".".join(steps[1:]): value}
+            return dataclasses.replace(config, **{name: checked(whole, hint, path)})
         if not dataclasses.is_dataclass(current):
             raise SettingError(f"{path!r}: {name} is a single value, it has no parts")
         return dataclasses.replace(config, **{name: _replaced(current, steps[1:], value, path)})
-    hint = typing.get_type_hints(type(config), include_extras=True)[name]
     return dataclasses.replace(config, **{name: checked(value, hint, path)})
+
+
+def _is_object(hint: Any) -> bool:
+    """Whether a field is a JSON object of any names, or may be."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated or origin in (typing.Union, types.UnionType):
+        return any(map(_is_object, parts[:1] if origin is typing.Annotated else parts))
+    return origin is dict
 
 
 def _named(value: Any) -> bool:
@@ -166,6 +180,8 @@ def _words(hint: Any) -> str:
         return " or ".join("null" if part is type(None) else _words(part) for part in parts)
     if origin is typing.Literal:
         return "one of " + ", ".join(json.dumps(part) for part in parts)
+    if origin is dict:
+        return "an object"
     if origin is tuple:
         inside = [_words(part) for part in parts if part is not ...]
         return f"a list of {inside[0]}" if ... in parts else f"[{', '.join(inside)}]"

@@ -11,7 +11,7 @@ from .errors import CheckpointError, IntermodalError
 
 
 def cache_folder() -> Path:
-    """Where fetched data sets and indexes of shards live: `INTERMODAL_CACHE`, or the user's cache folder."""
+    """Where fetched data sets, indexes of shards and compiled kernels live: `INTERMODAL_CACHE`, or the user's cache folder."""
     root = os.environ.get("INTERMODAL_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "intermodal")
     return Path(root).expanduser()
 

@@ -111,3 +111,6 @@ def test_a_part_cannot_ask_for_a_size(made, family):  # noqa: F811
         with pytest.warns(UserWarning, match=rf"{family} shows media at sizes of its own: min_pixels and max_pixels"):
             bounded = processor([{"role": "user", "content": [part | {"max_pixels": 400}]}], reply=True)
         assert torch.equal(bounded.ids, processor([{"role": "user", "content": [part]}], reply=True).ids)
+        with pytest.warns(UserWarning, match="and total_pixels of clips, are passed over"):
+            bounded = processor([{"role": "user", "content": [part | {"total_pixels": 400}]}], reply=True)
+        assert torch.equal(bounded.ids, processor([{"role": "user", "content": [part]}], reply=True).ids)

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_qwen_vl import CASES, FAMILIES, clip, clips_of, made, picture, processor_settings, said, theirs, user  # noqa: F401
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from typer.testing import CliRunner
 
 import intermodal
+from intermodal.cli.app import app
+from intermodal.data.talks import open_talks
 from intermodal.errors import CheckpointError
 from intermodal.inputs.media import MediaError
+from intermodal.inputs.messages import placed
 
 TALK = CASES["image and video"]
 
@@ -159,6 +163,64 @@ def test_a_clip_is_shown_as_large_as_its_part_asks(made, rules, tmp_path):  # no
         assert grids == ((2, wanted[0] // 16, wanted[1] // 16),), asked
 
 
+# `fetch_video` of qwen-vl-utils 0.0.14, worked out by hand: a clip of this many frames of 800 x 600, budgets in tokens of one frame pair,
+# then (rows, columns) of tokens. A frame pair has the clip's budget over the number of pairs, at most 768 tokens, at least 1.05 * min.
+BUDGETS = [
+    (8, {}, (21, 29), (19, 25)),  # 768 tokens for patches of 14, the clip's own size for those of 16
+    (8, {"total_pixels": 1200}, (15, 20), (15, 20)),
+    (7, {"total_pixels": 1200}, (15, 20), (15, 20)),  # an odd last frame counts twice
+    (8, {"total_pixels": 20}, (10, 13), (10, 13)),  # 1.05 times the least, which is 128 tokens
+    (8, {"total_pixels": 40, "min_pixels": 4}, (2, 3), (2, 3)),
+    (7, {"total_pixels": 120, "min_pixels": 4}, (4, 6), (4, 6)),
+    (8, {"total_pixels": 1200, "max_pixels": 200}, (12, 16), (12, 16)),
+    (8, {"total_pixels": 1200, "max_pixels": 500}, (15, 20), (15, 20)),
+    (8, {"total_pixels": 1_000_000}, (21, 29), (19, 25)),
+]
+
+
+@pytest.mark.parametrize(("frames", "asked", "wanted", "third"), BUDGETS)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_clip_has_the_budget_that_its_part_gives_it(made, family, frames, asked, wanted, third):  # noqa: F811
+    processor, unit = intermodal.load(made(family)[0]).processor, (32 if family == "qwen3_vl" else 28) ** 2
+    part = {"type": "video", "video": [picture(800, 600, 1)] * frames, **{key: value * unit for key, value in asked.items()}}
+    plan = processor.conversation([{"role": "user", "content": [part]}], reply=True).plans[0]
+    rows, columns = third if family == "qwen3_vl" else wanted
+    assert plan.detail == (-(-frames // 2), 2 * rows, 2 * columns)
+    assert plan.features == -(-frames // 2) * rows * columns
+
+
+@pytest.mark.parametrize("rules", ["authors", "transformers"])
+def test_a_budget_of_a_clip_is_read_wherever_its_part_is(made, rules, tmp_path):  # noqa: F811
+    """Files to train on with the clip in the part or beside the messages, and lines to reply to; of a picture it says nothing."""
+    folder, _ = copied(made, "qwen3_vl", tmp_path)
+    edit(folder / "config.json", intermodal={"rules": rules})
+    model = intermodal.load(folder)
+    names = [f"{number}.png" for number in range(4)]
+    for number, name in enumerate(names):
+        picture(400, 300, number).save(tmp_path / name)
+    asked = {"type": "video", "total_pixels": 24 * 32**2, "min_pixels": 4 * 32**2}
+    question, answer = {"type": "text", "text": "What?"}, {"role": "assistant", "content": "Noise."}
+    within = {"messages": [{"role": "user", "content": [{**asked, "video": names}, question]}, answer]}
+    beside = {"messages": [{"role": "user", "content": [asked, question]}, answer], "videos": [names]}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(within) + "\n" + json.dumps(beside))
+    talks = open_talks(str(tmp_path / "talks.jsonl"))
+    for number in range(2):
+        conversation = model.processor.conversation(talks[number].messages)
+        assert conversation.plans[0].detail == (2, 2 * 3, 2 * 4)
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"messages": within["messages"][:1]}))
+    line = ["generate", str(folder), "--jsonl", str(tmp_path / "ask.jsonl"), "--out", str(tmp_path / "o.jsonl")]
+    done = CliRunner().invoke(app, [*line, "--max-new-tokens", "2"])
+    assert done.exit_code == 0, done.output
+    prompt = model.processor.conversation(placed(within["messages"][:1], tmp_path), reply=True)
+    assert json.loads((tmp_path / "o.jsonl").read_text())["usage"]["prompt_tokens"] == len(prompt.ids)
+    still = {"type": "image", "image": picture(400, 300, 0)}
+    plain, bounded = (
+        model.processor.conversation([{"role": "user", "content": [{**still, **more}]}], reply=True)
+        for more in ({}, {"total_pixels": 24 * 32**2})
+    )
+    assert plain.ids == bounded.ids
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -167,6 +229,10 @@ def test_a_clip_is_shown_as_large_as_its_part_asks(made, rules, tmp_path):  # no
         ({"max_pixels": float("nan")}, "max_pixels of a part .* not nan"),
         ({"resized_height": True, "resized_width": 30}, "resized_height of a part .* not True"),
         ({"resized_height": 30}, "go together"),
+        ({"total_pixels": -5}, "total_pixels of a part is a number of pixels, at least 1, and not -5"),
+        ({"total_pixels": "128k"}, "total_pixels of a part .* not '128k'"),
+        ({"total_pixels": float("inf")}, "total_pixels of a part .* not inf"),
+        ({"total_pixels": True}, "total_pixels of a part .* not True"),
         ({"min_pixels": 900, "max_pixels": 400}, "min_pixels 900 of a part is more than its max_pixels 400"),
         ({"resized_height": 1, "resized_width": 4000}, "more than 200 times"),
     ],

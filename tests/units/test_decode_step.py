@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from intermodal.generate import engine
 from intermodal.generate.engine import TooLong
-from intermodal.kernels import build
 from intermodal.kernels import decode as kernel
 from intermodal.kernels.build import compiler, library
 from intermodal.kernels.decode import DecodeStep, can_step
@@ -116,10 +115,83 @@ def test_it_reads_the_weights_as_they_are_and_outlives_those_that_were_exchanged
     changed = stepped(made, copy.deepcopy(cache), slots, [1, 2], step)
     assert not torch.allclose(changed, first, atol=0.1)
     torch.testing.assert_close(changed, stepped(made, copy.deepcopy(cache), slots, [1, 2]), rtol=0, atol=1e-4)
-    for parameter in made.parameters():
-        parameter.data = torch.full_like(parameter, torch.nan)
-    made.model.embed_tokens.weight.data = step.held[0]
+    assert step.is_current()
+    other = random_model()
+    for name in ("gate_proj", "up_proj"):  # as load_state_dict(assign=True) does
+        setattr(made.model.layers[0].mlp, name, getattr(other.model.layers[1].mlp, name))
+    assert step.is_current()
     assert torch.equal(stepped(made, copy.deepcopy(cache), slots, [1, 2], step), changed)
+    for move in (
+        lambda: made.share_memory(),
+        lambda: made.to(torch.bfloat16),
+        lambda: setattr(made.lm_head.weight, "data", made.lm_head.weight.data.clone()),
+    ):
+        step = DecodeStep.of(made)
+        assert step.is_current()
+        move()
+        assert not step.is_current()
+    with pytest.raises(
+        TypeError, match=r"a step of torch.bfloat16 on the CPU, and embeddings of torch.bfloat16, a cache of torch.float32"
+    ):
+        stepped(made, cache, slots, [1, 2], DecodeStep.of(made))
+
+
+@COMPILED
+def test_defaults_of_type_and_device_change_nothing(model):  # noqa: F811
+    alone = model.generate(QUESTIONS[0], max_new_tokens=12)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert model.generate(QUESTIONS[0], max_new_tokens=12) == alone
+    finally:
+        torch.set_default_dtype(torch.float32)
+    made = random_model()
+    cache, slots = filled(made, [4, 9])
+    plain = stepped(made, copy.deepcopy(cache), slots, [1, 2])
+    x_ND, step = made.model.embed_tokens(torch.tensor([1, 2])).detach(), DecodeStep.of(made)
+    cache.begin(slots, Segments([1, 1]))
+    positions = torch.tensor([cache.lengths[slot] for slot in slots])
+    with torch.device("meta"):
+        scores = step(x_ND, positions, cache)
+    torch.testing.assert_close(scores, plain, rtol=0, atol=1e-4)
+
+
+@COMPILED
+def test_scores_and_gates_beyond_all_measure():
+    made = random_model(width=48)
+    for weight in (3e38, -3e38):
+        made.model.layers[0].mlp.gate_proj.weight.data.fill_(weight)
+        cache, slots = filled(made, [3])
+        theirs = stepped(made, copy.deepcopy(cache), slots, [5])
+        scores = stepped(made, copy.deepcopy(cache), slots, [5], DecodeStep.of(made))
+        assert torch.equal(scores.isfinite(), theirs.isfinite())
+        finite = theirs.isfinite()
+        torch.testing.assert_close(scores[finite], theirs[finite])
+
+
+@COMPILED
+def test_a_stream_goes_on_where_the_model_was_moved(model, steps):  # noqa: F811
+    alone = model.generate(QUESTIONS[0], max_new_tokens=20)
+    stream = model.stream(QUESTIONS[0], max_new_tokens=20)
+    heard = next(stream)
+    model.share_memory()
+    *_, last = stream
+    assert last == alone
+    assert all(steps)
+    stream = model.stream(QUESTIONS[0], max_new_tokens=20)
+    assert next(stream) == heard
+    model.to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"a cache of torch.float32"):
+        list(stream)
+
+
+@COMPILED
+def test_no_memory_for_a_step_is_an_error(monkeypatch):
+    made = random_model()
+    step = DecodeStep.of(made)
+    cache, slots = filled(made, [4])
+    monkeypatch.setattr(step, "function", lambda _: 1)
+    with pytest.raises(MemoryError, match="a decoding step of 1 conversations"):
+        stepped(made, cache, slots, [1], step)
 
 
 @pytest.fixture
@@ -193,13 +265,67 @@ def test_what_the_kernel_cannot_do_is_left_to_the_modules():
         assert isinstance(layer, DecoderLayer)
         layer.dropout = 0.1
     assert can_step(made)
-    assert not can_step(made.train())
+    made.model.layers.train()
+    assert not can_step(made)
     made = random_model()
     made.model.layers[0].mlp.up_proj.double()
     assert not can_step(made)
     made = random_model()
     made.lm_head.weight.data = made.lm_head.weight.data.T.contiguous().T
     assert not can_step(made)
+
+
+def exchange_forward(made):
+    made.model.layers[0].mlp.forward = lambda x: -x
+
+
+def prune(made):
+    mlp = made.model.layers[1].mlp
+    mlp.gate_proj.weight.data, mlp.up_proj.weight.data = mlp.gate_proj.weight.data[:32], mlp.up_proj.weight.data[:32]
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :32].contiguous()
+
+
+CHANGES = {
+    "another forward": exchange_forward,
+    "fewer hidden units": prune,
+    "fewer layers": lambda made: made.model.layers.pop(1),
+    "layers in another order": lambda made: setattr(made.model, "layers", torch.nn.ModuleList(list(made.model.layers)[::-1])),
+    "another eps": lambda made: setattr(made.model.layers[0].input_layernorm, "eps", 1e-3),
+    "another eps at the end": lambda made: setattr(made.model.norm, "eps", 1e-3),
+    "another eps of keys": lambda made: setattr(made.model.layers[0].self_attn.k_norm, "eps", 1e-3),
+    "another activation": lambda made: setattr(made.model.layers[1].mlp, "activation", torch.relu),
+    "a norm of each head's own": lambda made: setattr(made.model.layers[0].self_attn, "normed", False),
+    "a sparse weight": lambda made: setattr(
+        made.lm_head, "weight", torch.nn.Parameter(made.lm_head.weight.detach().to_sparse_csr())
+    ),
+    "a longer head": lambda made: setattr(made.lm_head, "weight", torch.nn.Parameter(torch.zeros(261, 64))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_no_longer_as_its_config_says_is_left_to_the_modules(change):
+    made = random_model(qk_norm=True)
+    assert can_step(made)
+    CHANGES[change](made)
+    assert not can_step(made)
+
+
+def test_hooks_on_all_modules_are_called():
+    made = random_model()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not can_step(made)
+    finally:
+        hook.remove()
+    assert can_step(made)
+
+
+def test_layers_in_another_order_decode_by_their_modules():
+    """The first layer to be called begins a step, whichever it is."""
+    made = random_model()
+    made.model.layers = torch.nn.ModuleList(list(made.model.layers)[::-1])
+    cache, slots = filled(made, [4, 9])
+    assert stepped(made, cache, slots, [1, 2]).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -210,56 +336,3 @@ def test_the_norm_in_half_precision_is_llamas(dtype):
     ours.weight.data.normal_(1, 0.3)
     theirs.weight.data.copy_(ours.weight.data)
     assert torch.equal(ours(x), theirs(x))
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """`library` as a process finds it that has not asked yet, with an empty cache folder."""
-    library.cache_clear()
-    monkeypatch.setenv("INTERMODAL_CACHE", str(tmp_path / "cache"))
-    yield tmp_path
-    library.cache_clear()
-
-
-def test_without_a_compiler_the_modules_do_it(fresh, monkeypatch, model, steps):  # noqa: F811
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert library("decode") is None
-    assert model.generate(QUESTIONS[0], max_new_tokens=4).ids
-    assert not any(steps)
-    assert not (fresh / "cache").exists()
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch):
-    broken = fresh / "c++"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\necho "x.cpp:3: error: no such lambda" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(UserWarning, match=r"decode.cpp could not be compiled.*error: no such lambda"):
-        assert library("decode") is None
-    assert library("decode") is None  # and no warning, which would be an error here
-    assert not list((fresh / "cache").rglob("*.so"))
-
-
-@COMPILED
-def test_a_cache_folder_that_cannot_be_written_is_told_of(fresh, monkeypatch):
-    (fresh / "file").write_text("")
-    monkeypatch.setenv("INTERMODAL_CACHE", str(fresh / "file"))
-    with pytest.warns(UserWarning, match="decode.cpp could not be compiled"):
-        assert library("decode") is None
-
-
-@COMPILED
-def test_a_library_is_compiled_once_for_a_processor_and_a_source(fresh, monkeypatch):
-    made = []
-    compile_one = build._compile
-    monkeypatch.setattr(build, "_compile", lambda command, file: made.append(file) or compile_one(command, file))
-    assert library("resize") is not None
-    library.cache_clear()
-    assert library("resize") is not None
-    assert len(made) == 1
-    assert [file.parent for file in (fresh / "cache").rglob("*") if file.is_file()] == [fresh / "cache" / "kernels"]
-    monkeypatch.setattr(build, "_processor", lambda: b"another one")
-    library.cache_clear()
-    assert library("resize") is not None
-    assert len(set(made)) == 2

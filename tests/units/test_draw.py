@@ -21,6 +21,9 @@ from intermodal.inputs.codes import ImageTokens
 from intermodal.inputs.marks import marks_of
 from intermodal.inputs.media import MediaError
 from intermodal.inputs.text import spelled
+from intermodal.kernels import decode as kernel
+from intermodal.kernels.build import compiler
+from intermodal.kernels.decode import DecodeStep
 from intermodal.models.chameleon import Chameleon, ChameleonConfig
 from intermodal.models.decoder import DecoderConfig
 from intermodal.models.vqvae import VQConfig, initialise
@@ -40,7 +43,7 @@ def folder(tmp_path_factory):
     """A random Chameleon with files. Its head likes to begin a picture where a user's turn ends."""
     made = tmp_path_factory.mktemp("chameleon")
     torch.manual_seed(0)
-    text = DecoderConfig(48, 2, 4, 4, 12, 64, FIRST + CODES, context=300, qk_layernorm=True)
+    text = DecoderConfig(48, 2, 3, 3, 16, 64, FIRST + CODES, context=300, qk_layernorm=True)
     vq = VQConfig(
         resolution=SIDE, width=16, multipliers=(1, 1), res_blocks=1, groups=4, stem=2, latent_channels=8, code_width=8, codes=CODES
     )
@@ -105,6 +108,23 @@ SETTINGS = [
     dict(temperature=1.0, top_p=0.9, guidance=3.0, seed=4),
     dict(guidance=3.0, image_guidance=1.2, image_temperature=0.7, image_top_p=0.9),
 ]
+
+
+@pytest.mark.skipif(compiler() is None, reason="this machine has no C++ compiler (c++, or what CXX names)")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_kernel_draws_what_the_modules_draw(model, settings, monkeypatch):
+    """With the guides of pictures under way in slots of their own."""
+    steps, call = [], DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self, *rest: steps.append(len(rest[0])) or call(self, *rest))
+    by_kernel = model.generate_batch(TALKS, slots=3, max_new_tokens=12, **settings)
+    assert sum(len(reply.images) for reply in by_kernel) > 1
+    assert max(steps) > 3 or "guidance" not in settings
+    steps.clear()
+    monkeypatch.setattr(kernel, "library", lambda name: None)
+    assert [reply.ids for reply in model.generate_batch(TALKS, slots=3, max_new_tokens=12, **settings)] == [
+        r.ids for r in by_kernel
+    ]
+    assert not steps
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

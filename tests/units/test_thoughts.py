@@ -14,8 +14,8 @@ import intermodal
 from intermodal.cli.app import app
 from intermodal.errors import SampleError
 from intermodal.inputs.messages import check_messages
+from intermodal.inputs.replies import Replies
 from intermodal.inputs.template import ChatTemplate, TemplateError
-from intermodal.inputs.turns import _Replies
 
 # In the manner of Qwen3: thoughts are of the last reply alone, and where it has none a template writes that it has none.
 THINKS = """{%- set ns = namespace(last=0) %}
@@ -116,7 +116,7 @@ def test_long_conversations_are_not_rendered_once_for_every_turn(template, think
     monkeypatch.setattr(ChatTemplate, "render", lambda *given, **named: renders.append(1) or render(*given, **named))
     quick = ours.conversation(talk, **variables)
     assert len(renders) <= 8
-    monkeypatch.setattr(_Replies, "known_begin", _Replies.begin)
+    monkeypatch.setattr(Replies, "known_begin", Replies.begin)
     assert (quick.supervised, quick.turns) == ((slow := ours.conversation(talk, **variables)).supervised, slow.turns)
     assert len(renders) > 20
     ours.audit(quick)

@@ -331,7 +331,7 @@ def load_talker(
     if loaded.processor is None:
         raise IntermodalError(f"{model} has no tokenizer files, so it cannot chat")
     loaded.processor.video = sampling_of(loaded.processor.video, fps, frames)
-    loaded.processor.variables = variables or {}
+    loaded.processor.variables = {**loaded.processor.variables, **(variables or {})}
     return loaded
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .chat import Model, load_talker
+from .options import Variables, variables_of
 
 
 def inspect(
@@ -19,8 +20,10 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(help="Draw a page, too: every token with its place, label and box on the picture.")
     ] = None,
+    variable: Variables = None,
 ) -> None:
-    """Print what a model would be trained on: green is learned, grey is read, media are shown by their size in tokens.
+    """Print what a model would be trained on: green is learned, grey is read, media are shown by their number in the messages (as `item` of
+    a box part counts, from 0) and their size in tokens.
 
     Examples:
 
@@ -33,23 +36,16 @@ def inspect(
 
     from ..data.stream import StreamSource
     from ..data.talks import open_talks
-    from ..errors import IntermodalError
 
     console = Console()
-    loaded = load_talker(model, "float32")
+    loaded = load_talker(model, "float32", variables=variables_of(variable))
     processor = loaded.processor
     assert processor is not None  # load_talker has checked it
     source = open_talks(sample, side=loaded.picture_side)
     looked: list[tuple[str, Any, str, bool]] = []
     for number in range(count if isinstance(source, StreamSource) else min(count, len(source))):
-        name, conversation, fine = f"{Path(sample).name if Path(sample).is_file() else sample}, {number + 1}", None, False
-        try:
-            conversation = processor.conversation((source.next() if isinstance(source, StreamSource) else source[number]).messages)
-            processor.audit(conversation)
-            verdict, fine = "the mask is exactly the assistant's words and end-of-turn", True
-        except IntermodalError as error:
-            verdict = str(error)
-        looked.append((name, conversation, verdict, fine))
+        conversation, verdict, fine = _read(processor, source, number)
+        looked.append((f"{Path(sample).name if Path(sample).is_file() else sample}, {number + 1}", conversation, verdict, fine))
         line = Text(f"{number + 1}: ", style="bold")
         if conversation is None:
             console.print(line.append(verdict, style="red"))
@@ -66,16 +62,34 @@ def inspect(
         console.print(f"drew {html}")
 
 
+def _read(processor: Any, source: Any, number: int) -> tuple[Any, str, bool]:
+    """(a source's conversation, None where it could not be read; what is to be said of it; whether it can be trained on)."""
+    from ..data.stream import StreamSource
+    from ..errors import IntermodalError
+
+    conversation = None
+    try:
+        conversation = processor.conversation((source.next() if isinstance(source, StreamSource) else source[number]).messages)
+        processor.audit(conversation)
+    except IntermodalError as error:
+        return conversation, str(error), False
+    return conversation, "the mask is exactly the assistant's words and end-of-turn", True
+
+
 def _coloured(processor, conversation):
-    """A conversation's tokens: green is learned, grey is read, media by their size."""
+    """A conversation's tokens: green is learned, grey is read, media by their number in the messages and their size."""
     from rich.text import Text
 
     ids, media, out, index = conversation.ids, dict(conversation.expanded.runs), Text(), 0
+    numbers = dict(
+        zip(media, (n for n, plan in zip(conversation.numbers, conversation.plans, strict=True) for _ in plan.runs), strict=True)
+    )
     first, before = 0, ""
     while index < len(ids):
         if index in media:
             grids = [piece.grid for piece in media[index] if piece.grid]
-            out.append(f"[{' + '.join('x'.join(map(str, grid)) for grid in grids)}]", style="bold magenta")
+            sizes = " + ".join("x".join(map(str, grid)) for grid in grids)
+            out.append(f"[item {numbers[index]}: {sizes}]", style="bold magenta")
             index += sum(len(piece) for piece in media[index])
             first, before = index, ""
             continue

@@ -28,19 +28,21 @@ Variables = Annotated[
 
 def variables_of(given: list[str] | None) -> dict[str, Any]:
     """What the chat template is told: values as JSON has them, else as text. Raises IntermodalError: one without a name or a value."""
+    from ..config import PYTHONS
     from ..errors import IntermodalError
+    from ..inputs.template import RESERVED
 
     out: dict[str, Any] = {}
     for one in given or []:
         name, equals, value = one.partition("=")
         if not name.isidentifier() or not equals:
             raise IntermodalError(f"--variable {one}: give NAME=VALUE, enable_thinking=false")
-        if name in ("messages", "tools", "reply", "add_generation_prompt"):
+        if name in RESERVED:
             raise IntermodalError(
                 f"--variable {one}: {name} is what intermodal itself tells the template; tools are given by --tools"
             )
         try:
-            out[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+            out[name] = json.loads(PYTHONS.get(value, value))
         except ValueError:
             out[name] = value
     return out

@@ -32,7 +32,8 @@ class Position:
     """(t, h, w) for M-RoPE, else (position,)."""
     learned: bool
     item: int | None = None
-    """Which picture or clip of the conversation."""
+    """Which picture or clip of the conversation: counted from 0 as they stand in the messages, which is how `item` of a box part counts,
+    and not as the template writes them."""
     frame: int = 0
     box: Box | None = None
     """Pixels of the original picture, of frame `frame` of a clip."""
@@ -43,11 +44,12 @@ def positions(processor: ChatProcessor, conversation: Conversation) -> list[Posi
     planner, count = processor.planner, len(conversation.ids)
     places = [(index,) for index in range(count)]
     shown: list[tuple[int, int, Box | None] | None] = [None] * count
+    kinds = dict(zip(conversation.numbers, (plan.kind for plan in conversation.plans), strict=True))
     if planner is not None:
         found = planner.positions(count, conversation.expanded.runs)
         places = [tuple(column) for column in (found if found.ndim == 2 else found[None]).T.tolist()]
         visual = iter(index for index, is_visual in enumerate(conversation.expanded.visual) if is_visual)
-        for item, (media, plan) in enumerate(zip(conversation.items, conversation.plans, strict=True)):
+        for item, media, plan in zip(conversation.numbers, conversation.items, conversation.plans, strict=True):
             frame = planner.frame(media.size, plan)
             slice_length = max(1, len(frame.tokens) // frame.frames)
             for number, box in enumerate(frame.tokens):
@@ -57,7 +59,7 @@ def positions(processor: ChatProcessor, conversation: Conversation) -> list[Posi
         seen = shown[index]
         modality = "text"
         if seen is not None:
-            modality = conversation.plans[seen[0]].kind if seen[2] is not None else "layout"
+            modality = kinds[seen[0]] if seen[2] is not None else "layout"
         text = processor.tokenizer.decode([token], skip_special_tokens=False)
         item, frame, box = seen or (None, 0, None)
         out.append(
@@ -86,17 +88,17 @@ def _body(processor: ChatProcessor, conversation: Conversation) -> str:
     learned, visual = sum(row.learned for row in rows), sum(row.item is not None for row in rows)
     counts = f"<p>{len(rows)} tokens: {learned} learned, {visual} visual</p>"
     media = []
-    for item, (content, plan) in enumerate(zip(conversation.items, conversation.plans, strict=True)):
+    shown = zip(conversation.numbers, conversation.items, conversation.plans, strict=True)
+    for item, content, plan in sorted(shown, key=lambda one: one[0]):  # as the messages have them
         frames = _pictures(content, max((row.frame for row in rows if row.item == item), default=0) + 1)
         width, height = content.size
         cards = "".join(
             f'<div class=picture data-item={item} data-frame={frame} data-width={width} data-height={height}><img src="{inline(picture)}" '
-            f'alt="{plan.kind} {item + 1}"><i></i></div>'
+            f'alt="{plan.kind}, item {item}"><i></i></div>'
             for frame, picture in enumerate(frames)
         )
-        media.append(
-            f"<figure>{cards}<figcaption>{plan.kind} {item + 1}: {width} x {height}, {len(plan)} tokens</figcaption></figure>"
-        )
+        size = f"{width} x {height}, {len(plan)} tokens"
+        media.append(f"<figure>{cards}<figcaption>{plan.kind}, item {item} of the messages: {size}</figcaption></figure>")
     tokens = "".join(_token(row) for row in rows)
     return f"{counts}<div class=both><div class=media>{''.join(media)}</div><div class=tokens>{tokens}</div></div>"
 
@@ -106,6 +108,8 @@ def _token(row: Position) -> str:
     axes = "(t, h, w)" if len(row.place) == 3 else "position"
     facts = f"#{row.index}  {row.text!r}  id {row.id}  {row.modality}  {axes} = {place}  label {'on' if row.learned else 'off'}"
     data: dict[str, Any] = {}
+    if row.item is not None:
+        facts += f"  item {row.item}"
     if row.item is not None and row.box is not None:
         box = [round(value, 1) for value in row.box]
         facts += f"  box {tuple(box)}" + (f"  frame {row.frame}" if row.modality == "video" else "")

@@ -196,6 +196,8 @@ def _events(
             step = arrivals
         else:
             step = sorted(running.items())
+            if compiled is not None and not compiled.is_current():  # the model was moved while a stream was half heard
+                compiled = DecodeStep.of(model)
             scores_NV = _feed(model, cache, step, slots, None if torch.is_autocast_enabled("cpu") else compiled)
         cache.commit()
         rows = iter(scores_NV)

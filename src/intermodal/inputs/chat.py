@@ -21,15 +21,16 @@ from ..batch import TokenBatch, Visual
 from ..errors import CheckpointError
 from ..nn.attention import Segments
 from .audit import NoSupervision, check_mask, rendered_whole
+from .box_parts import with_boxes_written
 from .codes import CodePlanner
 from .marks import all_marks, refuse_marks, without_marks
-from .media import Clip, Expanded, MediaError, Plan, Planner, expand, load_part
+from .media import Clip, Expanded, Plan, Planner, expand, load_part
 from .messages import as_parts, check_messages, in_lists, parts_of, tools_of, with_tools, without_media
-from .placeholders import in_rendered_order, rewrite
-from .template import ChatTemplate, TemplateError, settings_in, template_in
+from .placeholders import rendered_order, rewrite
+from .replies import Span, Turn
+from .template import ChatTemplate, TemplateError, settings_in, template_in, variables_in, with_variables
 from .text import content
 from .transparency import over_white
-from .turns import Span, Turn
 from .video import Sampling
 from .vision_cache import VisionCache, content_key
 
@@ -63,7 +64,10 @@ class Conversation:
     """What of `text` the assistant said."""
     supervised: list[bool]
     items: list[Image.Image | Clip] = field(default_factory=list)
+    """In the order in which the template writes them, as are their plans."""
     plans: list[Plan] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Which medium of the messages each item is, counted from 0 over the whole conversation, as `item` of a box part counts."""
 
     @property
     def ids(self) -> list[int]:
@@ -94,7 +98,7 @@ class ChatProcessor:
         self.video: Sampling | None = getattr(planner, "sampling", None)
         """How videos given by path are sampled where a message does not say it; None is 2 frames a second."""
         self.variables: dict[str, Any] = {}
-        """What every conversation tells the template (`enable_thinking`, ...), to train on and to reply to alike."""
+        """What every conversation tells the template (`enable_thinking`, ...), to train on and to reply to alike; saved with the model."""
 
     @property
     def bos_id(self) -> int | None:
@@ -143,13 +147,15 @@ class ChatProcessor:
         special = {name: text for name in SPECIAL_NAMES if (text := content(named.get(name)))}
         source = template_in(files, settings)
         ends = _end_ids(tokenizer, special, config, settings_in(files, "generation_config.json"))
-        return cls(
+        made = cls(
             tokenizer,
             ChatTemplate(source, special) if source else None,
             end_ids=ends,
             planner=planner(tokenizer) if planner else None,
             files=files,
         )
+        made.variables = variables_in(files)
+        return made
 
     def set_template(self, text: str) -> None:
         """Take another chat template, also for what is saved. Raises TemplateError: it does not compile."""
@@ -218,53 +224,22 @@ class ChatProcessor:
         plans: list[Plan] = []
         if self.planner:
             plans = [self.planner.plan(item, kinds.count(kind)) for item, kind in zip(items, kinds, strict=True)]
-        plain = without_media(self._with_boxes_written(messages, items, plans), as_text=self.planner is None)
+        plain = without_media(with_boxes_written(messages, self.planner, items, plans), as_text=self.planner is None)
         if self.template.drops_strings:
             plain = [message | {"content": as_parts(message["content"])} if "content" in message else message for message in plain]
         draws = isinstance(self.planner, CodePlanner)
         ends = [str(self.tokenizer.id_to_token(token)) for token in self.end_ids]
         text, turns = rendered_whole(self.template, plain, ends, draws, reply, **variables)
+        numbers: list[int] = []
         if self.planner:
-            items, plans = in_rendered_order(text, items, plans, self._placeholders())
+            numbers = rendered_order(text, kinds, self._placeholders())
+            items, plans = [items[number] for number in numbers], [plans[number] for number in numbers]
             text, turns = _rewritten(text, turns, plans, self._placeholders())
         # as transformers' processors of pictures: a template that leaves the beginning-of-text token to the tokenizer (LLaVA 1.5's) gets it
         begun = text.startswith(self.template.special.get("bos_token") or "\0")
         encoding = self.tokenizer.encode(text, add_special_tokens=self.planner is not None and not begun)
         expanded = expand(encoding.ids, plans)
-        learned = self._supervised(encoding, turns)
-        supervised = [source >= 0 and learned[source] for source in expanded.source]
-        if draws:  # what the assistant draws is learned like what it says
-            for (start, run), source in zip(expanded.runs, expanded.placeholders, strict=True):
-                if learned[source]:
-                    length = sum(len(piece) for piece in run)
-                    supervised[start : start + length] = [True] * length
-        return Conversation(text, expanded, turns, supervised, items, plans)
-
-    def _with_boxes_written(self, messages: Messages, items: Sequence[Any], plans: Sequence[Plan]) -> Messages:
-        """Box parts as the text that this model writes for them."""
-        if not any(part.get("type") == "box" for part in parts_of(messages)):
-            return messages
-        shown, out = -1, []
-        for message in messages:
-            parts = message.get("content")
-            if isinstance(parts, list):
-                written = []
-                for part in parts:
-                    kind = part.get("type")
-                    shown += kind != "box" and "text" not in part
-                    written.append({"type": "text", "text": self._box(part, shown, items, plans)} if kind == "box" else part)
-                parts = written
-            out.append({**message, "content": parts} if "content" in message else message)
-        return out
-
-    def _box(self, part: dict[str, Any], shown: int, items: Sequence[Any], plans: Sequence[Plan]) -> str:
-        number = part.get("item", shown)
-        if self.planner is None or not 0 <= number < len(items):
-            raise MediaError(f"a box part belongs to item {number}, and the conversation shows {len(items)}")
-        try:
-            return self.planner.frame(items[number].size, plans[number]).write(part["box"], part.get("label", ""))
-        except (KeyError, TypeError, ValueError) as error:
-            raise MediaError(f"a box part that cannot be written ({error}): {str(part)[:80]}") from error
+        return Conversation(text, expanded, turns, self._supervised(encoding, turns, expanded, draws), items, plans, numbers)
 
     def __call__(self, messages: Messages, *, reply: bool = False, key: str = "", **variables: Any) -> TokenBatch:
         """One conversation as a batch of one, its pixels made."""
@@ -318,8 +293,18 @@ class ChatProcessor:
         visual = planner.visual(plans, planner.pixels(list(compress(items, new)), list(compress(plans, new))))
         return replace(visual, keys=tuple(keys), known=tuple(known))
 
-    def _supervised(self, encoding: Any, turns: Sequence[Turn]) -> list[bool]:
-        """Tokens that hold a character of the assistant's words, and the end-of-turn token right after a turn that has some."""
+    def _supervised(self, encoding: Any, turns: Sequence[Turn], expanded: Expanded, draws: bool) -> list[bool]:
+        """The loss mask, media in their places: what the assistant draws is learned like what it says."""
+        learned = self._supervised_text(encoding, turns)
+        out = [source >= 0 and learned[source] for source in expanded.source]
+        for (start, run), source in zip(expanded.runs, expanded.placeholders, strict=True) if draws else ():
+            if learned[source]:
+                length = sum(len(piece) for piece in run)
+                out[start : start + length] = [True] * length
+        return out
+
+    def _supervised_text(self, encoding: Any, turns: Sequence[Turn]) -> list[bool]:
+        """Rendered tokens that hold a character of the assistant's words, and the end-of-turn token right after a turn that has some."""
         out = [False] * len(encoding.ids)
         offsets = encoding.offsets
         at = 0
@@ -354,10 +339,15 @@ class ChatProcessor:
         check_mask(conversation, partial(self.decode, special=True), normalise, ends, media, draws)
 
     def save(self, folder: Path) -> None:
-        """Write the files as they were read, and take away another model's."""
-        for name in set(CHAT_FILES) - self.files.keys():
+        """Write the files as they were read, with `variables`, and take away another model's.
+
+        Raises:
+            CheckpointError: a variable that JSON cannot write.
+        """
+        files = with_variables(self.files, self.variables)
+        for name in set(CHAT_FILES) - files.keys():
             (folder / name).unlink(missing_ok=True)
-        for name, data in self.files.items():
+        for name, data in files.items():
             (folder / name).write_bytes(data)
 
 

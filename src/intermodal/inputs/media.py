@@ -33,10 +33,12 @@ class MediaError(IntermodalError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """How large a part asks to be shown, by qwen-vl-utils' keys: a budget of pixels (of each frame), or a size."""
+    """How large a part asks to be shown, by qwen-vl-utils' keys: a budget of pixels (of each frame, and of a whole clip), or a size."""
 
     min_pixels: float | None = None
     max_pixels: float | None = None
+    total_pixels: float | None = None
+    """Of a clip: its frames share it two at a time, for two become one row of tokens. Of a picture it says nothing."""
     resized_height: float | None = None
     resized_width: float | None = None
 
@@ -139,6 +141,11 @@ class Planner(Protocol):
         ...
 
 
+def kind_of(part: dict[str, Any]) -> str | None:
+    """ "text", "image", "image_url", "video" or "box", by a part's type, else by what it holds."""
+    return part.get("type") or next((key for key in ("text", "image", "video", "image_url") if key in part), None)
+
+
 def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white) -> Image.Image | Clip | None:
     """The picture or clip of a message part, or None for text.
 
@@ -146,7 +153,7 @@ def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white
     `"base64"` in the place of `"image"`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
     `{"type": "video", "video": path, Clip or frames}`: of a path `"fps"` or `"nframes"` beside it says which frames are read, of frames
     given as a list of pictures or an array `"fps"` says how fast they follow each other. `"min_pixels"`, `"max_pixels"`, or
-    `"resized_height"` and `"resized_width"` say how large a Qwen-VL shows it. A part
+    `"resized_height"` and `"resized_width"` say how large a Qwen-VL shows it, and `"total_pixels"` how large a whole clip. A part
     `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`, counted from
     0), is text, written as the model's family writes boxes.
 
@@ -157,7 +164,7 @@ def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white
     Raises:
         MediaError: an unknown part, an unreadable file, an address on the network, or a rate or size that is none.
     """
-    kind = part.get("type") or next((key for key in ("text", "image", "video", "image_url") if key in part), None)
+    kind = kind_of(part)
     if kind in ("text", "box"):
         return None
     bounds = _bounds(part)
@@ -196,7 +203,7 @@ def refuse_bounds(item: Image.Image | Clip, family: str) -> None:
     own = f"{family} shows media at sizes of its own"
     if bounds.resized_height is not None:
         raise MediaError(f"{own}: leave resized_height and resized_width out of the part, or resize the picture before")
-    warnings.warn(f"{own}: min_pixels and max_pixels of parts are passed over", stacklevel=2)
+    warnings.warn(f"{own}: min_pixels and max_pixels of parts, and total_pixels of clips, are passed over", stacklevel=2)
 
 
 def _bounds(part: dict[str, Any]) -> Bounds | None:

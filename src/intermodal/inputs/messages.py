@@ -67,12 +67,19 @@ def thoughts_of(message: dict[str, Any]) -> list[str]:
 
 
 def thoughts_apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content begins with `<think>...</think>` with that in `reasoning_content`, where templates for thinking put it."""
+    """Messages whose content, or its first part, begins with `<think>...</think>` with that in `reasoning_content`, where templates for
+    thinking put it."""
     out = []
     for message in messages:
-        content = message.get("content")
-        found = THOUGHT.match(content) if isinstance(content, str) and message.get("role") == "assistant" else None
-        apart = {"reasoning_content": found[1].strip("\n"), "content": found[2].lstrip("\n")} if found else {}
+        content, apart = message.get("content"), {}
+        parts = content if isinstance(content, list) else as_parts(content) or []
+        text = parts[0].get("text") if parts else None
+        found = THOUGHT.match(text) if isinstance(text, str) and message.get("role") == "assistant" else None
+        if found:
+            words: Any = found[2].lstrip("\n")
+            if isinstance(content, list):
+                words = [*([{**parts[0], "text": words}] if words else []), *parts[1:]]
+            apart = {"reasoning_content": found[1].strip("\n"), "content": words}
         out.append({**message, **apart})
     return out
 

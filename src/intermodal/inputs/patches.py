@@ -30,7 +30,7 @@ BOX_TAGS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|bo
 VIDEO_TOKENS = (128, 768)
 """The authors' least and most tokens of one frame (pair)."""
 CLIP_TOKENS = 128_000 * 0.9
-"""The authors' budget of a whole clip."""
+"""The authors' budget of a whole clip, where its part has no `total_pixels`."""
 SIZED_TOKENS = (4, 16_384)
 """The authors' least and most tokens of a size that a part asks for."""
 
@@ -202,8 +202,9 @@ class QwenPlanner:
         frames, unit, asked = len(clip.frames), self.factor**2, bounds_of(clip)
         if self.authors or asked:
             least = (asked and asked.min_pixels) or VIDEO_TOKENS[0] * unit
-            share = CLIP_TOKENS * unit / frames * self.temporal
-            most = max(min(VIDEO_TOKENS[1] * unit, share), int(least * 1.05))
+            whole = (asked and asked.total_pixels) or CLIP_TOKENS * unit
+            pairs = -(-frames // self.temporal)  # an odd clip's last frame counts twice
+            most = max(min(VIDEO_TOKENS[1] * unit, whole / pairs), int(least * 1.05))
             if asked and asked.max_pixels:  # no more than the clip's budget leaves each frame
                 asked = replace(asked, max_pixels=min(asked.max_pixels, most))
             return self._size(clip.size, asked, least, most)

@@ -5,25 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from PIL import Image
-
-from .media import Clip, MediaError, Plan
+from .media import MediaError, Plan
 
 
-def in_rendered_order(
-    text: str, items: Sequence[Image.Image | Clip], plans: Sequence[Plan], names: dict[str, str]
-) -> tuple[list[Image.Image | Clip], list[Plan]]:
-    """Items and plans in the order in which a template wrote their placeholders, each kind's own order kept, as transformers pairs them:
-    LLaVA-OneVision's writes a message's pictures before its clips. Where the counts differ all stay as they are, and `rewrite` tells.
+def rendered_order(text: str, kinds: Sequence[str], names: dict[str, str]) -> list[int]:
+    """Numbers of the media of a conversation, counted from 0 as they stand in the messages, in the order in which a template wrote their
+    placeholders. Each kind's own order is kept, as transformers pairs them: LLaVA-OneVision's writes a message's pictures before its clips.
+    Where the counts differ all stay as they are, and `rewrite` tells.
+
+    Args:
+        kinds: of the media, as they stand in the messages.
+        names: the placeholder token of each kind, as text.
     """
-    kinds = {name: kind for kind, name in names.items()}
-    there = [kinds[name] for name in re.findall("|".join(map(re.escape, kinds)), text)] if kinds else []
-    given = [plan.kind for plan in plans]
-    if sorted(there) != sorted(given):
-        return list(items), list(plans)
-    numbers = {kind: iter([number for number, other in enumerate(given) if other == kind]) for kind in set(given)}
-    order = [next(numbers[kind]) for kind in there]
-    return [items[number] for number in order], [plans[number] for number in order]
+    named = {name: kind for kind, name in names.items()}
+    there = [named[name] for name in re.findall("|".join(map(re.escape, named)), text)] if named else []
+    if sorted(there) != sorted(kinds):
+        return list(range(len(kinds)))
+    numbers = {kind: iter([number for number, other in enumerate(kinds) if other == kind]) for kind in set(kinds)}
+    return [next(numbers[kind]) for kind in there]
 
 
 def rewrite(

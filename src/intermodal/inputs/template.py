@@ -11,6 +11,11 @@ from typing import Any, ClassVar
 
 from ..errors import CheckpointError, IntermodalError
 
+OURS, VARIABLES, OWN_FILE = "intermodal", "template_variables", "tokenizer_config.json"
+"""Where a model keeps what every conversation tells its template: transformers takes the key along, unread."""
+RESERVED = ("messages", "tools", "reply", "add_generation_prompt")
+"""What intermodal itself tells a template."""
+
 
 class TemplateError(IntermodalError):
     """A chat template that cannot be read or rendered, or that hides the assistant's words."""
@@ -129,3 +134,43 @@ def template_in(files: dict[str, bytes], settings: dict[str, Any]) -> str | None
         by_name = {entry["name"]: entry["template"] for entry in found}
         return by_name.get("default") or next(iter(by_name.values()), None)
     return found
+
+
+def beside_messages_tools_reply_and_add_generation_prompt(variables: dict[str, Any]) -> bool:
+    """For `Predicate`: names that a template may be told beside what intermodal itself tells it."""
+    return not any(name in RESERVED for name in variables)
+
+
+def variables_in(files: dict[str, bytes]) -> dict[str, Any]:
+    """What a checkpoint's conversations tell the template, as `with_variables` wrote it; nothing where it does not say.
+
+    Raises:
+        CheckpointError: that is no object, or holds a name that is intermodal's own.
+    """
+    ours = settings_in(files, OWN_FILE).get(OURS, {})
+    found = ours.get(VARIABLES, {}) if isinstance(ours, dict) else None
+    if not isinstance(found, dict) or not beside_messages_tools_reply_and_add_generation_prompt(found):
+        raise CheckpointError(
+            f'{OWN_FILE}: {OURS} is {{"{VARIABLES}": {{NAME: VALUE}}}} with other names than {", ".join(RESERVED)}, got {ours!r:.80}'
+        )
+    return found
+
+
+def with_variables(files: dict[str, bytes], variables: dict[str, Any]) -> dict[str, bytes]:
+    """A checkpoint's files with what its conversations tell the template; the same where they say that already.
+
+    Raises:
+        CheckpointError: a value that JSON cannot write.
+    """
+    if variables_in(files) == variables:
+        return files
+    settings = settings_in(files, OWN_FILE)
+    ours = {name: value for name, value in settings.pop(OURS, {}).items() if name != VARIABLES}
+    ours |= {VARIABLES: variables} if variables else {}
+    try:
+        text = json.dumps(settings | ({OURS: ours} if ours else {}), indent=2, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"processor.variables cannot be saved with the model ({error}): take out what JSON cannot write"
+        ) from None
+    return {**files, OWN_FILE: f"{text}\n".encode()}

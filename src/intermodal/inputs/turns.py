@@ -13,27 +13,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from .messages import calls_of, thoughts_apart, thoughts_of
+from .replies import Replies, Turn, merged, shows
 from .template import ChatTemplate, TemplateError
-
-Span = tuple[int, int]
-"""(first character, the one after the last)."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of the assistant in the rendered text."""
-
-    span: Span
-    """From its first to its last word, thought or picture; the token that ends the turn comes right after."""
-    words: tuple[Span, ...]
-    """What is learned of it: texts and calls of tools, without the media among them unless the model draws; nothing where it only shows."""
-    says: bool = True
-    """It holds more than white space and what the template writes by itself."""
 
 
 def find_turns(
@@ -55,9 +41,11 @@ def find_turns(
         apart = thoughts_apart(messages)
         turns = _found_turns(render, apart, plain, ends, draws) if render(apart) == plain else None
     if turns is None:
+        thinking = any(shows(message) and "</think>" in json.dumps(message["content"], default=str) for message in messages)
+        hint = "; give a thought beside a picture in reasoning_content, with all that is shown after it" if thinking else ""
         raise TemplateError(
             "the chat template changes what the assistant said or leaves it out, so its words cannot be found in the rendered text; "
-            "train with a template that writes assistant messages as they are"
+            f"train with a template that writes assistant messages as they are{hint}"
         )
     return plain, turns
 
@@ -69,7 +57,7 @@ def _found_turns(
     everything = plain + json.dumps(messages, default=str, ensure_ascii=False)
     marks = _Marks(*islice((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything), 5))
     # some templates write something before every part: there the marks go into the texts alone
-    for edges in (True, False) if not draws and any(map(_shows, messages)) else (True,):
+    for edges in (True, False) if not draws and any(map(shows, messages)) else (True,):
         for trim in (False, True):
             found = marks.read(render(marks.on(messages, trim, edges)))
             said = [message for message in messages if _is_marked(message, edges)]
@@ -170,20 +158,12 @@ class _Marks:
         return found
 
 
-def _shows(message: dict[str, Any]) -> bool:
-    """Whether the assistant shows a picture or a clip in a message."""
-    parts = message.get("content")
-    return (
-        message.get("role") == "assistant" and isinstance(parts, list) and any(part.get("type", "text") != "text" for part in parts)
-    )
-
-
 def _is_marked(message: dict[str, Any], edges: bool) -> bool:
     """Whether the assistant says something in a message besides calling tools."""
     content = message.get("content")
     if message.get("role") != "assistant" or (not content and calls_of(message)):
         return False
-    return edges or not _shows(message) or any(part.get("type") == "text" for part in content or ())
+    return edges or not shows(message) or any(part.get("type") == "text" for part in content or ())
 
 
 def _says(text: str, turn: Turn, message: dict[str, Any], trim: bool, draws: bool) -> bool:
@@ -210,7 +190,7 @@ def _whole_turns(
     ends: Sequence[str],
 ) -> Iterator[Turn]:
     """The turns that were found, with the calls of tools, which bear no marks."""
-    replies = _Replies(render, messages, found.text)
+    replies = Replies(render, messages, found.text, mark)
     turns, begun = iter(found.turns), sorted([*found.heard, *(turn.span[0] for turn in found.turns)])
     for index, message in enumerate(messages):
         turn = next(turns) if _is_marked(message, edges) else None
@@ -229,7 +209,12 @@ def _whole_turns(
                 )
             turn = Turn((turn.span[0], stop), (*turn.words, (after, stop)))
         if turn is not None:
-            yield replies.whole(index, replace(turn, words=_merged(turn.words)))
+            yield replies.whole(index, replace(turn, words=merged(turn.words)))
+        elif thoughts_of(message):  # it only shows, and what it shows is not marked
+            raise TemplateError(
+                f"which part of message {index + 1} is what the assistant thought cannot be told by this chat template, for nothing is "
+                "said there beside what is shown: give the message some words, take the thought out, or train with another template"
+            )
 
 
 def _place_of_content(render: Callable[..., str], messages: Sequence[dict[str, Any]], index: int, plain: str, mark: str) -> int:
@@ -248,75 +233,6 @@ def _place_of_content(render: Callable[..., str], messages: Sequence[dict[str, A
     if not (there or index) or not plain.startswith(before):
         raise TemplateError("it cannot be told where in the chat template's text the assistant's calls of tools begin")
     return len(before)
-
-
-@dataclass
-class _Replies:
-    """Where in a rendered conversation the model would begin to reply: there the template's header of the assistant ends."""
-
-    render: Callable[..., str]
-    messages: Sequence[dict[str, Any]]
-    plain: str
-    openings: dict[str, int] = field(default_factory=dict)
-    """What was found between the message before and the words of turns without a thought, and how many characters of it are the
-    assistant's own."""
-
-    def whole(self, index: int, turn: Turn) -> Turn:
-        """Message `index` with what is written before its words, and whether it says anything.
-
-        Raises:
-            TemplateError: what the assistant thought is not written there.
-        """
-        thoughts, (start, stop) = thoughts_of(self.messages[index]), turn.span
-        begin = start
-        # a picture that the assistant shows may be written there, whatever its place among the words
-        if not _shows(self.messages[index]) and self.header:
-            begin = self.begin(index, start) if thoughts else self.known_begin(index, start)
-        between = self.plain[begin:start]
-        lost = next((thought for thought in thoughts if thought not in between), None)
-        if lost is not None:
-            raise TemplateError(
-                f"the chat template does not write what the assistant thought ({lost[:40]!r}, in message {index + 1}) between where "
-                "that reply begins and its words, or a picture may be there, too. Some write it in the last reply alone: end the "
-                "conversation with it, take the thought out, or train with a template that writes it"
-            )
-        says = bool(thoughts) or any(self.plain[first:last].strip() for first, last in turn.words)
-        if not between.strip():
-            return replace(turn, says=says)
-        return Turn((begin, stop), _merged([(begin, start), *turn.words]), says)
-
-    def known_begin(self, index: int, start: int) -> int:
-        """As `begin`, of a turn without a thought: the conversation up to it is rendered only where it opens like no turn before it."""
-        if self.plain[:start].rstrip().endswith(self.header.strip()):
-            return start
-        own = next((own for opening, own in self.openings.items() if self.plain.endswith(opening, 0, start)), None)
-        return self.begin(index, start) if own is None else start - own
-
-    def begin(self, index: int, start: int) -> int:
-        """Where the reply to the messages before message `index` begins, or `start` where the template does not tell."""
-        asked = self._asked(index)
-        if asked is None:
-            return start
-        begin = len(asked) if len(asked) <= start and self.plain.startswith(asked) else start
-        told = asked.removesuffix(self.header)
-        if len(told) < len(asked) and self.plain.startswith(told) and not thoughts_of(self.messages[index]):
-            opening = self.plain[len(told) : start]
-            self.openings |= {opening: start - begin} if opening.strip() else {}
-        return begin
-
-    @cached_property
-    def header(self) -> str:
-        """What the template writes before a reply to the first question; nothing where that is white space."""
-        first = next(index for index, message in enumerate(self.messages) if message.get("role") == "assistant")
-        asked, told = self._asked(first), self._asked(first, reply=False)
-        header = asked[len(told) :] if asked is not None and told is not None and asked.startswith(told) else ""
-        return header if header.strip() else ""
-
-    def _asked(self, index: int, reply: bool = True) -> str | None:
-        try:
-            return self.render(self.messages[:index], reply=reply)
-        except TemplateError:  # it wants other messages than those alone
-            return None
 
 
 def _check_calls(calls: Sequence[dict[str, Any]], text: str) -> None:
@@ -342,14 +258,3 @@ def _texts_in(arguments: Any) -> Iterator[str]:
     if isinstance(arguments, dict):
         for value in arguments.values():
             yield from [value] if isinstance(value, str) else _texts_in(value)
-
-
-def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans in order, those that touch as one."""
-    out: list[Span] = []
-    for start, stop in spans:
-        if out and out[-1][1] == start:
-            out[-1] = out[-1][0], stop
-        else:
-            out.append((start, stop))
-    return tuple(out)

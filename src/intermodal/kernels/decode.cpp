@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -135,10 +136,9 @@ template <class T, class Then> static inline void product(const Linear& layer, c
     }
 }
 
-// Within 2 units in the last place; 0 below -87. Source of the polynomial: Cephes, `expf.c`.
+// Of numbers up to 0, within 2 units in the last place; 0 below -87. Source of the polynomial: Cephes, `expf.c`.
 static inline vec exponential(vec x) {
     words small = (words)(x < -87.0f);
-    x = x < -87.0f ? vec{} - 87.0f : x > 88.0f ? vec{} + 88.0f : x;
     vec n = x * 1.44269504f + 12582912.0f;  // to a whole number, which then stands in the low bits
     words exponent = (words)n << 23;
     n -= 12582912.0f;
@@ -155,7 +155,7 @@ template <class T, class To> static void rms_norm(const float* x, const T* weigh
     for (int64_t k = 0; k < width; k++) put(out[k], rounded<T>(rounded<T>(x[k] * scale) * wide(weight[k])));
 }
 
-// models.decoder.HeadLayerNorm of one head.
+// models.decoder.HeadLayerNorm of one head, with its eps.
 template <class T> static void layer_norm(float* x, const T* weight, const T* bias, int64_t width) {
     float mean = 0, variance = 0;
     for (int64_t k = 0; k < width; k++) mean += x[k] / width;
@@ -188,9 +188,10 @@ static void attend(const Kept<T>* q, const T* keys, const T* values, int64_t cou
         float most = -INFINITY;
         for (j = 0; j < count; j++) most = std::max(most, weights[j] *= scale);
         for (; j % LANES; j++) weights[j] = -INFINITY;
+        float from = most == -INFINITY ? 0 : most;  // a piece that weighs nothing
         vec total = {};
         for (j = 0; j < count; j += LANES) {
-            vec e = exponential(load(weights + j) - most);
+            vec e = exponential(load(weights + j) - from);
             total += e;
             store(weights + j, e);
         }
@@ -230,7 +231,7 @@ template <class T> struct Run {
     Kept<T> *normed, *queries, *seen, *inner;
 
     explicit Run(const Step& step) : s(step) {
-        static thread_local std::vector<char> memory;
+        static thread_local std::vector<char> memory;  // at least the nine arrays below, each from the next cache line on
         memory.resize(std::max<size_t>(memory.size(), 4 * N * (3 * D + all * K + 2 * H * K + 3 * M + H * pieces * (K + 2)) + 64 * 9));
         char* free = memory.data();
         auto room = [&]<class U>(U*& array, int64_t count) {  // by whole cache lines
@@ -268,7 +269,7 @@ template <class T> struct Run {
     }
 
     // Keys of a head from a place on; its values are those of G heads later.
-    T* kept(int64_t index, int64_t row, int64_t head, int64_t place) const {
+    T* stored(int64_t index, int64_t row, int64_t head, int64_t place) const {
         return (T*)s.store + (((index * s.slots + s.slot[row]) * 2 * G + head) * s.capacity + place) * K;
     }
 
@@ -315,7 +316,7 @@ template <class T> struct Run {
             if (head < H)
                 for (int64_t k = 0; k < K; k++) put(queries[(row * H + head) * K + k], from[k]);
             else
-                for (int64_t k = 0; k < K; k++) put(kept(index, row, of, s.total[row] - 1)[k], from[k]);
+                for (int64_t k = 0; k < K; k++) put(stored(index, row, of, s.total[row] - 1)[k], from[k]);
         }
     }
 
@@ -327,7 +328,7 @@ template <class T> struct Run {
                 for (int64_t piece = 0; piece < pieces; piece++) {
                     int64_t first = piece * PIECE, count = std::min<int64_t>(PIECE, s.total[row] - first);
                     if (count > 0)
-                        attend<T>(queries + (row * H + g * group) * K, kept(index, row, g, first), kept(index, row, G + g, first),
+                        attend<T>(queries + (row * H + g * group) * K, stored(index, row, g, first), stored(index, row, G + g, first),
                                   count, group, K, part(row, piece, g * group));
                 }
 #pragma omp for schedule(static)
@@ -349,17 +350,21 @@ template <class T> struct Run {
     void activate() {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N * M; i += LANES) {
-            vec g = load(gate + i), silu = g / (1.0f + exponential(-g));
+            vec g = load(gate + i), e = exponential(g < 0 ? g : -g), silu = g * (g < 0 ? e : vec{} + 1.0f) / (1.0f + e);
             for (int64_t j = 0; j < LANES; j++) put(inner[i + j], rounded<T>(rounded<T>(silu[j]) * up[i + j]));
         }
     }
 };
 
-template <class T> static void run(const Step& step) {
+// Whether there was no memory for it.
+template <class T> static int run(const Step& step) try {
     Run<T> run(step);
 #pragma omp parallel num_threads(step.threads)
     run.whole();
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
-extern "C" void decode_float32(const Step* step) { run<float>(*step); }
-extern "C" void decode_bfloat16(const Step* step) { run<bf16>(*step); }
+extern "C" int decode_float32(const Step* step) { return run<float>(*step); }
+extern "C" int decode_bfloat16(const Step* step) { return run<bf16>(*step); }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -116,9 +117,9 @@ static void all_rows(const uint8_t* from, int64_t count, const Axis& axis, uint8
     }
 }
 
-// A picture (height, width, channels), of 3 or 4 channels -> (down.outputs, across.outputs, 3).
-extern "C" void resize(const uint8_t* from, int64_t channels, int64_t width, int64_t height, const Axis* across, const Axis* down,
-                       int64_t down_first, uint8_t* to) {
+// A picture (height, width, channels), of 3 or 4 channels -> (down.outputs, across.outputs, 3). Returns whether there was no memory for it.
+extern "C" int resize(const uint8_t* from, int64_t channels, int64_t width, int64_t height, const Axis* across, const Axis* down,
+                      int64_t down_first, uint8_t* to) try {
     static thread_local std::vector<uint8_t> buffers[2];
     auto pass = [&](bool vertical) {
         if (!(vertical ? down : across)->first) return;
@@ -137,4 +138,7 @@ extern "C" void resize(const uint8_t* from, int64_t channels, int64_t width, int
     pass(down_first);
     pass(!down_first);
     for (int64_t pixel = 0; pixel < width * height; pixel++) std::memcpy(to + pixel * 3, from + pixel * channels, 3);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
@@ -18,6 +19,9 @@ from .build import library
 
 POINT = 22
 """Bits of a weight after the point."""
+MOST_SCALE = 64
+"""How many pixels may become one: the weights of more take longer to find than Pillow takes in all."""
+_ONE = threading.RLock()
 
 
 def _sinc(x: np.ndarray) -> np.ndarray:
@@ -56,7 +60,8 @@ ORDERS: tuple[Callable[[int, int, int, int], bool], ...] = (
     lambda width, height, out_width, out_height: out_height < height and height - out_height > 2 * (width - out_width),
     lambda *sizes: False,
 )
-"""When rows come before columns, which changes the rounding: in Pillow 13 (found by its answers), and in those before 12.2."""
+"""Whether rows come before columns, which changes the rounding: by Pillow 13 (found by its answers), and by those before 12.2. Between
+them there was a third rule."""
 PROBES = (
     (40, 30, 21, 17),
     (30, 60, 22, 40),
@@ -64,11 +69,11 @@ PROBES = (
     (30, 60, 22, 45),
     (21, 16, 60, 15),
     (9, 8, 20, 31),
-    (20, 2100, 11, 30),
+    (20, 2040, 11, 34),
 )
 
 
-@lru_cache(1024)
+@lru_cache(32)
 def weights(size: int, out: int, resample: int, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(out,) where the inputs of each output begin, and (out, taps) their weights, by Pillow's arithmetic (`precompute_coeffs`,
     `normalize_coeffs_8bpc`): doubles, added in the order of the inputs.
@@ -107,23 +112,31 @@ def _axis(size: int, out: int, resample: int, times: int) -> tuple[_Axis, tuple[
 def _by_kernel(
     kernels: ctypes.CDLL, levels: np.ndarray, size: tuple[int, int], resample: int, down_first: bool
 ) -> np.ndarray | None:
-    """None where a row has fewer pixels than the kernel reads at once."""
+    """(H, W, 3 or 4) uint8 resized; None where it takes more taps than a row has pixels or than `MOST_SCALE` allows, or memory that is not
+    there."""
     height, width, channels = levels.shape
+    if width > MOST_SCALE * size[0] or height > MOST_SCALE * size[1]:
+        return None
     (across, kept), (down, also_kept) = _axis(width, size[0], resample, 4), _axis(height, size[1], resample, 1)
     if across.taps > width:
         return None
     out = np.empty((size[1], size[0], 3), np.uint8)
-    kernels.resize(
+    failed = kernels.resize(
         c_void_p(levels.ctypes.data), c_int64(channels), c_int64(width), c_int64(height), ctypes.byref(across), ctypes.byref(down),
         c_int64(down_first), c_void_p(out.ctypes.data),
     )  # fmt: skip
-    del kept, also_kept
-    return out
+    del kept, also_kept  # alive until here
+    return None if failed else out
+
+
+def order() -> Callable[[int, int, int, int], bool] | None:
+    """Of `ORDERS` the one by which the Pillow that is installed resizes, found by trying; None, with a warning, if it is another one."""
+    with _ONE:  # threads that ask at once
+        return _order()
 
 
 @cache
-def order() -> Callable[[int, int, int, int], bool] | None:
-    """Of `ORDERS` the one by which the Pillow that is installed resizes, found by trying; None, with a warning, if it is another one."""
+def _order() -> Callable[[int, int, int, int], bool] | None:
     kernels, noise = library("resize"), np.random.default_rng(0)
     if kernels is None:
         return None
@@ -139,15 +152,20 @@ def order() -> Callable[[int, int, int, int], bool] | None:
         ):
             return rule
     warnings.warn(
-        f"Pillow {PIL.__version__} resizes otherwise than the versions known here, so it does all resizing, slower", stacklevel=3
+        f"Pillow {PIL.__version__} resizes otherwise than the versions known here, so it does all resizing, slower", stacklevel=4
     )
     return None
 
 
 def _levels(picture: Image.Image | np.ndarray) -> np.ndarray | None:
-    """(H, W, 3 or 4) uint8, where it can be without a copy; None of a picture so large that it does not lie in one piece."""
+    """(H, W, 3 or 4) uint8, where it can be without a copy; None of what the kernel does not take: other modes or numbers, and a picture so
+    large that it does not lie in one piece."""
     if isinstance(picture, np.ndarray):
-        return np.ascontiguousarray(picture)
+        return np.ascontiguousarray(picture) if picture.dtype == np.uint8 and picture.shape[2:] == (3,) else None
+    if picture.mode != "RGB":
+        return None
+    if not hasattr(picture, "__arrow_c_array__"):  # before Pillow 11.2
+        return np.asarray(picture)
     try:
         return pyarrow.array(picture).values.to_numpy().reshape(picture.height, picture.width, 4)
     except ValueError:
@@ -155,15 +173,17 @@ def _levels(picture: Image.Image | np.ndarray) -> np.ndarray | None:
 
 
 def resized(picture: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
-    """An RGB picture, or (H, W, 3) uint8, at (width, height) -> (H, W, 3) uint8, equal to what Pillow's `resize` gives to the last bit."""
-    if isinstance(picture, np.ndarray) and size == picture.shape[1::-1]:
-        return picture
-    rule, out = order() if resample in FILTERS else None, None
-    if rule is not None and min(size) > 0 and (levels := _levels(picture)) is not None:
+    """An RGB picture, or (H, W, 3) uint8, at (width, height) -> (H, W, 3) uint8, equal to what Pillow's `resize` gives to the bit. What
+    has this size already is not copied."""
+    if size == (picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]):
+        return np.asarray(picture)
+    rule = order() if resample in FILTERS and min(size) > 0 else None
+    levels = _levels(picture) if rule is not None else None
+    if rule is not None and levels is not None and levels.size:
         kernels = library("resize")
         assert kernels is not None
         out = _by_kernel(kernels, levels, size, resample, rule(levels.shape[1], levels.shape[0], *size))
-    if out is None:
-        whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        out = np.asarray(whole.resize(size, Image.Resampling(resample)))
-    return out
+        if out is not None:
+            return out
+    whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return np.asarray(whole.resize(size, Image.Resampling(resample)))

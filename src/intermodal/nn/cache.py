@@ -41,7 +41,7 @@ class Cache:
             store[..., : self.capacity, :] = self.store
             self.store, self.capacity = store, capacity
             self.as_rows = self.seen = ()  # views of the old one, which can go
-        self.single = segments.longest == 1
+        self.single, self.rows = segments.longest == 1, None
         """Whether every conversation has one new token: all but its prompt."""
 
     def _begin_single(self) -> None:
@@ -74,8 +74,9 @@ class Cache:
         if not q_THK.dtype == k_TGK.dtype == v_TGK.dtype == self.dtype:  # under autocast
             q_THK, k_TGK, v_TGK = (x.to(self.dtype) for x in (q_THK, k_TGK, v_TGK))
         if self.single:
-            if not layer:
+            if self.rows is None:
                 self._begin_single()
+            assert self.rows is not None
             self.as_rows[layer].index_copy_(0, self.rows, torch.cat([k_TGK, v_TGK], 1).flatten(0, 1))
             k, v = (half[layer] if self.chosen is None else half[layer][self.chosen] for half in self.seen)
             # the heads of a group stand where several queries would: the kernel reads their keys once instead of once a head

@@ -187,6 +187,7 @@ class StageTrainer(Trainer):
                 else ""
             )
             raise IntermodalError(f"the model came without a tokenizer: there is nothing to read conversations with{half}")
+        _read_as(self.model.processor, data)
         if self.recipe.lora is not None:
             lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
         self.model.to(self.dtype).train()
@@ -207,9 +208,7 @@ class StageTrainer(Trainer):
         side = data.side or self.model.picture_side
         sources = [open_talks(spec, side=side, seed=data.seed, allow_urls=data.allow_urls) for spec in data.train]
         longest = self.model.config_text.context
-        read = self.model.processor
-        read.video = sampling_of(read.video, data.video_fps, data.video_frames)
-        processor = _for_workers(read, self.world.device)
+        processor = _for_workers(self.model.processor, self.world.device)
         fetcher = TalkFetcher(sources, processor, data.seed, data.tokens, longest, self._tower_cache())
         fetcher.audit(data.max_reject_share)
         self.loader = self._loader(sources, fetcher)
@@ -379,6 +378,13 @@ class StageTrainer(Trainer):
         if isinstance(plain, Chameleon):
             plain.bind()
         return plain
+
+
+def _read_as(processor: ChatProcessor, data: TalksConfig) -> None:
+    """Have conversations read as a stage's data section says."""
+    processor.video = sampling_of(processor.video, data.video_fps, data.video_frames)
+    if data.variables is not None:
+        processor.variables = dict(data.variables)
 
 
 def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcessor:
