@@ -36,8 +36,10 @@ CHATML = """{%- for message in messages %}
 {%- endfor %}
 {%- if tools %}{{ tools | tojson }}{% endif %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{% endif %}"""
+LLAMA2 = """{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}\
+{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"""
 SHOWN = "{% for m in messages %}{% for part in m.content %}<|start|>{% endfor %}{% endfor %}"
-TEMPLATES = {"vicuna": VICUNA, "llama3": LLAMA3, "chatml": CHATML}
+TEMPLATES = {"vicuna": VICUNA, "llama3": LLAMA3, "chatml": CHATML, "llama2": LLAMA2}
 TALK = [
     {"role": "user", "content": "Assistant: say assistant\n twice"},
     {"role": "assistant", "content": "assistant\nassistant, naïve 日本"},
@@ -57,7 +59,7 @@ def tokenizer():
 
 
 def processor(template):
-    named = {"bos_token": "<s>", "eos_token": "</s>" if template is VICUNA else "<|end|>"}
+    named = {"bos_token": "<s>", "eos_token": "</s>" if template in (VICUNA, LLAMA2) else "<|end|>"}
     tok = tokenizer()
     return ChatProcessor(tok, ChatTemplate(template, named), end_ids=[tok.token_to_id(named["eos_token"])])
 
@@ -83,6 +85,7 @@ def test_the_mask_is_the_assistants_words_and_the_end(name):
     conversation = ours.conversation(TALK)
     ours.audit(conversation)
     end = ours.template.special["eos_token"]
+    end = f" {end}" if name == "llama2" else end  # which never comes without the space that the template writes before it
     learned = [i for i, s in zip(conversation.ids, conversation.supervised, strict=True) if s]
     assert ours.decode(learned, special=True) == f"assistant\nassistant, naïve 日本{end}Done.{end}"
 

@@ -139,7 +139,7 @@ def check_mask(
         wanted = [part for part in parts if part]
         said = "".join(texts)
         spelled, ended = [], False
-        while runs and not ended and (len(spelled) < len(wanted) or (apart and _only_ends(runs[0], ends))):
+        while runs and not ended and (len(spelled) < len(wanted) or (apart and _only_ends(runs[0], ends, decode))):
             run = runs.pop(0)
             ended = run[-1] in ends
             words = decode(run[:-1] if ended else run).strip()
@@ -167,8 +167,9 @@ def _check_media(conversation: Conversation, placeholders: re.Pattern[str] | Non
         raise NoSupervision(f"{sum(map(any, learned))} runs of tokens of media are supervised, and the assistant draws {drawn}")
 
 
-def _only_ends(run: Sequence[int], ends: dict[int, str]) -> bool:
-    return len(run) == 1 and run[0] in ends
+def _only_ends(run: Sequence[int], ends: dict[int, str], decode: Callable[[Sequence[int]], str]) -> bool:
+    """Whether a run is the end of a turn and at most white space before it."""
+    return run[-1] in ends and not decode(run[:-1]).strip()
 
 
 def supervised_runs(conversation: Conversation, ends: dict[int, str]) -> list[list[int]]:

@@ -239,7 +239,7 @@ class ChatProcessor:
         begun = text.startswith(self.template.special.get("bos_token") or "\0")
         encoding = self.tokenizer.encode(text, add_special_tokens=self.planner is not None and not begun)
         expanded = expand(encoding.ids, plans)
-        return Conversation(text, expanded, turns, self._supervised(encoding, turns, expanded, draws), items, plans, numbers)
+        return Conversation(text, expanded, turns, self._supervised(text, encoding, turns, expanded, draws), items, plans, numbers)
 
     def __call__(self, messages: Messages, *, reply: bool = False, key: str = "", **variables: Any) -> TokenBatch:
         """One conversation as a batch of one, its pixels made."""
@@ -293,9 +293,9 @@ class ChatProcessor:
         visual = planner.visual(plans, planner.pixels(list(compress(items, new)), list(compress(plans, new))))
         return replace(visual, keys=tuple(keys), known=tuple(known))
 
-    def _supervised(self, encoding: Any, turns: Sequence[Turn], expanded: Expanded, draws: bool) -> list[bool]:
+    def _supervised(self, text: str, encoding: Any, turns: Sequence[Turn], expanded: Expanded, draws: bool) -> list[bool]:
         """The loss mask, media in their places: what the assistant draws is learned like what it says."""
-        learned = self._supervised_text(encoding, turns)
+        learned = self._supervised_text(text, encoding, turns)
         out = [source >= 0 and learned[source] for source in expanded.source]
         for (start, run), source in zip(expanded.runs, expanded.placeholders, strict=True) if draws else ():
             if learned[source]:
@@ -303,10 +303,11 @@ class ChatProcessor:
                 out[start : start + length] = [True] * length
         return out
 
-    def _supervised_text(self, encoding: Any, turns: Sequence[Turn]) -> list[bool]:
-        """Rendered tokens that hold a character of the assistant's words, and the end-of-turn token right after a turn that has some."""
+    def _supervised_text(self, text: str, encoding: Any, turns: Sequence[Turn]) -> list[bool]:
+        """Rendered tokens that hold a character of the assistant's words, and after a turn that has some its end-of-turn token, with the
+        white space that a template writes before it (Llama 2's): without it the model would never come to the end."""
         out = [False] * len(encoding.ids)
-        offsets = encoding.offsets
+        offsets, ids = encoding.offsets, encoding.ids
         at = 0
         for turn in turns:
             for start, stop in turn.words:
@@ -317,9 +318,12 @@ class ChatProcessor:
                     at += 1
             while turn.words and at < len(offsets) and offsets[at][0] < turn.span[1]:  # a picture after the last word
                 at += 1
-            if turn.words and at < len(offsets) and encoding.ids[at] in self.end_ids:
-                out[at] = True
-                at += 1
+            end = at
+            while end < len(ids) and ids[end] not in self.end_ids and not text[slice(*offsets[end])].strip():
+                end += 1
+            if turn.words and end < len(ids) and ids[end] in self.end_ids:
+                out[at : end + 1] = [True] * (end + 1 - at)
+                at = end + 1
         return out
 
     def audit(self, conversation: Conversation) -> None:
