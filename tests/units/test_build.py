@@ -51,7 +51,7 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings("error", "default:.* is compiled anew")
+@pytest.mark.filterwarnings("error", "ignore:.* is compiled anew")
 @pytest.mark.parametrize("script", WRONG)
 def test_a_compiler_that_fails_is_told_of_once(script, fresh, monkeypatch):
     a_compiler(fresh, monkeypatch, script)

@@ -302,6 +302,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_is_no_longer_as_its_config_says_is_left_to_the_modules(change):
     made = random_model(qk_norm=True)

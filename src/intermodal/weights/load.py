@@ -26,7 +26,7 @@ from ..models.decoder import DecoderConfig
 from . import open_clip, vqgan
 from .files import read_weights, write_weights
 from .hub import model_folder
-from .rules import Rule, check_against, convert
+from .rules import Rule, check_against, convert, is_finite
 
 _CODECS = {
     ".clip": ("clip", "siglip", "siglip2"),
@@ -141,7 +141,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, de
         key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
         for key, value in state.items()
     }
-    lost = [key for key, value in placed.items() if value.dtype == torch.float16 and not bool(torch.isfinite(value).all())]
+    lost = [key for key, value in placed.items() if value.dtype == torch.float16 and not is_finite(value)]
     if lost:
         raise CheckpointError(
             f"{', '.join(lost[:3])}: values beyond 65,504, the most that float16 holds; take bfloat16 ({len(lost)} such)"
