@@ -40,20 +40,34 @@ def add(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
         import peft
     except ImportError:
         raise IntermodalError("LoRA needs peft: pip install 'intermodal[lora]'") from None
+    names = layers_of(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # every rank draws the same adapters
+        peft.inject_adapter_in_model(_peft_config(config, names), model)
+    return names
+
+
+def layers_of(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The linear layers that get an adapter. Raises IntermodalError: a pattern fits none."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: dict[str, None] = {}
     for pattern in config.targets:
         fitting = fnmatch.filter(linear, pattern)
         if not fitting:
+            leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(linear)}
             raise IntermodalError(
-                f"no linear layer fits {pattern!r}; there are {', '.join(sorted({n.rsplit('.', 1)[-1] for n in linear}))}"
+                f"no linear layer fits {pattern!r}; there are {', '.join(leaves[leaf] for leaf in sorted(leaves))}"
             )
         chosen |= dict.fromkeys(fitting)
-    names = list(chosen)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # every rank draws the same adapters
-        peft.inject_adapter_in_model(_peft_config(config, names), model)
-    return names
+    return list(chosen)
+
+
+def names_with(names: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """What a model's parameters are called when those layers have adapters."""
+    adapted = set(layers)
+    split = [name.rpartition(".") for name in names]
+    inside = [f"{layer}.base_layer.{leaf}" if layer in adapted else f"{layer}.{leaf}".lstrip(".") for layer, _, leaf in split]
+    return [*inside, *(f"{layer}.lora_{part}.default.weight" for layer in layers for part in "AB")]
 
 
 def state(model: nn.Module, learned: Collection[str] = ()) -> dict[str, torch.Tensor]:

@@ -32,14 +32,26 @@ def optimizer_for(model: nn.Module, config: OptimConfig, precision: str) -> torc
 def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Freeze all parameters but those that a stage names: no gradient, no kept activations. Returns each learning one's rate as a multiple.
 
+    Raises:
+        IntermodalError: see `rates_of`.
+    """
+    factors = rates_of([name for name, _ in model.named_parameters()], learn)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in factors)
+    return factors
+
+
+def rates_of(names: Sequence[str], learn: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The rate, as a multiple, of each parameter that learns.
+
     Args:
+        names: of all parameters.
         learn: (pattern, multiple of the rate); the last pattern that fits a parameter's name counts.
 
     Raises:
         IntermodalError: a pattern fits nothing, its rate is no multiple, or nothing learns.
     """
     factors: dict[str, float] = {}
-    names = [name for name, _ in model.named_parameters()]
     for pattern, factor in learn:
         if not 0 <= factor < math.inf:  # NaN, too: it would freeze what fits without a word
             raise IntermodalError(
@@ -50,8 +62,6 @@ def choose_learning(model: nn.Module, learn: Sequence[tuple[str, float]]) -> dic
             heads = sorted({name.split(".")[0] for name in names})
             raise IntermodalError(f"no parameter fits {pattern!r}; their names begin with {', '.join(heads)}")
         factors |= dict.fromkeys(fitting, factor)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(factors.get(name, 0.0) > 0)
     factors = {name: factor for name, factor in factors.items() if factor > 0}
     if not factors:
         raise IntermodalError("no parameter learns: every rate of the stage is 0")

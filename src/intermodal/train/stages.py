@@ -23,7 +23,6 @@ from ..data.talks import TalkSource, open_talks
 from ..errors import IntermodalError, SampleError
 from ..inputs.chat import ChatProcessor
 from ..inputs.codes import CodePlanner
-from ..inputs.video import sampling_of
 from ..inputs.vision_cache import DiskCache, fingerprint
 from ..losses_tokens import ScoreStatistics, by_modality, next_token_losses, targets
 from ..models.chameleon import Chameleon
@@ -35,6 +34,7 @@ from ..weights.fresh_chameleon import fresh_chameleon
 from ..weights.load import codec, load, load_encoder, save
 from ..weights.stitch import fresh_decoder, stitch
 from . import lora
+from .ahead import look_ahead, read_as, refuse_learning_tower
 from .attention_scores import attention_scores
 from .learning import Unreached, keep_word_rows
 from .loop import Trainer
@@ -68,16 +68,18 @@ def train_stages(
     done = stages_done(folders) if resume else []
     record = staged_record(recipe, out, folders, done, tell) if resume else to_dict(recipe)
     before: Path | None = None
+    ahead = [stage for stage, folder in zip(recipe.stages, folders, strict=True) if folder not in done][1:]
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder not in done:
             going_on = resume and checkpoint.latest(folder) is not None
             if world.main and not quiet:
                 learned = ", ".join(f"{pattern} x{factor:g}" for pattern, factor in stage.learn)
                 console.print(f"stage {stage.name}: {learned}", markup=False)
-            trainer = StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main)
+            trainer = StageTrainer(recipe, stage, before, folder, world, going_on, console, quiet or not world.main, ahead)
             if world.main:  # only now: what could not be gone on with is not what the run is made of
                 write_record(record, out)
             trainer.run()
+            ahead = []
         before = folder / "model"
     assert before is not None
     if world.main:
@@ -157,8 +159,10 @@ class StageTrainer(Trainer):
         resume: bool,
         console: Console,
         quiet: bool,
+        ahead: Sequence[Stage] = (),
     ):
-        self.whole, self.before = whole, before
+        """`ahead` are stages to come that nobody has looked at yet."""
+        self.whole, self.before, self.ahead = whole, before, ahead
         self.unreached: Unreached | None = None
         self.told_of_gradients = False
         run = replace(stage, name=f"{whole.name}/{stage.name}")
@@ -187,7 +191,9 @@ class StageTrainer(Trainer):
                 else ""
             )
             raise IntermodalError(f"the model came without a tokenizer: there is nothing to read conversations with{half}")
-        _read_as(self.model.processor, data)
+        for stage in self.ahead:
+            look_ahead(self.model, stage)
+        read_as(self.model.processor, data)
         if self.recipe.lora is not None:
             lora.add(self.model, self.recipe.lora, self.recipe.train.seed)
         self.model.to(self.dtype).train()
@@ -234,13 +240,9 @@ class StageTrainer(Trainer):
         """Raises IntermodalError: the stage wants the tower's states kept while the tower learns."""
         if not self.recipe.cache_tower:
             return None
-        tower = self.model.tower_parameters()
-        learning = [name for name, parameter in tower.items() if parameter.requires_grad]
-        if learning or not tower:
-            why = f"{learning[0]} learns" if learning else f"a {self.model.family} has none"
-            raise IntermodalError(f"stage {self.recipe.name}: cache_tower keeps what a frozen tower says, and {why}")
+        refuse_learning_tower(self.model, self.learned)
         with self.autocast():
-            self.model.vision_cache = DiskCache(self.folder.parent / "tower-cache", fingerprint(tower))
+            self.model.vision_cache = DiskCache(self.folder.parent / "tower-cache", fingerprint(self.model.tower_parameters()))
         return self.model.vision_cache
 
     def _in_step(self, batches: Iterator[Packs]) -> Generator[Packs, None, None]:
@@ -378,13 +380,6 @@ class StageTrainer(Trainer):
         if isinstance(plain, Chameleon):
             plain.bind()
         return plain
-
-
-def _read_as(processor: ChatProcessor, data: TalksConfig) -> None:
-    """Have conversations read as a stage's data section says."""
-    processor.video = sampling_of(processor.video, data.video_fps, data.video_frames)
-    if data.variables is not None:
-        processor.variables = dict(data.variables)
 
 
 def _for_workers(processor: ChatProcessor, device: torch.device) -> ChatProcessor:
