@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands_in_chat import COMMANDS, by_kind, command_of, content, is_missing, left_out, path_of, with_option
 from .options import Guidance, ImageGuidance, ImageTemperature, ImageTopP, Json, MaxImages, Stop, Variables, say, variables_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ ToolsFile = Annotated[
     Path | None, typer.Option("--tools", help="A JSON file: the list of schemas of what the model may call, for its chat template.")
 ]
 TooLong = Annotated[str, typer.Option(help='What to do with a conversation that is too long: "error" or "drop_oldest" turns.')]
-_VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 
 
 def generate(
@@ -91,7 +91,7 @@ def generate(
     if jsonl is not None and out is not None:
         _reply_to_file(loaded, jsonl, out, slots, settings, as_json)
     else:
-        messages = [*_opening(system), {"role": "user", "content": _content(prompt or "", image or [], video or [])}]
+        messages = [*_opening(system), {"role": "user", "content": content(prompt or "", image or [], video or [])}]
         _reply_once(loaded, messages, out, settings | {"tools": schemas}, as_json)
 
 
@@ -168,7 +168,7 @@ def _reply_to_file(model: Any, jsonl: Path, out: Path, slots: int, settings: dic
 
 def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, settings: dict[str, Any], as_json: bool) -> None:
     """Print one reply, as it comes or as JSON when it is whole; with `out` keep it and what it drew there."""
-    reply = model.generate(messages, **settings) if as_json else _say(model, messages, settings)
+    reply = _reply_of(model, messages, settings, as_json)
     written, many = list(map(str, _write(reply, out))) if out is not None else [], len(reply.images)
     if as_json:
         row = {"reply": reply.text, "finish": reply.finish, "usage": reply.usage} | ({"note": reply.note} if reply.note else {})
@@ -179,6 +179,16 @@ def _reply_once(model: Any, messages: list[dict[str, Any]], out: Path | None, se
     if many and not written:
         drawn = "1 picture was drawn" if many == 1 else f"{many} pictures were drawn"
         typer.echo(f"{drawn}; --out FOLDER keeps what is drawn", err=as_json)
+
+
+def _reply_of(model: Any, messages: list[dict[str, Any]], settings: dict[str, Any], whole: bool) -> Any:
+    """A reply, printed as it comes unless it is wanted `whole`; raises TooLong with the advice that fits the command line."""
+    from ..generate.engine import TooLong
+
+    try:
+        return model.generate(messages, **settings) if whole else _say(model, messages, settings)
+    except TooLong as error:
+        raise TooLong(with_option(error, messages)) from error
 
 
 def chat(
@@ -220,12 +230,12 @@ def chat(
     )  # fmt: skip
     _check_settings(settings)
     _check_folder(out)
-    if missing := [path for path in media or [] if _is_missing(path)]:
+    if missing := [path for path in media or [] if is_missing(path)]:
         raise IntermodalError(f"{', '.join(missing)}: no such file to show")
     settings["tools"], variables = _read_tools(tools), variables_of(variable)
     console, loaded = Console(), load_talker(model, dtype, fps, frames, variables)
     _tell_of_drawing(loaded)
-    talk = _Talk(loaded, console, out, *_sorted(media or []), system)
+    talk = _Talk(loaded, console, out, *by_kind(media or []), system)
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()
@@ -250,6 +260,8 @@ class _Talk:
     videos: list[str]
     system: str | None = None
     messages: list[dict[str, Any]] = field(init=False)
+    dropped: int = 0
+    """Messages that the last question went to the model without."""
 
     def __post_init__(self) -> None:
         self.messages = _opening(self.system)
@@ -261,27 +273,35 @@ class _Talk:
 
     def hear(self, said: str, settings: dict[str, Any]) -> None:
         """A line of the user's: a command, or a question."""
-        word, _, rest = said.partition(" ")
-        if word == "/new":
-            self.messages, self.images, self.videos = _opening(self.system), [], []
-        elif word not in ("/image", "/video"):
+        command = command_of(said)
+        if command is None:
             self.ask(said, settings)
-        elif not rest:
-            self.console.print(f"{word} needs a path", style="red")
-        elif _is_missing(rest):
-            self._tell(f"{rest}: no such file")
+        elif command[0] == "/new":
+            self.messages, self.images, self.videos, self.dropped = _opening(self.system), [], [], 0
+        elif command[0] in COMMANDS:
+            self._show(*command)
         else:
-            (self.images if word == "/image" else self.videos).append(rest)
+            self._tell(f"{command[0]} is no command: there are {', '.join(COMMANDS.values())}, and an empty line ends")
+
+    def _show(self, word: str, typed: str) -> None:
+        """`/image` or `/video`: keep what goes with the next question."""
+        path = path_of(typed)
+        if not path:
+            self._tell(f"{word} needs a path")
+        elif is_missing(path):
+            self._tell(f"{path}: no such file")
+        else:
+            (self.images if word == "/image" else self.videos).append(path)
 
     def ask(self, said: str, settings: dict[str, Any]) -> None:
         """One question and its reply; a question that cannot be answered is taken back."""
         from ..errors import IntermodalError
 
-        self.messages.append({"role": "user", "content": _content(said, self.images, self.videos)})
+        self.messages.append({"role": "user", "content": content(said, self.images, self.videos)})
         try:
             self._keep(_say(self.model, self.messages, settings))
         except IntermodalError as error:
-            self._tell(f"{error}{self._taken_back()}")
+            self._tell(f"{with_option(error, self.messages)}{self._taken_back()}")
         except KeyboardInterrupt:
             self.console.print(f"\n(interrupted; the question is taken back){self._taken_back()}", style="bright_black")
         self.images, self.videos = [], []
@@ -296,6 +316,10 @@ class _Talk:
         self.console.print(error, style="red", markup=False, soft_wrap=True)
 
     def _keep(self, reply: Any) -> None:
+        dropped = reply.usage.get("dropped_messages", 0)
+        if dropped > self.dropped:
+            self.console.print(left_out(dropped), style="bright_black", soft_wrap=True)
+        self.dropped = dropped
         if reply.images and self.out is not None:
             number = next(n for n in count(1) if not (self.out / f"reply-{n}").exists())
             written = _write(reply, self.out / f"reply-{number}")
@@ -333,27 +357,6 @@ def load_talker(
     loaded.processor.video = sampling_of(loaded.processor.video, fps, frames)
     loaded.processor.variables = {**loaded.processor.variables, **(variables or {})}
     return loaded
-
-
-def _content(text: str, images: list[str], videos: list[str]) -> Any:
-    """Plain text, or parts with what is shown first (the order the models were trained in)."""
-    shown = [{"type": "image", "image": path} for path in images] + [{"type": "video", "video": path} for path in videos]
-    return [*shown, {"type": "text", "text": text}] if shown else text
-
-
-def _is_missing(path: str) -> bool:
-    """Whether a name can only be a path, and nothing is there."""
-    if path.startswith("data:") or "://" in path:
-        return False
-    try:
-        return not Path(path).expanduser().exists()
-    except OSError:  # no name that a file can have
-        return True
-
-
-def _sorted(media: list[str]) -> tuple[list[str], list[str]]:
-    videos = [path for path in media if path.lower().endswith(_VIDEO)]
-    return [path for path in media if path not in videos], videos
 
 
 def _say(model, messages: list[dict[str, Any]], settings: dict[str, Any]):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..batch import TokenBatch
 from ..errors import IntermodalError
-from ..inputs.chat import ChatProcessor, Conversation
+from ..inputs.chat import ChatProcessor
 from ..inputs.codes import CodePlanner
 from ..inputs.marks import all_marks, marks_of
 from ..inputs.vision_cache import MemoryCache
@@ -27,11 +27,9 @@ from ..models.generative import Generative
 from ..nn.attention import Segments
 from ..nn.cache import Cache
 from .draw import Canvas, Drawing
+from .fitting import TooLong as TooLong  # callers catch it by this module's name
+from .fitting import fitting
 from .sample import Sampling, choose
-
-
-class TooLong(IntermodalError):
-    """A conversation does not fit the model's context."""
 
 
 @dataclass
@@ -341,30 +339,6 @@ def _decoded(run: _Run, said: Sequence[int], processor: ChatProcessor, *, last: 
     return run.decoded
 
 
-def fitting(
-    processor: ChatProcessor, messages: Sequence[dict[str, Any]], context: int, sampling: Sampling, picture: int = 0
-) -> tuple[Conversation, int]:
-    """The conversation as tokens, and how many of its messages were left out by `Sampling.too_long`.
-
-    Args:
-        picture: tokens that a picture of the reply would take: old messages make room for it too, up to half of the context in all.
-
-    Raises:
-        TooLong: it leaves no room for a reply; with the count of each item.
-    """
-    conversation, dropped = processor.conversation(messages, reply=True), 0
-    if sampling.too_long == "drop_oldest":
-        room = context - min(sampling.max_new_tokens + picture, context // 2)
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        turns = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        for start in turns[1:]:
-            if len(conversation.ids) <= room:
-                break
-            conversation, dropped = processor.conversation([*system, *messages[start:]], reply=True), start - len(system)
-    check_length(conversation, context, sampling.max_new_tokens, sampling.too_long == "drop_oldest")
-    return conversation, dropped
-
-
 def _stop_tokens(processor: ChatProcessor, stops: Sequence[str]) -> list[int]:
     """Stops that are tokens which texts leave out or spell as they are named. Any other token's name is not its text (of a byte-level
     vocabulary "é" is the byte 0xE9, which begins other letters too): those stops are found in the text."""
@@ -375,19 +349,3 @@ def _stop_tokens(processor: ChatProcessor, stops: Sequence[str]) -> list[int]:
     if isinstance(processor.planner, CodePlanner):
         named |= all_marks(tokenizer, processor.planner)
     return [token for text in stops if (token := tokenizer.token_to_id(text)) in named]
-
-
-def check_length(conversation: Conversation, context: int, new: int, dropping: bool) -> None:
-    """Raises TooLong, with the count of each item, when a prompt leaves no room in the context for a reply."""
-    total = len(conversation.ids)
-    if total < context:
-        return
-    kinds = [plan.kind for plan in conversation.plans]
-    media = [f"{plan.kind} {kinds[: n + 1].count(plan.kind)}: {len(plan)}" for n, plan in enumerate(conversation.plans)]
-    text = total - sum(len(plan) for plan in conversation.plans)
-    parts = ", ".join([f"text: {text}", *media])
-    raise TooLong(
-        f"the conversation has {total} tokens ({parts}), the model's context {context}, and a reply of up to {new} must fit too; "
-        "leave out turns or media, or make pictures smaller"
-        + ("" if dropping else ', or set too_long="drop_oldest" to leave out the oldest turns')
-    )

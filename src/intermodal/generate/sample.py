@@ -44,7 +44,7 @@ class Sampling:
     image_guidance: float | None = None
     """A third stream that sees the conversation's pictures and not its words; the authors use 1.2."""
     too_long: Literal["error", "drop_oldest"] = "error"
-    """A conversation that leaves no room for a reply is an error, or loses its oldest turns (never its system message or its last
+    """A conversation that leaves no room for a reply is an error, or loses its oldest turns (never a leading system message or its last
     question), until `max_new_tokens`, but at most half of the context, are free."""
 
     def check(self) -> None:

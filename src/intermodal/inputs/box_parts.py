@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from .boxes import short
 from .media import Clip, MediaError, Plan, Planner, kind_of
 from .messages import parts_of
 
@@ -44,12 +45,21 @@ def _box(
     number = shown if part.get("item") is None else part["item"]  # tables have null where nothing is said, and 1 as 1.0 beside it
     if isinstance(number, bool) or not (isinstance(number, int) or (isinstance(number, float) and number.is_integer())):
         raise MediaError(
-            f"the item of a box part is a number, counted from 0 over all media of the messages, and not {number!r:.80}"
+            f"the item of a box part is a number, counted from 0 over all media of the messages, and not {short(number)}"
         )
     number = int(number)
-    if planner is None or not 0 <= number < len(items):
-        raise MediaError(f"a box part belongs to item {number}, and the conversation shows {len(items)}")
+    if planner is None:
+        raise MediaError(f"this model takes no pictures, and a box part belongs to one: {short(part)}")
+    if part.get("item") is None and number < 0:
+        raise MediaError(f'a box part stands before all pictures and clips: put it after its own, or say "item": {short(part)}')
+    if not 0 <= number < len(items):
+        raise MediaError(
+            f"a box part belongs to item {short(number)}, and the conversation shows {len(items)} pictures and clips, counted from 0: "
+            f"{short(part)}"
+        )
+    box: Any = part.get("box")
+    label = "" if part.get("label") is None else part["label"]
     try:
-        return planner.frame(items[number].size, plans[number]).write(part["box"], part.get("label", ""))
-    except (KeyError, TypeError, ValueError) as error:
-        raise MediaError(f"a box part that cannot be written ({error}): {str(part)[:80]}") from error
+        return planner.frame(items[number].size, plans[number]).write(box, label)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise MediaError(f"a box part of item {number} that cannot be written ({error}): {short(part)}") from error

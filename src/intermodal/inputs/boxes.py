@@ -7,10 +7,12 @@ models thousandths of the picture, LLaVA parts of one of the padded square (PITF
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 Box = tuple[float, float, float, float]
 Style = Literal["tags", "json", "plain"]
@@ -100,12 +102,15 @@ class BoxFrame:
         """A box of the original picture as this model writes it, cut to the picture.
 
         Raises:
-            ValueError: no part of the box lies in the picture; the label holds a mark that ends labels.
+            ValueError: this is no box; no part of it lies in the picture; the label is no text, or holds a mark that ends labels.
         """
         width, height = self.size
+        box = _checked(box)
+        if not isinstance(label, str):
+            raise ValueError(f"the label of a box is a text, and not {short(label)}")
         left, top, right, bottom = (min(max(value, 0), most) for value, most in zip(box, (width, height) * 2, strict=True))
         if left >= right or top >= bottom:
-            raise ValueError(f"the box {tuple(box)} has no area in a picture of {width} x {height} pixels")
+            raise ValueError(f"the box {box} has no area in a picture of {width} x {height} pixels")
         values = self.convert((left, top, right, bottom))
         if self.style == "plain":
             return f"[{', '.join(f'{value:.2f}' for value in values)}]"
@@ -123,7 +128,8 @@ class BoxFrame:
     def read(self, text: str) -> list[tuple[str, Box]]:
         """Every (label, box of the original picture) in a reply; what is not a box is passed over."""
         back = self.space(self.convention).inverse()
-        return [(label, back(values)) for label, values in self._found(text)]
+        found = [(label, back(values)) for label, values in self._found(text)]
+        return [(label, box) for label, box in found if all(map(math.isfinite, box))]  # hundreds of digits, NaN, Infinity
 
     def _found(self, text: str) -> list[tuple[str, Box]]:
         number = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -145,8 +151,8 @@ def _json_boxes(text: str) -> Iterator[tuple[str, Box]]:
         after = at + 1
         try:
             entry, stop = read(text, at)
-            found = str(entry.get("label") or ""), _box(entry["bbox_2d"])
-        except (ValueError, KeyError, TypeError, RecursionError):  # braces that hold something else
+            found = str(entry.get("label") or ""), _box(_four_numbers(entry["bbox_2d"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # braces that hold something else
             pass
         else:
             yield found
@@ -159,17 +165,50 @@ def _box(values: Sequence[str | float]) -> Box:
     return left, top, right, bottom
 
 
+def _four_numbers(value: Any) -> list[float]:
+    """Raises ValueError: the value is no list of four numbers. A text of four digits and booleans are none, though float() takes them."""
+    values = value.tolist() if hasattr(value, "tolist") else value  # an array's or tensor's
+    if not isinstance(values, list | tuple) or len(values) != 4:
+        raise ValueError("no list of four")
+    if any(isinstance(number, bool) or not isinstance(number, Real) for number in values):
+        raise ValueError("no numbers")
+    return list(values)
+
+
+def _checked(value: Any) -> Box:
+    """The box that a person gives. Raises ValueError: it is none; with what was given."""
+    try:
+        box = _box(_four_numbers(value))
+    except (ValueError, OverflowError):
+        box = None
+    if box is None or not all(map(math.isfinite, box)):
+        raise ValueError(f"a box is four finite numbers [left, top, right, bottom], and not {short(value)}")
+    if box[0] > box[2] or box[1] > box[3]:
+        raise ValueError(f"a box is [left, top, right, bottom] with left <= right and top <= bottom, and not {short(value)}")
+    return box
+
+
+def short(value: Any) -> str:
+    """What was given, as an error shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a value with thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
 def cells(
     view: Affine, area: Sequence[float], rows: int, columns: int, size: tuple[int, int], *, newline: bool = False
 ) -> list[Box | None]:
     """What each cell of a grid over `area` (a box of a view) shows of the original picture, row by row, cut to the picture.
 
     Args:
+        rows, columns: 0 where a picture is thinner than one cell: what is left are the newlines of the rows, if any.
         newline: a token that shows nothing follows each row.
     """
     left, top, right, bottom = area
     back = view.inverse()
-    wide, tall = (right - left) / columns, (bottom - top) / rows
+    wide, tall = (right - left) / max(columns, 1), (bottom - top) / max(rows, 1)
     out: list[Box | None] = []
     for row in range(rows):
         for column in range(columns):

@@ -356,13 +356,21 @@ class ChatProcessor:
 
 
 def _end_ids(tokenizer: Tokenizer, special: dict[str, str], config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
-    """Every token that ends a reply: the tokenizer's end token, and those that the generation and model configs name."""
+    """Every token that ends a reply: the tokenizer's end token, and those that the generation and model configs name.
+
+    Raises:
+        CheckpointError: a config names what is no id of a token.
+    """
     out: list[int] = []
     if "eos_token" in special and (token := tokenizer.token_to_id(special["eos_token"])) is not None:
         out.append(token)
-    for source in (generation, config, config.get("text_config") or {}):
-        ids = source.get("eos_token_id")
-        out += ids if isinstance(ids, list) else [ids] if ids is not None else []
+    inner = config.get("text_config") or {}
+    for name, source in (("generation_config.json: ", generation), ("config.json: ", config), ("config.json: text_config.", inner)):
+        given = source.get("eos_token_id")
+        ids = given if isinstance(given, list) else [given] if given is not None else []
+        if not all(type(token) is int and 0 <= token < 2**32 for token in ids):  # what the tokenizer can look up
+            raise CheckpointError(f"{name}eos_token_id is the id of a token, as 2, or a list of ids, and not {given!r:.80}")
+        out += ids
     return list(dict.fromkeys(out))
 
 

@@ -45,8 +45,7 @@ def open_image(source: Any, blend: Blend = over_white) -> Image.Image:
             `name` are named by it.
         TypeError: something else was given, or an array of another type.
     """
-    given = source
-    inside = isinstance(given, bytes | bytearray | memoryview) or hasattr(given, "read")
+    given, inside = source, isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
     try:
         if isinstance(source, bytes | bytearray | memoryview):
             source = Image.open(io.BytesIO(source))
@@ -72,13 +71,14 @@ def open_image(source: Any, blend: Blend = over_white) -> Image.Image:
         name = given if isinstance(given, str | os.PathLike) else getattr(given, "name", "") if inside else ""
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):  # PIL's words name a buffer by its address in memory
-            why = "it is empty" if inside and _is_empty(given) else "it is of no picture format that Pillow knows"
+            why = "it is empty" if _is_empty(given) else "it is of no picture format that Pillow knows"
         raise SampleError(f"cannot read the picture {name}: {why}" if name else f"cannot read the picture: {why}") from error
 
 
 def _is_empty(given: Any) -> bool:
     try:
-        return not (given.tell() or given.read(1)) if hasattr(given, "read") else not len(given)
+        length = len if hasattr(given, "__len__") and not hasattr(given, "encode") else os.path.getsize  # a str has both
+        return not (given.tell() or given.read(1)) if hasattr(given, "read") else not length(given)
     except (OSError, ValueError, AttributeError):  # a stream that cannot say where it is
         return False
 

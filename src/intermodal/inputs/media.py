@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ..batch import Visual
 from ..errors import IntermodalError
 from .boxes import BoxFrame
 from .image import open_image
-from .messages import KEYS
+from .messages import KEYS, check_text
 from .transparency import Blend, over_white
 
 
@@ -151,11 +151,12 @@ def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white
 
     Parts: `{"type": "image", "image": PIL, path, bytes, file, uint8 array or tensor, or data-URI}`, transformers' `"url"`, `"path"` and
     `"base64"` in the place of `"image"`, OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
-    `{"type": "video", "video": path, Clip or frames}`: of a path `"fps"` or `"nframes"` beside it says which frames are read, of frames
-    given as a list of pictures or an array `"fps"` says how fast they follow each other. `"min_pixels"`, `"max_pixels"`, or
-    `"resized_height"` and `"resized_width"` say how large a Qwen-VL shows it, and `"total_pixels"` how large a whole clip. A part
-    `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`, counted from
-    0), is text, written as the model's family writes boxes.
+    `{"type": "video", "video": path, data-URI, Clip or frames}`: of a path `"fps"` or `"nframes"` beside it says which frames are read,
+    `"min_frames"` and `"max_frames"` how few and how many by a rate, `"video_start"` and `"video_end"` between which seconds; of frames
+    given as a list of pictures or an array `"fps"` or `"sample_fps"` says how fast they follow each other. `"min_pixels"`,
+    `"max_pixels"`, or `"resized_height"` and `"resized_width"` say how large a Qwen-VL shows it, and `"total_pixels"` how large a whole
+    clip. A part `{"type": "box", "box": [left, top, right, bottom], "label": ...}`, in pixels of the picture before it (or of `"item"`,
+    counted from 0), is text, written as the model's family writes boxes.
 
     Args:
         video: how a path is decoded and sampled where the part does not say it, a `video.Sampling`.
@@ -177,12 +178,27 @@ def load_part(part: dict[str, Any], video: Any = None, blend: Blend = over_white
     if kind == "video":
         value = _source(part, KEYS["video"])
         if isinstance(value, (str, Path)):
-            from .video import decode, sampling_of
-
-            value = decode(value, sampling_of(video, part.get("fps"), part.get("nframes")))
-        clip = value if isinstance(value, Clip) else _frames(value, part.get("fps", 2.0))
+            value = _decoded(value, part, video)
+        clip = value if isinstance(value, Clip) else _frames(value, _rate_of(part))
         return clip if bounds is None else replace(clip, bounds=bounds)
-    raise MediaError(f"a message part of type {kind!r} is not known: text, image, image_url, video or box")
+    raise MediaError(f"a message part of type {kind!r:.80} is not known: text, image, image_url, video or box")
+
+
+def _decoded(value: str | Path, part: dict[str, Any], video: Any) -> Clip:
+    from .video import Section, counted, decode, sampling_of
+
+    usual = sampling_of(video, part.get("fps"), part.get("nframes"))
+    sampling = counted(usual, part.get("min_frames"), part.get("max_frames"))
+    data = _data_of(value, "video/mp4") if isinstance(value, str) else None
+    return decode(value if data is None else data, sampling, Section(part.get("video_start"), part.get("video_end")))
+
+
+def _rate_of(part: dict[str, Any]) -> Any:
+    """How fast given frames follow each other: qwen-vl-utils' `sample_fps`, which passes over `fps` there, else `fps`."""
+    passed = [key for key in ("video_start", "video_end", "min_frames", "max_frames") if part.get(key) is not None]
+    if passed:
+        warnings.warn(f"a list of frames is shown whole: {', '.join(passed)} beside it are passed over", stacklevel=3)
+    return next((part[key] for key in ("sample_fps", "fps") if part.get(key) is not None), 2.0)
 
 
 def bounds_of(item: Image.Image | Clip) -> Bounds | None:
@@ -210,7 +226,7 @@ def _bounds(part: dict[str, Any]) -> Bounds | None:
     given = {field.name: part[field.name] for field in fields(Bounds) if part.get(field.name) is not None}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and float(value) >= 1):
-            raise MediaError(f"{name} of a part is a number of pixels, at least 1, and not {value!r}")
+            raise MediaError(f"{name} of a part is a number of pixels, at least 1, and not {value!r:.80}")
     if ("resized_height" in given) != ("resized_width" in given):
         raise MediaError("resized_height and resized_width of a part go together: give both, or neither")
     if given.get("min_pixels", 1) > given.get("max_pixels", math.inf):
@@ -234,31 +250,54 @@ def local_path(address: str | Path, kind: str) -> Path:
     """The file that a path or a `file://` address names, whose `%20` and the like are characters.
 
     Raises:
-        MediaError: an address on the network.
+        MediaError: an address on the network, or a text too long for a name where there is no file.
+        SampleError: half a character, which no file system takes.
     """
     text = str(address)
+    try:
+        os.fsencode(text)  # not UTF-8: names of files may hold bytes that are none, which Python writes as halves of characters
+    except UnicodeEncodeError:
+        check_text(text)
     found = _ADDRESS.match(text)
     if found is None:
-        return Path(text).expanduser()
+        _refuse_long(text, kind)
+        return Path(os.path.expanduser(text))
     if found[1].lower() != "file":
         raise MediaError(f"{kind} are not fetched from the network: download {text[:80]} and give its path")
-    as_written = Path(text[found.end() :]).expanduser()
-    return as_written if as_written.exists() else Path(unquote(text[found.end() :])).expanduser()
+    as_written = os.path.expanduser(text[found.end() :])
+    if os.path.exists(as_written):
+        return Path(as_written)
+    unquoted = unquote(text[found.end() :])
+    _refuse_long(unquoted, kind)
+    return Path(os.path.expanduser(unquoted))
+
+
+def _refuse_long(text: str, kind: str) -> None:
+    """A text longer than names of files are is most often base64: the errors of Pillow and FFmpeg would say all of it."""
+    if len(text) > 255 and not os.path.exists(os.path.expanduser(text)):
+        form = "image/png" if kind == "pictures" else "video/mp4"
+        raise MediaError(f"no such file: {text[:80]}... ({len(text)} characters; base64 begins with data:{form};base64,)")
+
+
+def _data_of(text: str, form: str) -> bytes | None:
+    """The bytes in a data URI; None of another text. Raises MediaError: it is not base64."""
+    if text[:5].lower() != "data:":
+        return None
+    head, comma, body = text.partition(",")
+    try:
+        if comma and head.endswith(";base64"):
+            return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError:  # binascii.Error is one; letters beyond ASCII are another
+        pass
+    raise MediaError(f"a data URI is not base64: it should begin with data:{form};base64,")
 
 
 def _picture(value: Any, blend: Blend = over_white) -> Image.Image:
     if value is None:
         raise MediaError('an image part holds no picture; write {"type": "image", "image": path or PIL image}')
-    if isinstance(value, str) and value[:5].lower() == "data:":
-        head, comma, body = value.partition(",")
-        try:
-            value = base64.b64decode("".join(body.split()), validate=True) if comma and head.endswith(";base64") else None
-        except binascii.Error:
-            value = None
-        if value is None:
-            raise MediaError("a data URI is not base64: it should begin with data:image/png;base64,")
     if isinstance(value, str):
-        value = local_path(value, "pictures")
+        data = _data_of(value, "image/png")
+        value = local_path(value, "pictures") if data is None else data
     try:
         return open_image(value, blend)
     except TypeError as error:
@@ -267,7 +306,7 @@ def _picture(value: Any, blend: Blend = over_white) -> Image.Image:
 
 def _frames(value: Any, fps: Any) -> Clip:
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
-        raise MediaError(f"the fps of a video's frames is a positive number, and not {fps!r}")
+        raise MediaError(f"the fps of a video's frames is a positive number, and not {fps!r:.80}")
     several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
     if not several or len(value) == 0:
         raise MediaError(

@@ -4,6 +4,7 @@ that a conversation offers."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,16 @@ def check_messages(messages: Any) -> None:
 
     Raises:
         SampleError: no list, an empty one, a message without a role, or without a content where it calls no tools, a call without a name,
-            a thought that is no text, or a part that is neither text, a box nor a medium.
+            a thought that is no text, a text with half a character, or a part that is neither text, a box nor a medium.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise SampleError(f'messages must be a list like [{{"role": "user", "content": "..."}}], got {_short(messages)}')
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise SampleError(f"a message needs a role and a content, got {_short(message)}")
+        for said in message.values():  # templates write roles and names, too
+            if isinstance(said, str):
+                check_text(said)
         calls, content = _checked_calls(message), message.get("content")
         thoughts_of(message)
         if content is None and calls:
@@ -43,7 +47,6 @@ def check_messages(messages: Any) -> None:
         if "content" not in message:
             raise SampleError(f"a message needs a role and a content, got {_short(message)}")
         if isinstance(content, str):
-            _check_text(content)
             continue
         if not isinstance(content, list | tuple):
             raise SampleError(f"a message's content is a text or a list of parts, got {_short(content)}")
@@ -62,7 +65,6 @@ def thoughts_of(message: dict[str, Any]) -> list[str]:
     for name, thought in found:
         if not isinstance(thought, str):
             raise SampleError(f"a message's {name} is a text, got {_short(thought)}")
-        _check_text(thought)
     return [thought.strip() for _, thought in found if thought.strip()]
 
 
@@ -94,7 +96,7 @@ def _checked_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise SampleError(f'a call of a tool is {{"function": {{"name": ..., "arguments": {{...}}}}}}, got {_short(call)}')
-    _check_text(json.dumps(calls, ensure_ascii=False, default=str))
+    check_text(json.dumps(calls, ensure_ascii=False, default=str))
     return list(calls)
 
 
@@ -114,7 +116,7 @@ def with_tools(messages: Any, tools: Sequence[dict[str, Any]] | str | None) -> A
         return messages
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
         raise SampleError(f"tools are a list of JSON schemas, got {_short(tools)}")
-    _check_text(json.dumps(tools, ensure_ascii=False, default=str))
+    check_text(json.dumps(tools, ensure_ascii=False, default=str))
     if not isinstance(messages, list | tuple):
         return messages  # `check_messages` says what is wrong with them
     return [{**message, TOOLS: tools} if isinstance(message, dict) else message for message in messages]
@@ -132,7 +134,7 @@ def _check_part(part: Any) -> None:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise SampleError(f"a text part needs a text, got {_short(part)}")
-        _check_text(part["text"])
+        check_text(part["text"])
     elif kind in MEDIA:
         keys = KEYS["video" if kind == "video" else "image"]
         if all(part.get(name) is None for name in keys):
@@ -141,7 +143,8 @@ def _check_part(part: Any) -> None:
         raise SampleError(f"a part is text, image, image_url, video or box, got {_short(part)}")
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises SampleError: a half of a surrogate pair, which has no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -225,7 +228,7 @@ def _placed(value: Any, folder: Path) -> Any:
         return {key: _placed(one, folder) if key == "url" else one for key, one in value.items()}
     if not isinstance(value, str) or ADDRESS.match(value):
         return value
-    return str(folder / Path(value).expanduser())
+    return str(folder / os.path.expanduser(value))  # Path.expanduser raises at a `~` of no known user
 
 
 def _short(value: Any) -> str:

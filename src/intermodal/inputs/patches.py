@@ -35,17 +35,23 @@ SIZED_TOKENS = (4, 16_384)
 """The authors' least and most tokens of a size that a part asks for."""
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: float, max_pixels: float, *, utils: bool = False
+) -> tuple[int, int]:
     """(height, width) in whole multiples of `factor`, near the picture's own size and within the pixel budget.
 
     Python's rounding (half to even) and the factor beta from the original size are part of the rule.
+
+    Args:
+        utils: as qwen-vl-utils rounds: a side under half a factor is one factor. transformers' rounds it to none, by which the picture
+            has too few pixels and is made larger on both sides by one measure.
 
     Raises:
         MediaError: one side is more than 200 times the other.
     """
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise MediaError(f"a picture of {width} x {height} pixels is more than {MOST_ASPECT} times longer than wide; crop it")
-    tall, wide = round(height / factor) * factor, round(width / factor) * factor
+    tall, wide = (max(factor if utils else 0, round(side / factor) * factor) for side in (height, width))
     if tall * wide > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
         tall, wide = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
@@ -154,7 +160,10 @@ class QwenPlanner:
 
     def plan(self, item: Image.Image | Clip, among: int) -> Plan:
         if not isinstance(item, Clip):
-            size = self._size(item.size, bounds_of(item), self.min_pixels, self.max_pixels)
+            asked = bounds_of(item)
+            # the authors show a picture that asks for nothing by transformers' image processor; a clip's total_pixels say nothing of it
+            utils = asked is not None and any((asked.min_pixels, asked.max_pixels, asked.resized_height))
+            size = self._size(item.size, asked, self.min_pixels, self.max_pixels, utils)
             grid = (1, size[0] // self.factor, size[1] // self.factor)
             return Plan("image", self.placeholders["image"], ((Piece(grid=grid),),), detail=self._patches(1, size))
         size = self.clip_size(item)
@@ -171,20 +180,21 @@ class QwenPlanner:
         runs: tuple[Run, ...] = ((Piece(grid=(1, rows, columns)),),) * count
         return Plan("video", placeholder, runs, text, wrapped if self.authors else self.names["video"], self._patches(count, size))
 
-    def _size(self, size: tuple[int, int], asked: Bounds | None, least: float, most: float) -> tuple[int, int]:
+    def _size(self, size: tuple[int, int], asked: Bounds | None, least: float, most: float, utils: bool) -> tuple[int, int]:
         """(height, width) of a picture of (width, height), or of every frame of a clip.
 
         Args:
             asked: what its part says; least and most are what the model's files say. A wish goes before a file.
+            utils: by qwen-vl-utils' rounding; see `smart_resize`.
         """
         if asked and asked.resized_height and asked.resized_width:
             sized = (self.factor**2 * tokens for tokens in SIZED_TOKENS)
-            return smart_resize(round(asked.resized_height), round(asked.resized_width), self.factor, *sized)
+            return smart_resize(round(asked.resized_height), round(asked.resized_width), self.factor, *sized, utils=utils)
         if asked and asked.max_pixels:
             most, least = asked.max_pixels, min(least, asked.max_pixels)
         if asked and asked.min_pixels:
             least, most = asked.min_pixels, max(most, asked.min_pixels)
-        return smart_resize(size[1], size[0], self.factor, least, most)
+        return smart_resize(size[1], size[0], self.factor, least, most, utils=utils)
 
     def _patches(self, count: int, size: tuple[int, int]) -> tuple[int, int, int]:
         """(frames or frame pairs, rows, columns) of patches: the detail of a plan."""
@@ -207,7 +217,7 @@ class QwenPlanner:
             most = max(min(VIDEO_TOKENS[1] * unit, whole / pairs), int(least * 1.05))
             if asked and asked.max_pixels:  # no more than the clip's budget leaves each frame
                 asked = replace(asked, max_pixels=min(asked.max_pixels, most))
-            return self._size(clip.size, asked, least, most)
+            return self._size(clip.size, asked, least, most, utils=True)
         if self.family == "qwen3_vl":
             return resize_clip(frames, height, width, self.factor, self.temporal, *self.video_pixels)
         return smart_resize(height, width, self.factor, *self.video_pixels)

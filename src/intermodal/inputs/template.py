@@ -64,12 +64,10 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self):
-        import jinja2
-
         try:
             return _environment().from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not compile: {error}") from error
+        except Exception as error:  # jinja2's own errors, and what a text of brackets or a number of digits does to its parser
+            raise TemplateError(f"the chat template does not compile: {_why(error)}") from error
 
     def check(self) -> None:
         """Raises TemplateError: it does not compile."""
@@ -102,13 +100,18 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refused the messages, in its own words.
         """
-        import jinja2
-
         names = {**self.special, "tools": None, "documents": None, **variables}
         try:
             return self._compiled.render(messages=messages, add_generation_prompt=reply, **names)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise TemplateError(f"the chat template refused these messages: {error}") from error
+        except Exception as error:  # a template is someone else's program: 1 // 0, int('x') and [][0] are its refusals, too
+            raise TemplateError(f"the chat template refused these messages: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """An error's words, with its kind where it is none of jinja2's: a KeyError says the key alone."""
+    import jinja2
+
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
 
 
 def settings_in(files: dict[str, bytes], name: str) -> dict[str, Any]:
@@ -123,9 +126,16 @@ def settings_in(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def template_in(files: dict[str, bytes], settings: dict[str, Any]) -> str | None:
-    """A checkpoint's chat template: in a file of its own, a processor's, or the tokenizer's `settings`."""
+    """A checkpoint's chat template: in a file of its own, a processor's, or the tokenizer's `settings`.
+
+    Raises:
+        CheckpointError: the file of its own is not UTF-8, or another is not JSON.
+    """
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"chat_template.jinja is not UTF-8: {error}") from error
     for name in ("chat_template.json", "processor_config.json"):
         if text := settings_in(files, name).get("chat_template"):
             return text

@@ -127,8 +127,21 @@ def load_encoder(source: str | Path, **settings: Any) -> Any:
     """
     model = load(source, **settings)
     if not isinstance(model, DualEncoder):
-        raise CheckpointError(f"{source} is a {type(model).__name__}: it has no embeddings to compare; CLIP and SigLIP models do")
+        raise CheckpointError(
+            f"{source} is a {type(model).__name__}: it has no embeddings to compare; give a CLIP or SigLIP directory{_tower_of(model)}"
+        )
     return model
+
+
+def _tower_of(model: Any) -> str:
+    """For who wants to stitch: whether the tower of a model without embeddings can be taken."""
+    from ..models.qwen2_vl import QwenVL
+
+    if isinstance(model, QwenVL):
+        return " (the tower of this one is taken only by `intermodal stitch --connector=merger`)"
+    if getattr(model, "tower", ()):
+        return " (no connector of `intermodal stitch` takes the tower of this one: name the model that the tower is from)"
+    return ""
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:

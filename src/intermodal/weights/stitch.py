@@ -95,7 +95,8 @@ def _fitting(vision: DualEncoder, language: LanguageModel) -> tuple[ImageProcess
     tower = vision.vision
     if type(tower) not in (ClipVisionTower, SiglipVisionTower) or vision.processor is None:
         raise IntermodalError(
-            f"a {type(tower).__name__} cannot be stitched: fixed-size towers of CLIP and SigLIP that came with their processor can"
+            f"a {type(tower).__name__} cannot be stitched: fixed-size towers of CLIP and SigLIP that came with their processor can; "
+            "--connector=merger takes those of SigLIP without a fixed size (NaFlex)"
         )
     if language.processor is None or language.processor.template is None:
         raise IntermodalError(

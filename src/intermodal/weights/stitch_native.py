@@ -97,19 +97,31 @@ def stitch_native(
     return model.eval()
 
 
-def _decoder(config: DecoderConfig, family: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """The decoder as the family's class holds it, and the weights that it lacks: a bias of zero changes nothing."""
-    third = family == "qwen3_vl"
+def _lack(config: DecoderConfig, third: bool) -> str:
+    """What Qwen3-VL's class (`third`), or Qwen2-VL's and Qwen2.5-VL's, needs of a decoder that this one has not; empty where it fits."""
     wrong = [
         (config.qk_norm != third, "Qwen3's norm on queries and keys" if third else "no norm on queries and keys"),
         (config.out_bias or config.mlp_bias, "no bias after attention or in the MLP"),
         (config.rope.kind != "default", "plain rotary positions"),
         (not third and config.heads * config.head_width != config.width, "heads that add up to its width"),
     ]
-    for bad, needed in wrong:
-        if bad:
-            other = "take the tower of a Qwen2-VL or Qwen2.5-VL model, or" if third else "take the tower of a Qwen3-VL model, or"
-            raise IntermodalError(f"a {family} needs a decoder with {needed}; {other} connector=mlp, which takes every decoder")
+    return next((needed for bad, needed in wrong if bad), "")
+
+
+def _decoder(config: DecoderConfig, family: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """The decoder as the family's class holds it, and the weights that it lacks: a bias of zero changes nothing.
+
+    Raises:
+        IntermodalError: the class cannot hold it; with what can.
+    """
+    third = family == "qwen3_vl"
+    if needed := _lack(config, third):
+        other = "Qwen2-VL or Qwen2.5-VL" if third else "Qwen3-VL"
+        advice = "" if _lack(config, not third) else f"take the tower of a {other} model, or "
+        raise IntermodalError(
+            f"a {family} needs a decoder with {needed}; {advice}give a fixed-size CLIP or SigLIP model as --vision with --connector=mlp, "
+            "which takes every decoder"
+        )
     half = config.head_width // 2
     side = int(half * _SHARES[family])
     rope = replace(config.rope, sections=(half - 2 * side, side, side), interleaved=third)
@@ -156,7 +168,7 @@ def _tower(
     if not isinstance(vision, SigLIP) or not isinstance(pictures, ImageProcessor | NaflexProcessor):
         raise IntermodalError(
             f"a {type(vision).__name__}'s tower does not fit a merger: SigLIP's towers that came with their processor do, and those of "
-            "Qwen-VL models; connector=mlp takes every fixed-size tower"
+            "Qwen2-VL, Qwen2.5-VL and Qwen3-VL models; --connector=mlp takes CLIP's"
         )
     given = vision.config.vision
     if given.norm_eps != EPS:

@@ -37,13 +37,13 @@ def stitch_resampler(vision: DualEncoder, language: LanguageModel, *, latents: i
     if type(tower) is not SiglipVisionTower or not isinstance(pictures, ImageProcessor) or not isinstance(pictures.size, tuple):
         raise IntermodalError(
             f"a {type(tower).__name__} does not fit a resampler: fixed-size towers of SigLIP that came with their processor do; "
-            "connector=mlp takes CLIP's too"
+            "--connector=mlp takes CLIP's too, --connector=merger those of SigLIP without a fixed size (NaFlex)"
         )
     grid = vision.config.vision.grid
     if not torch.equal(places(grid), torch.arange(grid**2)):
         raise IntermodalError(
             f"Idefics2's class reads the positions of a grid of {grid} x {grid} patches wrongly (two neighbours share one, by a rounding); "
-            "load the tower with another image_size, or take connector=mlp"
+            "load the tower with another image_size, or take --connector=mlp"
         )
     if language.processor is None or language.processor.template is None:
         raise IntermodalError(
