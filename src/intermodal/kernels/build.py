@@ -6,7 +6,6 @@ A library is plain C to the outside and knows nothing of PyTorch; compiled by g+
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import shlex
@@ -57,8 +56,8 @@ def _library(name: str, *more: str) -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
-    parts = [source.read_bytes(), _processor(), *(flag.encode() for flag in (*FLAGS, *more))]
     try:
+        parts = [source.read_bytes(), _processor(), *(flag.encode() for flag in (*FLAGS, *more))]
         folder, key = cache_folder() / "kernels", f"{name}-{hashlib.sha256(b' '.join(parts)).hexdigest()[:16]}"
         found = _loaded(folder, key)
         if found is None and (command := compiler()) is not None:
@@ -72,11 +71,7 @@ def _library(name: str, *more: str) -> ctypes.CDLL | None:
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
         why = next((line for line in said if "error" in line), said[-1] if said else f"it ended with {error.returncode}")
-    except (
-        OSError,
-        RuntimeError,
-        subprocess.TimeoutExpired,
-    ) as error:  # no room, not to be written, no home, a compiler that hangs
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # no room or right to write, no home, a compiler that hangs
         why = str(error)
     warnings.warn(f"{source.name} could not be compiled, and its work is done without it, slower: {why}", stacklevel=4)
     return None
@@ -102,6 +97,8 @@ def _loaded(folder: Path, key: str) -> ctypes.CDLL | None:
 
 def _compile(command: list[str], folder: Path, key: str) -> None:
     """Compile a file that is there whole or not at all. Processes that want the same one wait for the first."""
+    import fcntl  # which Windows has not
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
