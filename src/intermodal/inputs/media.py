@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -284,12 +285,13 @@ def _data_of(text: str, form: str) -> bytes | None:
     if text[:5].lower() != "data:":
         return None
     head, comma, body = text.partition(",")
-    try:
-        if comma and head.endswith(";base64"):
-            return base64.b64decode("".join(body.split()), validate=True)
-    except ValueError:  # binascii.Error is one; letters beyond ASCII are another
-        pass
-    raise MediaError(f"a data URI is not base64: it should begin with data:{form};base64,")
+    data = None
+    if comma and head.endswith(";base64"):
+        with suppress(ValueError):  # binascii.Error is one; letters beyond ASCII are another
+            data = base64.b64decode("".join(body.split()), validate=True)
+    if data is None:
+        raise MediaError(f"a data URI is not base64: it should begin with data:{form};base64,")
+    return data
 
 
 def _picture(value: Any, blend: Blend = over_white) -> Image.Image:
