@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from intermodal.cli import chat
 from intermodal.cli.app import app
-from intermodal.cli.commands_in_chat import by_kind, with_option
+from intermodal.cli.typed import by_kind, with_option
 from intermodal.errors import IntermodalError
 from intermodal.generate.engine import Reply, TooLong, fitting
 from intermodal.generate.sample import Sampling

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands_in_chat import COMMANDS, by_kind, command_of, content, is_missing, left_out, path_of, with_option
 from .options import Guidance, ImageGuidance, ImageTemperature, ImageTopP, Json, MaxImages, Stop, Variables, say, variables_of
+from .typed import COMMANDS, by_kind, command_of, content, is_missing, left_out, path_of, with_option
 
 if TYPE_CHECKING:
     from rich.console import Console

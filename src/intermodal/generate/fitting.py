@@ -1,4 +1,4 @@
-"""What of a conversation fits the model's context: old turns may be left out; what instructs the model and the last question never are."""
+"""What of a conversation fits the model's context: old turns may be left out, and never what instructs the model, or the last question."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 from ..errors import IntermodalError
 from ..inputs.box_parts import with_boxes_written
 from ..inputs.chat import ChatProcessor, Conversation
-from ..inputs.messages import in_lists
+from ..inputs.messages import INSTRUCTING, in_lists
 from .sample import Sampling
-
-INSTRUCTING = ("system", "developer")
-"""Roles of the messages before the first turn that are never left out."""
 
 
 class TooLong(IntermodalError):

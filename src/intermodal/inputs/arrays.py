@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,3 +26,8 @@ def array_of(source: np.ndarray | Tensor) -> np.ndarray:
     if levels.ndim not in (2, 3) or (levels.ndim == 3 and levels.shape[2] not in channels):
         raise TypeError(f"an array of a picture has axes (H, W), (H, W, C) or (C, H, W), and not {tuple(source.shape)}")
     return np.ascontiguousarray(levels[..., 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels)
+
+
+def is_rgb(image: Any) -> bool:
+    """Whether this is an RGB picture as an array already, such as a tile or a frame."""
+    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IntermodalError
-from .messages import as_parts, calls_of, with_null_content
+from .messages import INSTRUCTING, as_parts, calls_of, with_null_content
 from .template import ChatTemplate, TemplateError
 from .turns import Turn, find_turns
 
@@ -96,7 +96,7 @@ def check_heard(
 
 def _prompts(message: dict[str, Any]) -> bool:
     """Whether a message is a system prompt that says something."""
-    parts = as_parts(message.get("content")) or [] if message["role"] in ("system", "developer") else []
+    parts = as_parts(message.get("content")) or [] if message["role"] in INSTRUCTING else []
     return any(part["type"] != "text" or part["text"].strip() for part in parts)
 
 

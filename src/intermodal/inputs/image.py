@@ -20,7 +20,7 @@ from ..batch import Images
 from ..errors import CheckpointError, SampleError
 from ..files import read_json
 from ..kernels.resize import resized
-from .arrays import array_of
+from .arrays import array_of, is_rgb
 from .boxes import Affine
 from .image_settings import crop_of, length_of, levels_of, size_of
 from .transparency import Blend, over_white, over_white_truncated
@@ -81,11 +81,6 @@ def _is_empty(given: Any) -> bool:
         return not (given.tell() or given.read(1)) if hasattr(given, "read") else not length(given)
     except (OSError, ValueError, AttributeError):  # a stream that cannot say where it is
         return False
-
-
-def _are_levels(image: Any) -> bool:
-    """Whether this is an RGB picture as an array already, such as a tile or a frame."""
-    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
 
 
 class LookUp:
@@ -186,7 +181,7 @@ class ImageProcessor:
 
     def resized(self, image: Any) -> np.ndarray:
         """One picture -> (H, W, 3) uint8, resized and cropped but not yet normalised."""
-        picture = image if _are_levels(image) else open_image(image, self.blend)
+        picture = image if is_rgb(image) else open_image(image, self.blend)
         size = picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
         pixels = resized(picture, self._before_crop(size), self.resample)
         if self.letterbox:

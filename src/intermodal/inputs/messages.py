@@ -20,6 +20,8 @@ KEYS = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("vid
 PLACED = (*MEDIA, "url", "path")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Under these names data sets have what the assistant thought before it spoke; templates read one of the first two."""
+INSTRUCTING = ("system", "developer")
+"""Roles of messages that tell the model how to behave."""
 TOOLS = "tools of the conversation"
 """Where each message of a conversation with tools has them: they are then with whatever part of the conversation is read, and a template
 does not see this key."""

@@ -41,8 +41,9 @@ class Cache:
             store[..., : self.capacity, :] = self.store
             self.store, self.capacity = store, capacity
             self.as_rows = self.seen = ()  # views of the old one, which can go
-        self.single, self.rows = segments.longest == 1, None
+        self.single = segments.longest == 1
         """Whether every conversation has one new token: all but its prompt."""
+        self.rows = None  # the first layer that is called fills in what is the same for all
 
     def _begin_single(self) -> None:
         """One new token of each: what is the same for all layers is made once, for small products the calls themselves take the time."""

@@ -47,8 +47,8 @@ FEW_ROWS = range(2, 9)
 
 
 def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. A few rows in float32 on the CPU (decoding a few conversations) go through the transposed product, which reads the
-    weights once: 2.2 times as fast for 4 rows, 1.2 times for 8 (benchmarks/decode.py)."""
+    """`F.linear`. A few rows in float32 on the CPU (decoding a few conversations where `kernels.decode` does not) go through the transposed
+    product, which reads the weights once."""
     if x_TD.ndim == 2 and len(x_TD) in FEW_ROWS and x_TD.dtype == torch.float32 and x_TD.is_cpu and not torch.is_grad_enabled():
         out_TD = (weight @ x_TD.T).T
         return out_TD if bias is None else out_TD + bias
